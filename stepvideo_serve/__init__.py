@@ -1,0 +1,1 @@
+"""Serve Step-Video-TI2V (text + first image + motion score -> video) from Triton Inference Server."""

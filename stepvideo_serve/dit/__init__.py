@@ -1,0 +1,1 @@
+"""The diffusion transformer (DiT): latent tokens, text context and motion score -> velocity."""

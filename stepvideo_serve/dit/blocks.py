@@ -1,0 +1,118 @@
+"""One DiT block: self-attention with q/k norm and 3D RoPE, cross-attention to the text, feed-forward.
+
+Axes: B batch, N video tokens, L text tokens, H heads, D width = 128 * H.
+The number of heads is inferred from the weights, so a block holding a slice of the heads needs no edit.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stepvideo_serve.dit.config import BLOCK_NORM_EPS, FFN_MULTIPLE, HEAD_DIM, QK_NORM_EPS
+from stepvideo_serve.dit.rope import apply_rope
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over a head's channels, computed in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(HEAD_DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (HEAD_DIM,), eps=QK_NORM_EPS).to(x.dtype) * self.weight
+
+
+class SelfAttention(nn.Module):
+    """Full attention among video tokens; wqkv is interleaved per head: q, k and v of head 0, then of head 1, ..."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.q_norm = HeadNorm()
+        self.k_norm = HeadNorm()
+
+    def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+        """x [B, N, D], tables [N, 128] -> [B, N, D]."""
+        q, k, v = self.wqkv(x).unflatten(-1, (-1, 3 * HEAD_DIM)).split(HEAD_DIM, dim=-1)
+        q = apply_rope(self.q_norm(q), rope_cos, rope_sin)
+        k = apply_rope(self.k_norm(k), rope_cos, rope_sin)
+        return self.wo(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of video tokens to the text, whose keys and values do not depend on the step and are given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wq = nn.Linear(width, width, bias=False)
+        self.wkv = nn.Linear(width, 2 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.q_norm = HeadNorm()
+        self.k_norm = HeadNorm()
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context [B, L, D] -> keys and values, each [B, H, L, 128]; wkv is interleaved per head."""
+        k, v = self.wkv(context).unflatten(-1, (-1, 2 * HEAD_DIM)).split(HEAD_DIM, dim=-1)
+        return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = self.q_norm(self.wq(x).unflatten(-1, (-1, HEAD_DIM)))
+        return self.wo(attend(q.transpose(1, 2), keys, values))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(128)) v without a mask: [B, H, N, 128] and [B, H, L, 128] twice -> [B, N, H * 128]."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class ProjectedGelu(nn.Module):
+    """Linear, then GELU (tanh)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Linear to four times the width, GELU (tanh), linear back; the identity keeps the official parameter names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = FFN_MULTIPLE * width
+        self.net = nn.Sequential(ProjectedGelu(width, hidden), nn.Identity(), nn.Linear(hidden, width, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class DiTBlock(nn.Module):
+    """x += gate1 * attn1(mod(norm1(x))); x += attn2(x, text); x += gate2 * ff(mod(norm2(x)))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=BLOCK_NORM_EPS)
+        self.attn1 = SelfAttention(width)
+        self.attn2 = CrossAttention(width)
+        self.norm2 = nn.LayerNorm(width, eps=BLOCK_NORM_EPS)
+        self.ff = FeedForward(width)
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
+
+    def forward(
+        self, tokens: Tensor, modulation: Tensor, rope_cos: Tensor, rope_sin: Tensor, cross_k: Tensor, cross_v: Tensor
+    ) -> Tensor:
+        """tokens [B, N, D], modulation [B, 6, D], tables [N, 128], cross_k and cross_v [B, H, L, 128] -> [B, N, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).split(1, dim=1)
+        x = tokens
+        x = x + gate1 * self.attn1(modulate(self.norm1(x), scale1, shift1), rope_cos, rope_sin)
+        x = x + self.attn2(x, cross_k, cross_v)
+        return x + gate2 * self.ff(modulate(self.norm2(x), scale2, shift2))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """adaLN: x * (1 + scale) + shift, scale and shift [B, 1, D]."""
+    return x * (1 + scale) + shift

@@ -1,0 +1,1 @@
+"""Flow matching: schedule, guidance and the denoising loop, as functions over tensors."""

@@ -1,0 +1,30 @@
+"""Hunyuan-CLIP: a BERT whose last hidden states describe the prompt in words that go with images.
+
+The network is transformers' BertModel; only its reading from the official folder is ours (weights/checkpoint.py).
+Source: Hunyuan-DiT (arXiv 2405.08748), section 2.1; the official pipeline uses the same class.
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+
+class HunyuanClip(nn.Module):
+    """Token ids and mask -> last hidden state; the wrapped model's own keys carry no prefix in the file."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = BertModel(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids and attention_mask [B, 77] int64 -> last hidden state [B, 77, width], pooled [B, width]."""
+        out = self.bert(input_ids=input_ids, attention_mask=attention_mask)
+        return out.last_hidden_state, out.pooler_output
+
+
+def load_clip_config(path: Path) -> BertConfig:
+    """Reads `clip_text_encoder/config.json`. Attention is the plain one, so that the graph exports unchanged."""
+    config = BertConfig.from_json_file(str(path))
+    config._attn_implementation = "sdpa"
+    return config

@@ -1,0 +1,71 @@
+"""Video-VAE decoder: 3 latent frames -> 17 frames (1 -> 1)."""
+
+from torch import Tensor, nn
+
+from stepvideo_serve.vae.config import VAEConfig
+from stepvideo_serve.vae.layers import (
+    CausalConv3d,
+    FrameNorm,
+    Middle,
+    ResBlock,
+    SpatialUpsample,
+    Unpatchify,
+    Upsample,
+    channels_to_space,
+    repeat_channels,
+)
+
+TEMPORAL_LEVELS = (2, 3)
+WARM_UP_FRAMES = 3
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks of one resolution, then an upsampling (none at level 0, the pixels)."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, upsample: nn.Module | None) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels_out] * blocks
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        if upsample is not None:
+            self.upsample = upsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class VideoDecoder(nn.Module):
+    """Latent -> pixels, about in [-1, 1] and not clamped."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = (*config.decoder_widths, config.decoder_widths[-1])
+        self.conv_in = CausalConv3d(config.z_channels, config.patch_channels, 3)
+        self.conv_unpatchify = Unpatchify(config.patch_channels, widths[-1])
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            DecoderLevel(widths[i + 1], widths[i], config.num_res_blocks + 1, _upsample(i, config))
+            for i in range(len(config.decoder_widths))
+        )
+        self.norm_out = FrameNorm(widths[0])
+        self.conv_out = CausalConv3d(widths[0], 3, 3)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [B, T', z, h, w], T' = 1 or 3 -> pixels [B, T, 3, 16h, 16w], T = 1 or 17."""
+        z = latents.transpose(1, 2)
+        x = self.conv_in(z) + repeat_channels(z, self.config.patch_channels)
+        x = self.conv_unpatchify(x) + channels_to_space(repeat_channels(x, 8 * self.config.decoder_widths[-1]), 2)
+        x = self.mid(x)
+        for level in reversed(self.up):  # type: ignore[call-overload]  # ModuleList is a sequence
+            x = level(x)
+        x = self.conv_out(self.norm_out(x, silu=True))
+        return x.transpose(1, 2)[:, WARM_UP_FRAMES:]
+
+
+def _upsample(level: int, config: VAEConfig) -> nn.Module | None:
+    if level == 0:
+        return None
+    channels = config.decoder_widths[level]
+    return Upsample(channels) if level in TEMPORAL_LEVELS else SpatialUpsample(channels)

@@ -1,0 +1,71 @@
+"""Video-VAE encoder: up to 17 frames -> the posterior of up to 3 latent frames."""
+
+from torch import Tensor, nn
+
+from stepvideo_serve.vae.config import VAEConfig
+from stepvideo_serve.vae.layers import (
+    CausalConv3d,
+    Downsample,
+    FrameNorm,
+    Middle,
+    Patchify,
+    ResBlock,
+    SpatialDownsample,
+    average_channels,
+    clamp_logvar,
+    space_to_channels,
+)
+
+TEMPORAL_LEVELS = (1, 2)
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks of one resolution, then a downsampling (none at the last level)."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels_out] * blocks
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        if downsample is not None:
+            self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.downsample(x) if hasattr(self, "downsample") else x
+
+
+class VideoEncoder(nn.Module):
+    """Pixels in [-1, 1] -> mean and log variance of the latent."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = (config.encoder_stem, *config.encoder_widths)
+        self.conv_in = CausalConv3d(3, config.encoder_stem, 3)
+        self.down = nn.ModuleList(
+            EncoderLevel(widths[i], widths[i + 1], config.num_res_blocks, _downsample(i, config))
+            for i in range(len(config.encoder_widths))
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = FrameNorm(widths[-1])
+        self.conv_patchify = Patchify(widths[-1], config.patch_channels)
+        self.conv_out = CausalConv3d(config.patch_channels, 2 * config.z_channels, 3)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [B, T, 3, H, W], T = 1 or 17 -> mean and log variance, each [B, T', z, H/16, W/16], T' = 1 or 3."""
+        x = self.conv_in(pixels.transpose(1, 2))
+        for level in self.down:
+            x = level(x)
+        x = self.norm_out(self.mid(x), silu=True)
+        x = self.conv_patchify(x) + average_channels(space_to_channels(x, 2), self.config.patch_channels)
+        x = self.conv_out(x) + average_channels(x, 2 * self.config.z_channels)
+        mean, logvar = x.transpose(1, 2).chunk(2, dim=2)
+        return mean, clamp_logvar(logvar)
+
+
+def _downsample(level: int, config: VAEConfig) -> nn.Module | None:
+    if level == len(config.encoder_widths) - 1:
+        return None
+    channels = config.encoder_widths[level]
+    return Downsample(channels) if level in TEMPORAL_LEVELS else SpatialDownsample(channels)
