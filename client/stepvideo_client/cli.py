@@ -1,0 +1,198 @@
+"""The command line: `stepvideo generate` and `stepvideo ready` (also `python -m stepvideo_client ...`)."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import cast
+
+from stepvideo_client.camera import MOVEMENTS, with_camera
+from stepvideo_client.client import Client
+from stepvideo_client.errors import ClientError, ConnectionFailed, InvalidInput, InvalidRequest, MalformedResponse
+from stepvideo_client.events import Result
+from stepvideo_client.options import Options
+from stepvideo_client.output import check_target, save_bytes, save_json, save_result
+from stepvideo_client.progress import Progress
+
+EXIT_OK = 0
+EXIT_SERVER_ERROR = 1
+EXIT_BAD_INPUT = 2
+EXIT_UNREACHABLE = 3
+EXIT_CANCELLED = 130
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    the server failed the request (or the output could not be written)
+  2    usage or bad input, found here or by the server (INVALID_ARGUMENT)
+  3    the server cannot be reached, is not ready, or stopped answering
+  130  cancelled with Ctrl-C; the server is told"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        run = _generate if args.command == "generate" else _ready
+        run(args)
+    except KeyboardInterrupt:
+        print("stepvideo: cancelled.", file=sys.stderr)
+        return EXIT_CANCELLED
+    except ClientError as error:
+        print(f"stepvideo: {error.code}: {error}", file=sys.stderr)
+        return _exit_code(error)
+    except OSError as error:
+        print(f"stepvideo: {error.filename or 'a file'} cannot be written: {error.strerror}.", file=sys.stderr)
+        return EXIT_SERVER_ERROR
+    return EXIT_OK
+
+
+def _exit_code(error: ClientError) -> int:
+    if isinstance(error, InvalidInput | InvalidRequest):
+        return EXIT_BAD_INPUT
+    return EXIT_UNREACHABLE if isinstance(error, ConnectionFailed) else EXIT_SERVER_ERROR
+
+
+def _ready(args: argparse.Namespace) -> None:
+    with _client(args, idle_timeout_s=None) as client:
+        client.wait_ready(args.timeout)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    report_path = _check_outputs(args)
+    prompt = with_camera(args.prompt, args.camera) if args.camera else args.prompt
+    options = cast(
+        Options, {name: value for name in Options.__annotations__ if (value := getattr(args, name, None)) is not None}
+    )
+    started = time.monotonic()
+    with _client(args, idle_timeout_s=args.idle_timeout) as client:
+        if args.unary:
+            result = client.generate_unary(args.image, prompt, **options)
+        else:
+            result = _stream(client, args, prompt, options)
+    wall_s = time.monotonic() - started
+    size = save_result(args.out, result)
+    if report_path is not None:
+        about = {"path": str(args.out), "bytes": size, "wall_seconds": round(wall_s, 3)}
+        save_json(report_path, {**result.report, "seed": result.seed, **about})
+    if not args.quiet:
+        print(f"{args.out}: {size / 1e6:.2f} MB, seed {result.seed}, {wall_s:.1f} s")
+
+
+def _stream(client: Client, args: argparse.Namespace, prompt: str, options: Options) -> Result:
+    """Iterates a generation to its result, showing progress and keeping previews."""
+    progress = None if args.quiet else Progress(sys.stderr)
+    # Closed whatever happens, because that is what cancels on the server.
+    with closing(client.generate(args.image, prompt, **options)) as events:
+        try:
+            for event in events:
+                if isinstance(event, Result):
+                    return event
+                if progress is not None:
+                    progress.show(event)
+                if event.preview is not None and args.preview_dir is not None:
+                    save_bytes(args.preview_dir / f"step_{event.step:04}.jpg", event.preview)
+        finally:
+            if progress is not None:
+                progress.close()
+    raise MalformedResponse("The generation ended without a result.")
+
+
+def _check_outputs(args: argparse.Namespace) -> Path | None:
+    """Refuses, before the server is asked, outputs that could not be written. Returns where the report goes."""
+    check_target(args.out, "--out")
+    is_array = args.output in ("frames", "latents")
+    if is_array != (args.out.suffix == ".npy"):
+        wanted = "a name ending in .npy" if is_array else "a video's name such as video.mp4"
+        raise InvalidInput(f"--out must be {wanted} for this --output, got {str(args.out)!r}.")
+    if (args.preview_every is None) != (args.preview_dir is None):
+        raise InvalidInput("--preview-every and --preview-dir go together: give both or neither.")
+    if args.preview_dir is not None:
+        if args.unary:
+            raise InvalidInput("--unary has no previews: leave out --preview-every and --preview-dir.")
+        check_target(args.preview_dir / "step_0001.jpg", "A preview")
+    if args.json is None:
+        return None
+    report_path: Path = args.out.with_suffix(".json") if args.json == "" else Path(args.json)
+    check_target(report_path, "--json")
+    if report_path == args.out:
+        raise InvalidInput("--json must be another file than --out.")
+    return report_path
+
+
+def _client(args: argparse.Namespace, idle_timeout_s: float | None) -> Client:
+    headers = {}
+    for header in args.header:
+        name, separator, value = header.partition("=")
+        if not separator or not name:
+            raise InvalidInput(f"--header must be NAME=VALUE, got {header!r}.")
+        headers[name] = value
+    return Client(
+        args.url,
+        idle_timeout_s=idle_timeout_s,
+        headers=headers,
+        tls=args.tls,
+        root_certificates=args.root_certificates,
+        private_key=args.private_key,
+        certificate_chain=args.certificate_chain,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="stepvideo", description="Client of a stepvideo-serve server.", epilog=EXIT_CODES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    ready = commands.add_parser(
+        "ready", help="wait until the server takes requests", epilog=EXIT_CODES, formatter_class=raw
+    )
+    ready.add_argument("--timeout", type=float, default=60.0, metavar="S", help="give up after S seconds (60)")
+    generate = commands.add_parser(
+        "generate",
+        help="make a video from a prompt and a first image",
+        description="Make a video from a prompt and a first image. What is not given is the server's default.",
+        epilog=EXIT_CODES,
+        formatter_class=raw,
+    )
+    _add_generate_arguments(generate)
+    for command in (generate, ready):
+        _add_connection_arguments(command)
+    return parser
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--image", type=Path, required=True, metavar="FILE", help="the first frame: PNG, JPEG or WebP")
+    add("--prompt", required=True, metavar="TEXT", help="Chinese or English")
+    add("--out", type=Path, required=True, metavar="FILE", help="where the video goes; its folder must exist")
+    add("--camera", choices=tuple(MOVEMENTS), help="a camera movement, added to the prompt")
+    add("--negative-prompt", metavar="TEXT")
+    add("--positive-suffix", metavar="TEXT", help="added to the prompt by the server")
+    add("--infer-steps", dest="steps", type=int, metavar="N", help="denoising steps (50)")
+    add("--cfg-scale", type=float, metavar="X", help="classifier-free guidance (9.0)")
+    add("--time-shift", type=float, metavar="X", help="shift of the schedule (7.0)")
+    add("--motion-score", type=float, metavar="X", help="2 stable, 5 general (default), 10 to 20 intense")
+    add("--seed", type=int, metavar="N", help="same seed, same video (random)")
+    add("--num-frames", type=int, metavar="N", help="multiple of 17 (102)")
+    add("--height", type=int, metavar="PX", help="multiple of 16 (544)")
+    add("--width", type=int, metavar="PX", help="multiple of 16 (992)")
+    add("--output", choices=("mp4", "frames", "latents"), help="frames and latents are saved as .npy (mp4)")
+    add("--timeout", dest="timeout_s", type=float, metavar="S", help="the server gives up after S seconds")
+    add("--preview-every", type=int, metavar="N", help="keep a JPEG of every N-th step in --preview-dir")
+    add("--preview-dir", type=Path, metavar="FOLDER")
+    add("--json", nargs="?", const="", metavar="FILE", help="write the report (to --out with .json, if no FILE)")
+    add("--idle-timeout", type=float, default=120.0, metavar="S", help="give up when the server is silent (120)")
+    add("--unary", action="store_true", help="one call without progress, through ti2v_unary")
+    add("--quiet", action="store_true", help="errors only")
+
+
+def _add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("connection")
+    group.add_argument("--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC endpoint (127.0.0.1:8001)")
+    group.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="sent with every call")
+    group.add_argument("--tls", action="store_true", help="encrypt; implied by the three files")
+    group.add_argument("--root-certificates", type=Path, metavar="PEM")
+    group.add_argument("--private-key", type=Path, metavar="PEM")
+    group.add_argument("--certificate-chain", type=Path, metavar="PEM")
