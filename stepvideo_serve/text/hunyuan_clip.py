@@ -4,10 +4,13 @@ The network is transformers' BertModel; only its reading from the official folde
 Source: Hunyuan-DiT (arXiv 2405.08748), section 2.1; the official pipeline uses the same class.
 """
 
+import json
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+
+from stepvideo_serve.errors import CheckpointError
 
 
 class HunyuanClip(nn.Module):
@@ -24,7 +27,11 @@ class HunyuanClip(nn.Module):
 
 
 def load_clip_config(path: Path) -> BertConfig:
-    """Reads `clip_text_encoder/config.json`. Attention is the plain one, so that the graph exports unchanged."""
-    config = BertConfig.from_json_file(str(path))
+    """Reads `clip_text_encoder/config.json`. Raises CheckpointError."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be the CLIP's JSON configuration, could not be read: {error}.") from None
+    config = BertConfig.from_dict(values)
     config._attn_implementation = "sdpa"
     return config

@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from stepvideo_serve.errors import CheckpointError, InvalidRequest
+from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS
 
-LLM_MAX_TOKENS = 320
-CLIP_TOKENS = 77
 BOS, EOS = 1, 2
 
 
@@ -30,9 +29,16 @@ class StepTokenizer:
         """Token ids of the text alone."""
         return list(self._model.encode_as_ids(text))
 
-    def encode(self, text: str) -> Tensor:
-        """[1, L] int64, L at most 320. Raises InvalidRequest, with the count, for a longer text."""
-        ids = [BOS, *self.pieces(text), EOS]
+    def encode(self, text: str, truncate: bool = False) -> Tensor:
+        """[1, L] int64, L at most 320.
+
+        A longer text raises InvalidRequest with the count, or is cut to 318 pieces with `truncate`, as in the official
+        code.
+        """
+        pieces = self.pieces(text)
+        if truncate:
+            pieces = pieces[: LLM_MAX_TOKENS - 2]
+        ids = [BOS, *pieces, EOS]
         if len(ids) > LLM_MAX_TOKENS:
             raise InvalidRequest(
                 f"The prompt with its suffix must have at most {LLM_MAX_TOKENS} tokens, got {len(ids)}: shorten it."

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers import BertConfig
 
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import DiTConfig
@@ -53,6 +54,10 @@ class Checkpoint:
         return StepLLMConfig.load(self.folder / "step_llm" / "config.json")
 
     @cached_property
+    def clip_config(self) -> BertConfig:
+        return load_clip_config(self.folder / "hunyuan_clip" / "clip_text_encoder" / "config.json")
+
+    @cached_property
     def vae_config(self) -> VAEConfig:
         return VAEConfig.from_shapes(self._vae_files.shapes, str(self.folder / "vae"))
 
@@ -83,10 +88,7 @@ class Checkpoint:
         return load_module(lambda: StepLLM(self.llm_config), self._llm_files, dtype)
 
     def clip(self, dtype: torch.dtype = torch.float32) -> HunyuanClip:
-        path = self.folder / "hunyuan_clip" / "clip_text_encoder" / "config.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} must be the CLIP's configuration, found no such file.")
-        module = load_module(lambda: HunyuanClip(load_clip_config(path)), self._clip_files, dtype, prefix="", into="bert.")
+        module = load_module(lambda: HunyuanClip(self.clip_config), self._clip_files, dtype, into="bert.")
         embeddings = module.bert.embeddings
         positions = torch.arange(embeddings.position_embeddings.num_embeddings)[None]
         embeddings.register_buffer("position_ids", positions, persistent=False)

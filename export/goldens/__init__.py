@@ -1,0 +1,1 @@
+"""Golden tensors, computed by the official code, and their recomputation with this package."""

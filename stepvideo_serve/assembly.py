@@ -1,0 +1,174 @@
+"""Puts the parts together as a configuration says: graphs into runners, runners into stages."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepvideo_serve.components import DTYPES, components, dit_graph_names
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.dit.velocity import DiTVelocity
+from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.ort import OrtRunner
+from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.errors import ConfigError, EngineError, RequestCancelled
+from stepvideo_serve.pipeline import Cancelled, Frames
+from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
+from stepvideo_serve.text.encode import TextEncoder
+from stepvideo_serve.text.states import TextStates
+from stepvideo_serve.vae.chunking import decode_chunks, sample_posterior
+from stepvideo_serve.video.mp4 import to_uint8
+from stepvideo_serve.video.preview import LatentPreview
+from stepvideo_serve.weights.checkpoint import Checkpoint
+
+
+def load_runners(config: ServeConfig, names: Iterable[str], threads: int) -> dict[str, EngineRunner]:
+    """The named graphs on the configured backend. Raises EngineError when the engine directory does not fit."""
+    model = config.model
+    if model.backend == "eager":
+        torch.set_num_threads(threads or torch.get_num_threads())
+        table = components(Checkpoint(model.dir), model.precision)
+        return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
+    if model.backend == "ort":
+        manifest = open_manifest(config)
+        names = list(names)
+        manifest.verify(model.engines_dir, names)
+        entries = {name: manifest.graph(name) for name in names}
+        return {
+            name: OrtRunner(entry.spec, model.engines_dir / entry.file, threads, engine_id=f"{name}@{entry.key[:12]}")
+            for name, entry in entries.items()
+        }
+    raise ConfigError(f'[model] backend must be "ort" or "eager", got "{model.backend}": its runner is not there yet.')
+
+
+def open_manifest(config: ServeConfig) -> Manifest:
+    """The manifest of the engine directory, made for the configured checkpoint's dimensions and precision."""
+    manifest = Manifest.load(config.model.engines_dir)
+    manifest.require(precision=config.model.precision)
+    expected = asdict(Checkpoint(config.model.dir).dit_config)
+    if manifest.extra.get("dit_config") != expected:
+        raise EngineError(
+            f"{config.model.engines_dir} must hold graphs of the model in {config.model.dir} ({expected}), "
+            f"found {manifest.extra.get('dit_config')}: export the graphs again."
+        )
+    return manifest
+
+
+def latent_channels(config: ServeConfig) -> int:
+    """Channels of the latents that the configured model works on."""
+    return Checkpoint(config.model.dir).dit_config.in_channels
+
+
+def compute_dtype(config: ServeConfig) -> torch.dtype:
+    """The dtype of activations between graphs; FP8 graphs take and give bf16."""
+    dtype: torch.dtype = getattr(torch, DTYPES.get(config.model.precision, "bfloat16"))
+    return dtype
+
+
+def build_text_encoder(config: ServeConfig) -> TextEncoder:
+    checkpoint = Checkpoint(config.model.dir)
+    runners = load_runners(config, ("step_llm", "hunyuan_clip"), threads=0)
+    return TextEncoder(
+        runners["step_llm"],
+        runners["hunyuan_clip"],
+        checkpoint.step_tokenizer(),
+        checkpoint.clip_tokenizer(),
+        config.text.cache_entries,
+    )
+
+
+class ImageEncoder:
+    """First image -> its latent."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._graph = load_runners(config, ("vae_encoder",), threads=0)["vae_encoder"]
+        self._dtype = compute_dtype(config)
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """pixels [3, H, W] in [-1, 1], noise [C, h, w] -> latent [C, h, w] fp32."""
+        out = self._graph(pixels=pixels[None, None].to(self._graph.device, self._dtype))
+        mean, logvar = (out[name][0, 0].float().cpu() for name in ("latent_mean", "latent_logvar"))
+        return sample_posterior(mean, logvar, noise)
+
+
+class FrameDecoder:
+    """Latents -> frames, one chunk at a time."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._graph = load_runners(config, ("vae_decoder",), config.decoder.threads)["vae_decoder"]
+        self._dtype = compute_dtype(config)
+
+    def decode(self, latents: Tensor) -> Iterator[Frames]:
+        """latents [F, C, h, w] -> uint8 [n, H, W, 3] per chunk."""
+
+        def chunk(part: Tensor) -> Tensor:
+            return self._graph(latents=part.to(self._graph.device, self._dtype))["frames"].float()
+
+        return (to_uint8(frames) for frames in decode_chunks(latents, chunk))
+
+
+class Denoiser:
+    """The loop on the graphs of the DiT, in this process."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        dit_config = Checkpoint(config.model.dir).dit_config
+        self._runners = load_runners(config, dit_graph_names(dit_config.num_layers), config.denoiser.threads)
+        self._dit = DiTVelocity(self._runners, dit_config, compute_dtype(config), config.model.device)
+        self._preview = load_preview(config, dit_config.in_channels)
+
+    def run(self, job: DenoiseJob) -> Iterator[StepDone]:
+        """One StepDone per step; see `run_job`."""
+        return run_job(job, self._dit, self._preview.render)
+
+    def engine_ids(self) -> dict[str, str]:
+        return {name: runner.engine_id for name, runner in self._runners.items()}
+
+
+def load_preview(config: ServeConfig, channels: int) -> LatentPreview:
+    """The colour map fitted at export; without an engine directory (eager) latent channels 0..2 stand for RGB."""
+    if config.model.backend == "eager":
+        return LatentPreview(torch.eye(3, channels), torch.zeros(3))
+    fitted = open_manifest(config).extra["preview"]
+    return LatentPreview(torch.tensor(fitted["weight"]), torch.tensor(fitted["bias"]))
+
+
+def describe(config: ServeConfig) -> dict[str, Any]:
+    """The part of a report that the configuration alone decides."""
+    return {
+        "backend": config.model.backend,
+        "precision": config.model.precision,
+        "layout": config.denoiser.layout,
+    }
+
+
+class LocalStages:
+    """All stages in this process: the yardstick for the served pipeline."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self.latent_channels = latent_channels(config)
+        self._text = build_text_encoder(config)
+        self._image = ImageEncoder(config)
+        self._denoiser = Denoiser(config)
+        self._frames = FrameDecoder(config)
+
+    def encode_text(self, prompt: str) -> TextStates:
+        return self._text.encode(prompt)[0]
+
+    def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        return self._image.encode(pixels, noise)
+
+    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:
+        for done in self._denoiser.run(job):
+            yield done
+            if cancelled():
+                raise RequestCancelled("The request was cancelled by its caller.")
+
+    def decode(self, latents: Tensor) -> Iterator[Frames]:
+        return self._frames.decode(latents)
+
+    def describe(self) -> dict[str, Any]:
+        return {**describe(self._config), "engines": self._denoiser.engine_ids()}

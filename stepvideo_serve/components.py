@@ -1,0 +1,98 @@
+"""Every graph of the system: its name, its spec, and how its module is loaded from a checkpoint.
+
+The one table behind the export, the eager runners and the verification.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stepvideo_serve.dit.graphs import (
+    ContextGraph,
+    CrossGraph,
+    EmbedGraph,
+    FinalGraph,
+    block_spec,
+    context_spec,
+    cross_spec,
+    embed_spec,
+    final_spec,
+)
+from stepvideo_serve.engine.spec import EngineSpec
+from stepvideo_serve.text.graphs import hunyuan_clip_spec, step_llm_spec
+from stepvideo_serve.vae.graphs import vae_decoder_spec, vae_encoder_spec
+from stepvideo_serve.weights.checkpoint import BLOCKS_PREFIX, Checkpoint
+
+TEXT_GRAPHS = ("step_llm", "hunyuan_clip")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph. `part` and `prefix` say which keys of the checkpoint it is made from (`Checkpoint.digest`)."""
+
+    spec: EngineSpec
+    part: str
+    prefix: str
+    load: Callable[[], nn.Module]
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+def components(checkpoint: Checkpoint, precision: str) -> dict[str, Component]:
+    """All graphs of `checkpoint` in the order of the data flow; modules load when asked for, weights in `precision`
+    ("fp32", "bf16" or "fp16"). Raises CheckpointError."""
+    name = DTYPES[precision]
+    dtype = getattr(torch, name)
+    parts = [*_text(checkpoint, name, dtype), *_vae(checkpoint, name, dtype), *_dit(checkpoint, name, dtype)]
+    return {part.name: part for part in parts}
+
+
+def dit_graph_names(num_layers: int) -> list[str]:
+    """Names of the graphs that a denoising step and its preparation need."""
+    per_layer = [f"dit_{kind}_{i:02d}" for kind in ("cross", "block") for i in range(num_layers)]
+    return ["dit_context", "dit_embed", *per_layer, "dit_final"]
+
+
+def _text(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> list[Component]:
+    return [
+        Component(step_llm_spec(checkpoint.llm_config, name), "llm", "", lambda: checkpoint.step_llm(dtype)),
+        Component(hunyuan_clip_spec(checkpoint.clip_config, name), "clip", "", lambda: checkpoint.clip(dtype)),
+    ]
+
+
+def _vae(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> list[Component]:
+    config = checkpoint.vae_config
+    return [
+        Component(vae_encoder_spec(config, name), "vae", "encoder.", lambda: checkpoint.vae_encoder(dtype)),
+        Component(vae_decoder_spec(config, name), "vae", "decoder.", lambda: checkpoint.vae_decoder(dtype)),
+    ]
+
+
+def _dit(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> list[Component]:
+    config = checkpoint.dit_config
+
+    def outer(spec: EngineSpec, graph: Callable[..., nn.Module]) -> Component:
+        return Component(spec, "dit", "", lambda: graph(checkpoint.dit_outer(dtype)))
+
+    def block(index: int) -> Component:
+        prefix = f"{BLOCKS_PREFIX}{index}."
+        return Component(block_spec(config, name, index), "dit", prefix, lambda: checkpoint.dit_block(index, dtype))
+
+    def cross(index: int) -> Component:
+        prefix = f"{BLOCKS_PREFIX}{index}."
+        spec = cross_spec(config, name, index)
+        return Component(spec, "dit", prefix, lambda: CrossGraph(checkpoint.dit_block(index, dtype)))
+
+    layers = range(config.num_layers)
+    return [
+        outer(context_spec(config, name), ContextGraph),
+        *(cross(i) for i in layers),
+        outer(embed_spec(config, name), EmbedGraph),
+        *(block(i) for i in layers),
+        outer(final_spec(config, name), FinalGraph),
+    ]

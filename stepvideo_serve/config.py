@@ -1,0 +1,184 @@
+"""serve.toml -> ServeConfig.
+
+The dataclasses below are the format: a section of the file is a field of ServeConfig, a key is a field of the section,
+its annotation says what may stand there, and a field without a default is required. serve.toml at the top of the
+repository describes each key.
+"""
+
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from stepvideo_serve.errors import ConfigError
+from stepvideo_serve.request import RequestLimits
+
+ENVIRONMENT_VARIABLE = "STEPVIDEO_CONFIG"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights and graphs are served, and what runs them."""
+
+    dir: Path
+    engines_dir: Path
+    backend: Literal["ort", "eager", "tensorrt", "tensorrt_rtx"] = "ort"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoders. `cache_entries`: prompts whose states are kept; 0 keeps none."""
+
+    cache_entries: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "cache_entries")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The group of ranks that runs the DiT.
+
+    threads          CPU threads per rank; 0 = all cores
+    max_queued       runs that may wait behind the one under way before QueueFull
+    start_timeout_s  from the start of the ranks until all are ready
+    arena_mib        shared memory in each direction, for the tensors of one message; only what is used costs memory
+    layout           how the ranks divide the work
+    """
+
+    threads: int = 0
+    max_queued: int = 8
+    start_timeout_s: float = 600.0
+    arena_mib: int = 256
+    layout: str = "single"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "threads", "max_queued")
+        _at_least(self, 1, "start_timeout_s", "arena_mib")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The VAE decoder. `threads`: CPU threads; 0 = all cores."""
+
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "threads")
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """The mp4.
+
+    fps             frames per second
+    crop            crop 544x992 to 540x960 and 992x544 to 960x540
+    ffmpeg_threads  threads of the encoder and of the filters each; 0 = ffmpeg's choice. The bytes depend on it
+    """
+
+    fps: int = 25
+    crop: bool = True
+    ffmpeg_threads: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "fps")
+        _at_least(self, 0, "ffmpeg_threads")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The configuration of a server."""
+
+    model: ModelConfig
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    text: TextConfig = field(default_factory=TextConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+
+    @classmethod
+    def load(cls, path: Path) -> "ServeConfig":
+        """The configuration in a TOML file; relative paths in it are relative to its folder.
+
+        ConfigError, naming the key and the file, for a missing or unreadable file, an unknown or missing key, a wrong
+        type or a value out of range.
+        """
+        try:
+            with path.open("rb") as file:
+                table = tomllib.load(file)
+        except OSError as error:
+            raise ConfigError(f"The configuration must be a TOML file, {path}: {error.strerror}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} must be TOML in UTF-8, found: {error}.") from error
+        hints = get_type_hints(cls)
+        _check_keys("the file", table, set(hints), set(), path)
+        return cls(**{name: _section(name, kind, table.get(name, {}), path) for name, kind in hints.items()})
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ServeConfig":
+        """The configuration in the file that STEPVIDEO_CONFIG names; ConfigError if it is not set."""
+        value = environ.get(ENVIRONMENT_VARIABLE)
+        if not value:
+            raise ConfigError(f"{ENVIRONMENT_VARIABLE} must name the configuration file, it is not set: set it.")
+        return cls.load(Path(value))
+
+
+def _section(name: str, kind: Any, table: object, path: Path) -> Any:
+    """The dataclass `kind` from one table of the file."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name} in {path} must be a table, got {table!r}: write [{name}] above its keys.")
+    hints = get_type_hints(kind)
+    required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    _check_keys(f"[{name}]", table, set(hints), required, path)
+    values = {key: _value(f"[{name}] {key}", hints[key], value, path) for key, value in table.items()}
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"[{name}] in {path}: {error}") from error
+
+
+def _check_keys(where: str, table: Mapping[str, object], allowed: set[str], required: set[str], path: Path) -> None:
+    for key in table:
+        if key not in allowed:
+            raise ConfigError(f"{where} of {path} may have {', '.join(sorted(allowed))}, got {key!r}: correct it.")
+    if missing := required - table.keys():
+        raise ConfigError(f"{where} of {path} needs {', '.join(sorted(missing))}, got {sorted(table)}: add it.")
+
+
+def _value(where: str, kind: Any, value: Any, path: Path) -> Any:
+    """`value` as the annotation `kind`: bool, int, float, str, Path, Literal of texts, or a tuple of these."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        items = get_args(kind)
+        kinds = items[:1] * len(value) if items[1:] == (...,) else items
+        if len(kinds) == len(value):
+            return tuple(_value(f"{where}[{i}]", *pair, path) for i, pair in enumerate(zip(kinds, value, strict=True)))
+    elif get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    elif kind is Path and isinstance(value, str) and value:
+        return path.absolute().parent / value
+    elif kind in (bool, int, str) and type(value) is kind:
+        return value
+    raise ConfigError(f"{where} in {path} must be {_expected(kind)}, got {value!r}: correct it.")
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list [" + ", ".join("..." if item is ... else _expected(item) for item in get_args(kind)) + "]"
+    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", Path: "a path"}
+    return names[kind]
+
+
+def _at_least(section: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}.")

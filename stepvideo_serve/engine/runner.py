@@ -1,0 +1,87 @@
+"""The one call that the stages make to run a graph, whatever runs it."""
+
+import abc
+from types import TracebackType
+from typing import Self, final
+
+import torch
+
+from stepvideo_serve.engine.spec import EngineSpec
+from stepvideo_serve.errors import EngineError
+
+
+class EngineRunner(abc.ABC):
+    """Runs one graph: tensors by name in, tensors by name out.
+
+    A runner checks the inputs against its spec before the backend sees them. The outputs are new tensors on
+    `device` that the caller owns: no later call writes to them. A runner serves one thread at a time.
+    Use it as a context manager, or call close().
+    """
+
+    def __init__(self, spec: EngineSpec, device: torch.device | str, engine_id: str) -> None:
+        self._spec = spec
+        self._device = _with_index(torch.device(device))
+        self._engine_id = engine_id
+        self._closed = False
+
+    @property
+    def spec(self) -> EngineSpec:
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs must be and the outputs will be."""
+        return self._device
+
+    @property
+    def engine_id(self) -> str:
+        """Says what runs, for reports: backend and file, or the hash that the manifest gives it."""
+        return self._engine_id
+
+    @final
+    def __call__(self, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The outputs by name, in the order of the spec.
+
+        EngineError if the runner is closed, or the inputs or the backend's outputs do not fit the spec.
+        """
+        if self._closed:
+            raise EngineError(f"Engine {self._spec.name} must be open to run, but it was closed: make a new runner.")
+        dims = self._spec.check_inputs(inputs)
+        for name, tensor in inputs.items():
+            if tensor.device != self._device:
+                raise EngineError(
+                    f'Engine {self._spec.name}: input "{name}" must be on {self._device}, got {tensor.device}: move it.'
+                )
+        outputs = self._run({tensor.name: inputs[tensor.name] for tensor in self._spec.inputs}, dims)
+        self._spec.check_outputs(outputs, dims)
+        return {tensor.name: outputs[tensor.name] for tensor in self._spec.outputs}
+
+    @final
+    def close(self) -> None:
+        """Frees what the backend holds; more calls of close() do nothing."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abc.abstractmethod
+    def _run(self, inputs: dict[str, torch.Tensor], dims: dict[str, int]) -> dict[str, torch.Tensor]:
+        """Runs the graph on checked inputs (in spec order, maybe not contiguous); returns new tensors."""
+
+    @abc.abstractmethod
+    def _release(self) -> None:
+        """Frees what the backend holds; called once."""
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """torch.device("cuda") as the current GPU, because tensors always name theirs."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,256 @@
+"""What one graph takes and gives: names, dtypes and shapes, with symbolic dimensions and their ranges.
+
+One EngineSpec feeds the export (dynamic_shapes), the optimisation profile (profile), the runners (check_inputs,
+output_shapes) and the manifest (to_json).
+
+A dimension of a shape is an integer, a symbol such as "tokens", or an integer multiple of a symbol such as "16*h".
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from stepvideo_serve.errors import EngineError
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        name: getattr(torch, name)
+        for name in ("float32", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "bool", "uint8")
+    }
+)
+
+_DIM_PATTERN = re.compile(r"(?:([1-9][0-9]*)\*)?([A-Za-z_][A-Za-z0-9_]*)")
+
+
+@dataclass(frozen=True)
+class Dim:
+    """The sizes that a symbolic dimension may take: min <= opt <= max; `opt` is the size to tune for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise EngineError(f"A dimension needs 1 <= min <= opt <= max, got {self}: correct the range.")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: `dtype` is a key of TORCH_DTYPES; `shape` mixes sizes, "symbol" and "<int>*symbol"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise EngineError("A tensor of an engine needs a name, got an empty string: name it.")
+        if self.dtype not in TORCH_DTYPES:
+            raise EngineError(f'Tensor "{self.name}" must have a dtype of {sorted(TORCH_DTYPES)}, got {self.dtype!r}.')
+        for dim in self.shape:
+            if isinstance(dim, str):
+                _split(dim)
+            elif type(dim) is not int or dim < 0:
+                raise EngineError(f'Tensor "{self.name}" must have integer sizes >= 0, got {dim!r}: correct the shape.')
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The symbols in the shape, without their factors."""
+        return frozenset(_split(dim)[1] for dim in self.shape if isinstance(dim, str))
+
+    def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in numbers, given a size for each symbol."""
+        return tuple(_size(dim, dims) for dim in self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The signature of one graph. Symbols have their range in `dims`; outputs use symbols of the inputs."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: Mapping[str, Dim] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", dict(self.dims))
+        seen: set[str] = set()
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.name in seen:
+                raise EngineError(f'Engine {self.name}: tensor names must differ, "{tensor.name}" is there twice.')
+            seen.add(tensor.name)
+            if unknown := tensor.symbols - self.dims.keys():
+                raise EngineError(
+                    f'Engine {self.name}: tensor "{tensor.name}" uses {sorted(unknown)} without a range: '
+                    f"add them to dims, which has {sorted(self.dims)}."
+                )
+        bound = frozenset[str]().union(*(tensor.symbols for tensor in self.inputs))
+        for tensor in self.outputs:
+            if unbound := tensor.symbols - bound:
+                raise EngineError(
+                    f'Engine {self.name}: output "{tensor.name}" uses {sorted(unbound)}, which no input has: '
+                    f"outputs may use {sorted(bound)}."
+                )
+
+    def check_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """The size of every symbol; EngineError if a name, dtype, rank, size or range does not match."""
+        self._check_names("inputs", [tensor.name for tensor in self.inputs], inputs)
+        dims: dict[str, int] = {}
+        for spec in self.inputs:
+            tensor = inputs[spec.name]
+            if not isinstance(tensor, torch.Tensor):
+                raise EngineError(
+                    f'Engine {self.name}: input "{spec.name}" must be a tensor {spec}, got {type(tensor).__name__}.'
+                )
+            shape = tuple(tensor.shape)
+            if tensor.dtype != spec.torch_dtype or len(shape) != len(spec.shape):
+                raise self._mismatch(spec, tensor)
+            for axis, (expected, size) in enumerate(zip(spec.shape, shape, strict=True)):
+                if isinstance(expected, int):
+                    if size != expected:
+                        raise self._mismatch(spec, tensor, f"axis {axis} must be {expected}")
+                    continue
+                factor, symbol = _split(expected)
+                if size % factor:
+                    raise self._mismatch(spec, tensor, f"axis {axis} must be a multiple of {factor}")
+                value = dims.setdefault(symbol, size // factor)
+                if value * factor != size:
+                    raise self._mismatch(spec, tensor, f"{symbol} is {value} in an earlier axis")
+                allowed = self.dims[symbol]
+                if not allowed.min <= value <= allowed.max:
+                    raise self._mismatch(spec, tensor, f"{symbol}={value} is out of range")
+        return dims
+
+    def check_outputs(self, outputs: Mapping[str, torch.Tensor], dims: Mapping[str, int]) -> None:
+        """EngineError unless names, dtypes and shapes are those that the spec gives for `dims`."""
+        self._check_names("outputs", [tensor.name for tensor in self.outputs], outputs)
+        for spec in self.outputs:
+            tensor, shape = outputs[spec.name], spec.resolve(dims)
+            if tensor.dtype != spec.torch_dtype or tuple(tensor.shape) != shape:
+                raise EngineError(
+                    f'Engine {self.name}: output "{spec.name}" must be {spec.dtype} {list(shape)}, '
+                    f"got {_describe(tensor)}: the graph does not fit its spec, export it again."
+                )
+
+    def input_shapes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Input name -> shape in numbers, given a size for each symbol."""
+        return {tensor.name: tensor.resolve(dims) for tensor in self.inputs}
+
+    def output_shapes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Output name -> shape in numbers, given a size for each symbol."""
+        return {tensor.name: tensor.resolve(dims) for tensor in self.outputs}
+
+    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        """Input name -> {axis: torch.export.Dim} for torch.onnx.export(dynamo=True), without symbols of one size.
+
+        The keys follow the order of the inputs: pass tuple(spec.dynamic_shapes().values()) where the module's
+        parameters have other names.
+        """
+        roots = {
+            symbol: torch.export.Dim(symbol, min=dim.min, max=dim.max)
+            for symbol, dim in self.dims.items()
+            if dim.min < dim.max
+        }
+        return {tensor.name: dict(_export_axes(tensor, roots)) for tensor in self.inputs}
+
+    def bounds(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The smallest, optimal and largest shape of one of the spec's tensors."""
+        return (
+            tensor.resolve({symbol: dim.min for symbol, dim in self.dims.items()}),
+            tensor.resolve({symbol: dim.opt for symbol, dim in self.dims.items()}),
+            tensor.resolve({symbol: dim.max for symbol, dim in self.dims.items()}),
+        )
+
+    def profile(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Input name -> its smallest, optimal and largest shape: an optimisation profile."""
+        return {tensor.name: self.bounds(tensor) for tensor in self.inputs}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that from_json reads back to an equal spec."""
+        return {
+            "name": self.name,
+            "inputs": [_tensor_json(tensor) for tensor in self.inputs],
+            "outputs": [_tensor_json(tensor) for tensor in self.outputs],
+            "dims": {symbol: [dim.min, dim.opt, dim.max] for symbol, dim in self.dims.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "EngineSpec":
+        """The spec that to_json wrote; EngineError if the object has another form."""
+        try:
+            return cls(
+                name=data["name"],
+                inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
+                outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
+                dims={symbol: Dim(*bounds) for symbol, bounds in data["dims"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(
+                f"An engine spec in JSON needs name, inputs, outputs and dims as to_json writes them, "
+                f"got {type(error).__name__}: {error}; write the manifest again."
+            ) from error
+
+    def _check_names(self, what: str, expected: list[str], received: Mapping[str, object]) -> None:
+        if set(expected) != set(received):
+            raise EngineError(
+                f"Engine {self.name}: {what} must be {expected}, got {list(received)}: "
+                f"missing {sorted(set(expected) - set(received))}, unknown {sorted(set(received) - set(expected))}."
+            )
+
+    def _mismatch(self, spec: TensorSpec, tensor: torch.Tensor, reason: str = "") -> EngineError:
+        ranges = [f"{s} in {self.dims[s].min}..{self.dims[s].max}" for s in sorted(spec.symbols)]
+        where = f" with {', '.join(ranges)}" if ranges else ""
+        why = f" ({reason})" if reason else ""
+        return EngineError(
+            f'Engine {self.name}: input "{spec.name}" must be {spec}{where}, got {_describe(tensor)}{why}: '
+            "pass a matching tensor, or build the engine for this shape."
+        )
+
+
+def _split(dim: str) -> tuple[int, str]:
+    """(factor, symbol) of "symbol" or "<int>*symbol"."""
+    match = _DIM_PATTERN.fullmatch(dim)
+    if match is None:
+        raise EngineError(f'A symbolic dimension must be a name or "<int>*<name>", got {dim!r}.')
+    return int(match[1] or 1), match[2]
+
+
+def _size(dim: int | str, dims: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    factor, symbol = _split(dim)
+    if symbol not in dims:
+        raise EngineError(f"A size is needed for {symbol!r}, got sizes for {sorted(dims)} only: add it.")
+    return factor * dims[symbol]
+
+
+def _export_axes(tensor: TensorSpec, roots: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+    for axis, dim in enumerate(tensor.shape):
+        if isinstance(dim, str):
+            factor, symbol = _split(dim)
+            if symbol in roots:
+                yield axis, roots[symbol] if factor == 1 else factor * roots[symbol]
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _tensor_json(tensor: TensorSpec) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))

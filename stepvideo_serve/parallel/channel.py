@@ -1,0 +1,122 @@
+"""Messages between the parent and a rank: one JSON object each, preceded by its length, over a socket pair.
+
+parent -> rank   start   factory, settings, arena_bytes, job_fd, result_fd   once, first
+                 job     id, params, tensors                                 one at a time
+                 ack     id                     the last report has been taken and its tensors copied out
+                 cancel  id                     end the job at the next opportunity
+                 shutdown
+rank -> parent   ready   info                   the factory has returned
+                 report  id, params, tensors    leader only
+                 done    id, params, tensors    end of a job; empty params and no tensors except from the leader
+                 raised  error                  end of a job, or of the start
+"""
+
+import contextlib
+import json
+import select
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stepvideo_serve import errors
+from stepvideo_serve.errors import InvalidRequest, RequestError, StepVideoError, WorkerFailed
+
+MESSAGE_LIMIT_BYTES = 1 << 20
+SENTENCE_LIMIT = 2000  # characters of an exception's message
+
+JsonObject = dict[str, Any]
+
+
+class ChannelClosedError(Exception):
+    """The other side is gone, or no longer follows the protocol."""
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """A message as it goes over the wire; InvalidRequest when it is too long, TypeError when it is not JSON."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    if len(body) > MESSAGE_LIMIT_BYTES:
+        raise InvalidRequest(
+            f"A message between the server and its ranks may have {MESSAGE_LIMIT_BYTES} bytes, got {len(body)}: "
+            f"pass large data as tensors."
+        )
+    return len(body).to_bytes(4, "big") + body
+
+
+class Channel:
+    """One end of the socket pair. Any thread may send; one thread receives.
+
+    `transfer_timeout_s` limits one message, once it has begun; None where only the death of the other side may end it.
+    """
+
+    def __init__(self, sock: socket.socket, transfer_timeout_s: float | None) -> None:
+        self._socket = sock
+        self._socket.settimeout(transfer_timeout_s)
+        self._send_lock = threading.RLock()  # reentrant: a Run may be finalised, and cancel, at any point
+
+    def fileno(self) -> int:
+        """For poll(); readable means: a message, or the end."""
+        return self._socket.fileno()
+
+    def send(self, wire: bytes) -> None:
+        """Send what `encode` returned; ChannelClosedError when the other side is gone or does not read."""
+        with self._send_lock:
+            try:
+                # Without MSG_NOSIGNAL a dead rank could kill an embedding process that does not ignore SIGPIPE.
+                self._socket.sendall(wire, socket.MSG_NOSIGNAL)
+            except OSError as error:
+                # Half a message may be out: end the stream, so that both sides notice.
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                raise ChannelClosedError(f"a message could not be sent ({error})") from error
+
+    def receive(self) -> JsonObject:
+        """Wait for the next message, without a limit until it begins; ChannelClosedError at the end of the stream."""
+        try:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.poll()
+            size = int.from_bytes(self._exactly(4), "big")
+            if size > MESSAGE_LIMIT_BYTES:
+                raise ChannelClosedError(f"a message of {size} bytes came, {MESSAGE_LIMIT_BYTES} are allowed")
+            message = json.loads(self._exactly(size))
+        except (OSError, ValueError) as error:
+            raise ChannelClosedError(f"a message could not be read ({error})") from error
+        if not isinstance(message, dict) or "kind" not in message:
+            raise ChannelClosedError(f"a message without a kind came: {message!r}")
+        return message
+
+    def close(self) -> None:
+        """Close this end; calling it again does nothing."""
+        with self._send_lock:
+            self._socket.close()
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = self._socket.recv(size - len(data))
+            if not part:
+                raise ChannelClosedError("the other side closed the channel")
+            data += part
+        return bytes(data)
+
+
+def error_to_json(error: BaseException) -> JsonObject:
+    """What travels of an exception: its nearest class in errors.py (or null), its own type, and one line of text."""
+    known = (base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
+    text = str(error) if isinstance(error, StepVideoError) else " ".join(str(error).split())
+    return {"class": next(known, None), "type": type(error).__name__, "message": text[:SENTENCE_LIMIT]}
+
+
+def error_from_json(description: Mapping[str, Any], where: str) -> RequestError:
+    """The RequestError that a rank raised; anything else becomes WorkerFailed, said to have happened `where`."""
+    for known in _subclasses(RequestError):
+        if known.__name__ == description["class"]:
+            return known(description["message"])
+    return WorkerFailed(f"{where}: {description['type']}: {description['message'].rstrip('.')}.")
+
+
+def _subclasses(root: type[RequestError]) -> Iterator[type[RequestError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _subclasses(child)
