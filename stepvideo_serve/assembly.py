@@ -1,6 +1,6 @@
 """Puts the parts together as a configuration says: graphs into runners, runners into stages."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ from stepvideo_serve.components import DTYPES, components, dit_graph_names
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.eager import EagerRunner
-from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.manifest import Manifest, content_key
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError, RequestCancelled
@@ -25,7 +25,7 @@ from stepvideo_serve.video.preview import LatentPreview
 from stepvideo_serve.weights.checkpoint import Checkpoint
 
 
-def load_runners(config: ServeConfig, names: Iterable[str], threads: int) -> dict[str, EngineRunner]:
+def load_runners(config: ServeConfig, names: Collection[str], threads: int) -> dict[str, EngineRunner]:
     """The named graphs on the configured backend. Raises EngineError when the engine directory does not fit."""
     model = config.model
     if model.backend == "eager":
@@ -34,7 +34,6 @@ def load_runners(config: ServeConfig, names: Iterable[str], threads: int) -> dic
         return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
     if model.backend == "ort":
         manifest = open_manifest(config)
-        names = list(names)
         manifest.verify(model.engines_dir, names)
         entries = {name: manifest.graph(name) for name in names}
         return {
@@ -123,8 +122,11 @@ class Denoiser:
         """One StepDone per step; see `run_job`."""
         return run_job(job, self._dit, self._preview.render)
 
-    def engine_ids(self) -> dict[str, str]:
-        return {name: runner.engine_id for name, runner in self._runners.items()}
+    @property
+    def engines(self) -> str:
+        """Identifies all graphs of the DiT together, for reports."""
+        ids = sorted(runner.engine_id for runner in self._runners.values())
+        return f"{len(ids)} graphs, {content_key(ids=ids)[:12]}"
 
 
 def load_preview(config: ServeConfig, channels: int) -> LatentPreview:
@@ -171,4 +173,4 @@ class LocalStages:
         return self._frames.decode(latents)
 
     def describe(self) -> dict[str, Any]:
-        return {**describe(self._config), "engines": self._denoiser.engine_ids()}
+        return {**describe(self._config), "engines": self._denoiser.engines}

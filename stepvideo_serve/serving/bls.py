@@ -1,0 +1,146 @@
+"""The stages of the pipeline as calls to the server's other models (Business Logic Scripting)."""
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from torch import Tensor
+
+from stepvideo_serve.errors import RequestError, WorkerFailed
+from stepvideo_serve.pipeline import Cancelled, Frames
+from stepvideo_serve.sampling.job import DenoiseJob, StepDone
+from stepvideo_serve.serving.adapter import Arrays, bytes_array
+from stepvideo_serve.text.states import TextStates
+
+CANCEL_POLL_S = 0.05
+
+
+class BlsStages:
+    """One request's way through the models of this server."""
+
+    def __init__(self, latent_channels: int, description: dict[str, Any]) -> None:
+        self.latent_channels = latent_channels
+        self._description = description
+
+    def encode_text(self, prompt: str) -> TextStates:
+        out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, ("LLM_STATES", "CLIP_STATES"))
+        return TextStates(llm=torch.from_numpy(out["LLM_STATES"]), clip=torch.from_numpy(out["CLIP_STATES"]))
+
+    def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        out = call("vae_encoder", {"PIXELS": pixels.numpy(), "NOISE": noise.numpy()}, ("LATENT",))
+        return torch.from_numpy(out["LATENT"])
+
+    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:
+        """The last step is held back until its latents are there."""
+        run_id = uuid.uuid4().hex
+        held: StepDone | None = None
+        with cancelling(run_id, cancelled):
+            for out in stream("dit_denoiser", _job_inputs(job, run_id)):
+                if "LATENTS" in out and held is not None:
+                    self._description |= json.loads(out["REPORT"].flat[0])
+                    yield StepDone(held.step, held.total_steps, held.seconds, None, torch.from_numpy(out["LATENTS"]))
+                    return
+                if held is not None:
+                    yield held
+                held = _step_done(out)
+        raise WorkerFailed("dit_denoiser must answer with latents, it ended without them: see the server's log.")
+
+    def decode(self, latents: Tensor) -> Iterator[Frames]:
+        return (out["FRAMES"] for out in stream("vae_decoder", {"LATENTS": latents.numpy()}))
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self._description)
+
+
+def call(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """One request, one response. Raises the RequestError that the model answered with."""
+    return _read(_request(model, inputs, outputs).exec())
+
+
+def stream(model: str, inputs: Arrays) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    """One request to a decoupled model, its responses in turn."""
+    for response in _request(model, inputs, ()).exec(decoupled=True):
+        if outputs := _read(response):
+            yield outputs
+
+
+@contextmanager
+def cancelling(run_id: str, cancelled: Cancelled) -> Iterator[None]:
+    """While the block runs, a cancel of the public request becomes one of its denoising run; leaving the block by an
+    exception ends the run too."""
+    left = threading.Event()
+
+    def cancel_run() -> None:
+        for _ in stream("dit_denoiser", {"CANCEL_RUN": bytes_array(run_id.encode())}):
+            continue
+
+    def watch() -> None:
+        while not left.wait(CANCEL_POLL_S):
+            if cancelled():
+                cancel_run()
+                return
+
+    watcher = threading.Thread(target=watch, name="cancel-watch")
+    watcher.start()
+    try:
+        yield
+    except BaseException:
+        cancel_run()
+        raise
+    finally:
+        left.set()
+        watcher.join()
+
+
+def _request(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> Any:
+    return pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=list(outputs),
+        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
+    )
+
+
+def _read(response: Any) -> dict[str, np.ndarray[Any, Any]]:
+    if response.has_error():
+        raise error_from_text(response.error().message())
+    return {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
+
+
+def error_from_text(message: str) -> RequestError:
+    """The RequestError of a "CODE: sentence"; anything else was not sent by our models and is INTERNAL."""
+    code, _, sentence = message.partition(": ")
+    for kind in RequestError.__subclasses__():
+        if kind.code == code:
+            return kind(sentence)
+    return WorkerFailed(f"A model of this server failed: {message.splitlines()[0] if message else 'no message'}")
+
+
+def _job_inputs(job: DenoiseJob, run_id: str) -> dict[str, np.ndarray[Any, Any]]:
+    inputs: dict[str, np.ndarray[Any, Any]] = {
+        "RUN_ID": bytes_array(run_id.encode()),
+        "LATENTS": job.latents.float().numpy(),
+        "CONDITION": job.condition.numpy(),
+        "POSITIVE_LLM": job.positive.llm.numpy(),
+        "POSITIVE_CLIP": job.positive.clip.numpy(),
+        "STEPS": np.array([job.steps], np.int32),
+        "CFG_SCALE": np.array([job.cfg_scale], np.float32),
+        "TIME_SHIFT": np.array([job.time_shift], np.float32),
+        "MOTION_SCORE": np.array([job.motion_score], np.float32),
+        "PREVIEW_EVERY": np.array([job.preview_every], np.int32),
+    }
+    if job.negative is not None:
+        inputs |= {"NEGATIVE_LLM": job.negative.llm.numpy(), "NEGATIVE_CLIP": job.negative.clip.numpy()}
+    if job.timeout_s is not None:
+        inputs["TIMEOUT_S"] = np.array([job.timeout_s], np.float32)
+    return inputs
+
+
+def _step_done(out: Arrays) -> StepDone:
+    step, total, seconds = (out[name].flat[0] for name in ("STEP", "TOTAL_STEPS", "STEP_SECONDS"))
+    return StepDone(int(step), int(total), float(seconds), out.get("PREVIEW"), None)
