@@ -34,13 +34,13 @@ def compare_with_eager(spec: EngineSpec, module: nn.Module, path: Path, precisio
             reference = ours if precision == "fp32" else _in_fp32(module, inputs, ours)
             for name, value in outputs.items():
                 allowed = FP32_ALLOWED if precision == "fp32" else 2 * relative_error(ours[name], reference[name])
-                row = {"output": name, "sizes": used, "error": relative_error(value, reference[name]), "allowed": allowed}
-                if not row["error"] <= allowed:
+                error = relative_error(value, reference[name])
+                if not error <= allowed:
                     raise ExportError(
                         f"{spec.name}: output {name} at {used} must be within {allowed:.1e} of the reference, "
-                        f"is off by {row['error']:.1e}."
+                        f"is off by {error:.1e}."
                     )
-                rows.append(row)
+                rows.append({"output": name, "sizes": used, "error": error, "allowed": allowed})
     return rows
 
 

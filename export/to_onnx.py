@@ -133,7 +133,7 @@ def _export_one(component: Component, key: str, out: Path, precision: str) -> Gr
     try:
         module = component.load()
         path = workshop / f"{component.name}.onnx"
-        _write_graph(module, component.spec, path)
+        write_graph(module, component.spec, path)
         _check_graph(component.spec, path)
         parity = compare_with_eager(component.spec, module, path, precision)
         for file in sorted(workshop.iterdir(), reverse=True):  # weights first: the graph file makes it complete
@@ -146,7 +146,8 @@ def _export_one(component: Component, key: str, out: Path, precision: str) -> Gr
     return GraphEntry(files, key, component.spec, {"parity": parity, "seconds": round(time.monotonic() - began_s, 2)})
 
 
-def _write_graph(module: nn.Module, spec: EngineSpec, path: Path) -> None:
+def write_graph(module: nn.Module, spec: EngineSpec, path: Path) -> None:
+    """One module as `path` with its weights beside it, traced with small inputs; sizes in `spec.dims` stay open."""
     inputs = sample_inputs(spec, SMALL_SIZES)
     with _quiet_exporter():
         program = torch.onnx.export(

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError, RequestCancelled
 from stepvideo_serve.pipeline import Cancelled, Frames
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
-from stepvideo_serve.text.encode import TextEncoder
 from stepvideo_serve.text.states import TextStates
 from stepvideo_serve.vae.chunking import decode_chunks, sample_posterior
 from stepvideo_serve.video.mp4 import to_uint8
 from stepvideo_serve.video.preview import LatentPreview
 from stepvideo_serve.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from stepvideo_serve.text.encode import TextEncoder
 
 
 def load_runners(config: ServeConfig, names: Collection[str], threads: int) -> dict[str, EngineRunner]:
@@ -67,7 +69,9 @@ def compute_dtype(config: ServeConfig) -> torch.dtype:
     return dtype
 
 
-def build_text_encoder(config: ServeConfig) -> TextEncoder:
+def build_text_encoder(config: ServeConfig) -> "TextEncoder":
+    from stepvideo_serve.text.encode import TextEncoder  # imports transformers, which only this stage should pay for
+
     checkpoint = Checkpoint(config.model.dir)
     runners = load_runners(config, ("step_llm", "hunyuan_clip"), threads=0)
     return TextEncoder(

@@ -21,7 +21,6 @@ from stepvideo_serve.dit.graphs import (
     final_spec,
 )
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.text.graphs import hunyuan_clip_spec, step_llm_spec
 from stepvideo_serve.vae.graphs import vae_decoder_spec, vae_encoder_spec
 from stepvideo_serve.weights.checkpoint import BLOCKS_PREFIX, Checkpoint
 
@@ -59,6 +58,8 @@ def dit_graph_names(num_layers: int) -> list[str]:
 
 
 def _text(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> list[Component]:
+    from stepvideo_serve.text.graphs import hunyuan_clip_spec, step_llm_spec  # imports transformers, which takes long
+
     return [
         Component(step_llm_spec(checkpoint.llm_config, name), "llm", "", lambda: checkpoint.step_llm(dtype)),
         Component(hunyuan_clip_spec(checkpoint.clip_config, name), "clip", "", lambda: checkpoint.clip(dtype)),

@@ -268,7 +268,10 @@ def _serve(server: TritonServer, ready_timeout_s: float) -> int:
         print(
             f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}; Ctrl-C stops it", flush=True
         )
-        return server.wait()
+        try:
+            return server.wait()
+        except KeyboardInterrupt:  # how it is meant to end
+            return 0
 
 
 def _run(server: TritonServer, ready_timeout_s: float, command: Sequence[str]) -> int:
@@ -310,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: COMMAND's for `run`; 1 when the server could not be started; 130 after Ctrl-C."""
+    """The exit code: COMMAND's for `run`; 0 when Ctrl-C ended `serve`, else 130; 1 when the server could not start."""
     arguments = _parser().parse_args(argv)
     options = ServerOptions(
         model_repository=arguments.model_repository,

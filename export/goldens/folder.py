@@ -1,8 +1,8 @@
 """A folder of golden tensors of one checkpoint.
 
-    goldens.json         entries (name -> shape, dtype, description) and the prompts, seeds and settings behind them
-    goldens.safetensors  the tensors
-    images/NAME.png      first images
+goldens.json         entries (name -> shape, dtype, description) and the prompts, seeds and settings behind them
+goldens.safetensors  the tensors
+images/NAME.png      first images
 """
 
 import json

@@ -14,11 +14,13 @@ from stepvideo_serve.weights.checkpoint import Checkpoint
 
 BACKENDS = ("eager", "ort")
 
+OpenRunner = Callable[[str], EngineRunner]
+
 
 class Networks:
     """A checkpoint and its graphs by name, opened when first asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: str, open_runner: Callable[[str], EngineRunner]) -> None:
+    def __init__(self, checkpoint: Checkpoint, backend: str, open_runner: OpenRunner) -> None:
         self.checkpoint = checkpoint
         self.backend = backend
         self._open_runner = open_runner
@@ -45,26 +47,23 @@ class Networks:
 
 @contextmanager
 def open_networks(folder: Path, backend: str, onnx: Path | None) -> Iterator[Networks]:
-    """The networks of the checkpoint in `folder`; for "ort" from the export in `onnx`, or from one made for the
-    occasion. Raises SetupError."""
+    """The networks of the checkpoint in `folder`; for "ort" from the graphs in `onnx`, or from graphs exported when
+    first asked for. Raises SetupError."""
     checkpoint = Checkpoint(folder)
     with ExitStack() as stack:
         if backend == "eager":
             open_runner = _eager(checkpoint)
         elif onnx is not None:
-            open_runner = _ort(onnx)
+            open_runner = _exported(onnx)
         else:
-            from export.to_onnx import export_graphs  # needs the packages that only an export needs
-
-            out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepvideo-onnx-")))
-            export_graphs(checkpoint, out)
-            open_runner = _ort(out)
+            out = stack.enter_context(tempfile.TemporaryDirectory(prefix="stepvideo-onnx-"))
+            open_runner = _exported_on_demand(checkpoint, Path(out))
         networks = Networks(checkpoint, backend, open_runner)
         stack.callback(networks.close)
         yield networks
 
 
-def _eager(checkpoint: Checkpoint) -> Callable[[str], EngineRunner]:
+def _eager(checkpoint: Checkpoint) -> OpenRunner:
     def open_runner(name: str) -> EngineRunner:
         component = components(checkpoint, "fp32")[name]
         return EagerRunner(component.spec, component.load())
@@ -72,13 +71,22 @@ def _eager(checkpoint: Checkpoint) -> Callable[[str], EngineRunner]:
     return open_runner
 
 
-def _ort(directory: Path) -> Callable[[str], EngineRunner]:
+def _exported(directory: Path) -> OpenRunner:
     manifest = Manifest.load(directory)
     manifest.require(precision="fp32")
     manifest.verify(directory)
+    return lambda name: _open(manifest, directory, name)
+
+
+def _exported_on_demand(checkpoint: Checkpoint, out: Path) -> OpenRunner:
+    from export.to_onnx import export_graphs  # needs packages that only an export needs
 
     def open_runner(name: str) -> EngineRunner:
-        entry = manifest.graph(name)
-        return OrtRunner(entry.spec, directory / entry.file)
+        return _open(export_graphs(checkpoint, out, only=[name]), out, name)
 
     return open_runner
+
+
+def _open(manifest: Manifest, directory: Path, name: str) -> EngineRunner:
+    entry = manifest.graph(name)
+    return OrtRunner(entry.spec, directory / entry.file)

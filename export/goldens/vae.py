@@ -48,6 +48,7 @@ class VAEGoldens:
             return NO_GRAPH
         mean, logvar = self._posterior(case, source)
         if what == "sample":
+            self._goldens.require_size(noise, 2, mean.shape[2], "latent channels")
             return Computed(sample_posterior(mean, logvar, self._goldens.tensor(noise)))
         return Computed(mean if what == "mean" else logvar)
 

@@ -56,11 +56,13 @@ class DiTConfig:
                 clip_channels=captions[1] if isinstance(captions, list) else 0,
             )
         except KeyError as error:
-            raise CheckpointError(f"{source} must name {error.args[0]}, which is missing: use the official file.") from None
+            raise CheckpointError(
+                f"{source} must name {error.args[0]}, which is missing: use the official file."
+            ) from None
         if head_dim != HEAD_DIM or not conditioned or not isinstance(captions, list):
             raise CheckpointError(
-                f"{source} must describe Step-Video-TI2V (attention_head_dim {HEAD_DIM}, use_additional_conditions true, "
-                f"two caption_channels), got {head_dim}, {conditioned}, {captions}: text-to-video weights cannot be used."
+                f"{source} must describe Step-Video-TI2V (attention_head_dim {HEAD_DIM}, use_additional_conditions "
+                f"true, two caption_channels), got {head_dim}, {conditioned}, {captions}: use its own weights."
             )
         return config
 

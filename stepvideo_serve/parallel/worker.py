@@ -225,4 +225,7 @@ if __name__ == "__main__":
     # The module under its own name, so that a factory that imports it sees the same classes.
     from stepvideo_serve.parallel import worker as this_module
 
-    sys.exit(this_module.main())
+    code = this_module.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking the interpreter and torch apart needs seconds of CPU time, for nothing

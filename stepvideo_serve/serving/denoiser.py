@@ -13,7 +13,7 @@ import numpy as np
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.parallel.group import RankGroup, ResultEvent
-from stepvideo_serve.serving.adapter import Arrays, Sender, bytes_array, clear_setup_errors, read_inputs
+from stepvideo_serve.serving.adapter import Arrays, Sender, bytes_array, clear_setup_errors, end_process, read_inputs
 from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
 
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
@@ -58,6 +58,7 @@ class DenoiserModel:
     def finalize(self) -> None:
         self._queue.close()
         self._group.close()
+        end_process()
 
     def _queued(self, inputs: Arrays, sender: Sender) -> QueuedRun:
         missing = [name for name in ("RUN_ID", *REQUIRED_SCALARS) if name not in inputs]

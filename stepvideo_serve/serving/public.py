@@ -18,6 +18,7 @@ from stepvideo_serve.serving.adapter import (
     Sender,
     bytes_array,
     clear_setup_errors,
+    end_process,
     error_response,
     read_inputs,
     response,
@@ -37,6 +38,9 @@ class PublicModel:
         with clear_setup_errors():
             self._config = ServeConfig.from_environment()
             self._latent_channels = latent_channels(self._config)
+
+    def finalize(self) -> None:
+        end_process()
 
     def _parse(self, request: Any) -> GenerationRequest:
         return parse_request(read_inputs(request), self._config.limits, self._latent_channels)
@@ -87,6 +91,7 @@ class StreamingModel(PublicModel):
 
     def finalize(self) -> None:
         self._threads.shutdown()
+        super().finalize()
 
     def _accept(self) -> None:
         with self._lock:

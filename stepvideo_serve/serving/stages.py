@@ -8,7 +8,15 @@ import torch
 from stepvideo_serve.assembly import FrameDecoder, ImageEncoder, build_text_encoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import InvalidRequest
-from stepvideo_serve.serving.adapter import Arrays, Sender, clear_setup_errors, error_response, read_inputs, response
+from stepvideo_serve.serving.adapter import (
+    Arrays,
+    Sender,
+    clear_setup_errors,
+    end_process,
+    error_response,
+    read_inputs,
+    response,
+)
 
 
 class StageModel:
@@ -20,6 +28,9 @@ class StageModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        end_process()
 
     def load(self, config: ServeConfig) -> None:
         raise TypeError(f"{type(self).__name__} must say what to load")
@@ -75,6 +86,9 @@ class VaeDecoderModel:
             except Exception as error:  # as in StageModel
                 sender.fail(error)
             sender.close()
+
+    def finalize(self) -> None:
+        end_process()
 
 
 def _text(array: Any) -> str:

@@ -52,9 +52,13 @@ class StepLLMConfig:
                 norm_eps=values["layernorm_epsilon"],
             )
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} must be Step-LLM's JSON configuration, could not be read: {error}.") from None
+            raise CheckpointError(
+                f"{path} must be Step-LLM's JSON configuration, could not be read: {error}."
+            ) from None
         except KeyError as error:
-            raise CheckpointError(f"{path} must name {error.args[0]}, which is missing: use the official file.") from None
+            raise CheckpointError(
+                f"{path} must name {error.args[0]}, which is missing: use the official file."
+            ) from None
 
 
 class RMSNorm(nn.Module):

@@ -1,5 +1,7 @@
 """Video-VAE decoder: 3 latent frames -> 17 frames (1 -> 1)."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from stepvideo_serve.vae.config import VAEConfig
@@ -25,7 +27,7 @@ class DecoderLevel(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, blocks: int, upsample: nn.Module | None) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(widths))
         if upsample is not None:
             self.upsample = upsample
 
@@ -58,7 +60,7 @@ class VideoDecoder(nn.Module):
         x = self.conv_in(z) + repeat_channels(z, self.config.patch_channels)
         x = self.conv_unpatchify(x) + channels_to_space(repeat_channels(x, 8 * self.config.decoder_widths[-1]), 2)
         x = self.mid(x)
-        for level in reversed(self.up):  # type: ignore[call-overload]  # ModuleList is a sequence
+        for level in reversed(self.up):
             x = level(x)
         x = self.conv_out(self.norm_out(x, silu=True))
         return x.transpose(1, 2)[:, WARM_UP_FRAMES:]

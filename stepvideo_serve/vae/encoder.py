@@ -1,5 +1,7 @@
 """Video-VAE encoder: up to 17 frames -> the posterior of up to 3 latent frames."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from stepvideo_serve.vae.config import VAEConfig
@@ -25,7 +27,7 @@ class EncoderLevel(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, blocks: int, downsample: nn.Module | None) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(widths))
         if downsample is not None:
             self.downsample = downsample
 

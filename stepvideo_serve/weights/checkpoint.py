@@ -13,24 +13,27 @@ import hashlib
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
-from transformers import BertConfig
 
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.errors import CheckpointError
-from stepvideo_serve.text.hunyuan_clip import HunyuanClip, load_clip_config
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
-from stepvideo_serve.text.tokenizers import ClipTokenizer, StepTokenizer
 from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.decoder import VideoDecoder
 from stepvideo_serve.vae.encoder import VideoEncoder
 from stepvideo_serve.vae.model import VideoVAE
 from stepvideo_serve.weights.files import WeightFiles, file_digest, open_weights
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and most of the server's processes need no text encoder
+    from transformers import BertConfig
+
+    from stepvideo_serve.text.hunyuan_clip import HunyuanClip
+    from stepvideo_serve.text.tokenizers import ClipTokenizer, StepTokenizer
 
 M = TypeVar("M", bound=nn.Module)
 BLOCKS_PREFIX = "transformer_blocks."
@@ -54,17 +57,23 @@ class Checkpoint:
         return StepLLMConfig.load(self.folder / "step_llm" / "config.json")
 
     @cached_property
-    def clip_config(self) -> BertConfig:
+    def clip_config(self) -> "BertConfig":
+        from stepvideo_serve.text.hunyuan_clip import load_clip_config
+
         return load_clip_config(self.folder / "hunyuan_clip" / "clip_text_encoder" / "config.json")
 
     @cached_property
     def vae_config(self) -> VAEConfig:
         return VAEConfig.from_shapes(self._vae_files.shapes, str(self.folder / "vae"))
 
-    def step_tokenizer(self) -> StepTokenizer:
+    def step_tokenizer(self) -> "StepTokenizer":
+        from stepvideo_serve.text.tokenizers import StepTokenizer
+
         return StepTokenizer(self.folder / "step_llm" / "step1_chat_tokenizer.model")
 
-    def clip_tokenizer(self) -> ClipTokenizer:
+    def clip_tokenizer(self) -> "ClipTokenizer":
+        from stepvideo_serve.text.tokenizers import ClipTokenizer
+
         return ClipTokenizer(self.folder / "hunyuan_clip" / "tokenizer")
 
     def dit(self, dtype: torch.dtype = torch.float32) -> StepVideoDiT:
@@ -87,7 +96,9 @@ class Checkpoint:
     def step_llm(self, dtype: torch.dtype = torch.float32) -> StepLLM:
         return load_module(lambda: StepLLM(self.llm_config), self._llm_files, dtype)
 
-    def clip(self, dtype: torch.dtype = torch.float32) -> HunyuanClip:
+    def clip(self, dtype: torch.dtype = torch.float32) -> "HunyuanClip":
+        from stepvideo_serve.text.hunyuan_clip import HunyuanClip
+
         module = load_module(lambda: HunyuanClip(self.clip_config), self._clip_files, dtype, into="bert.")
         embeddings = module.bert.embeddings
         positions = torch.arange(embeddings.position_embeddings.num_embeddings)[None]
@@ -137,7 +148,12 @@ class Checkpoint:
 
 
 def load_module(
-    build: Callable[[], M], files: WeightFiles, dtype: torch.dtype, prefix: str = "", ignore: str | None = None, into: str = ""
+    build: Callable[[], M],
+    files: WeightFiles,
+    dtype: torch.dtype,
+    prefix: str = "",
+    ignore: str | None = None,
+    into: str = "",
 ) -> M:
     """Builds on the meta device and maps in the keys that start with `prefix` (but not with `ignore`), under their
     names without it and with `into` in front. Evaluation mode, no gradients. Raises CheckpointError."""

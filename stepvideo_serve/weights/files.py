@@ -6,9 +6,10 @@ copies, the mapping is dropped every so often, so that converted and mapped page
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 from stepvideo_serve.errors import CheckpointError
 
 INDEX_SUFFIX = ".safetensors.index.json"
+STATE_DICT = "pytorch_model.bin"
+WEIGHT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+)
 REMAP_BYTES = 64 << 20
 HASH_BLOCK_BYTES = 4 << 20
 
@@ -28,8 +33,11 @@ Rename = Callable[[str], str | None]
 class WeightFiles(Protocol):
     """Named tensors in files. `shapes` and `file_of` use the module's key names."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    file_of: Mapping[str, Path]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def file_of(self) -> Mapping[str, Path]: ...
 
     def read(self, keys: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yields the tensors in `dtype`; those stored in it stay memory-mapped."""
@@ -46,7 +54,8 @@ class SafetensorsFiles:
 
     @classmethod
     def open(cls, paths: list[Path], rename: Rename) -> "SafetensorsFiles":
-        """Raises CheckpointError naming the file that is absent, truncated, or repeats a key of another."""
+        """Raises CheckpointError naming the file that is absent, truncated, repeats a key, or holds other numbers
+        than floating point ones of 16 bits or more (quantised weights make no sense without their scales)."""
         table = cls()
         for path in paths:
             with open_safetensors(path) as file:
@@ -56,7 +65,9 @@ class SafetensorsFiles:
                         continue
                     if key in table.shapes:
                         raise CheckpointError(f"{path} repeats {key}, which {table.file_of[key]} holds: remove one.")
-                    table.shapes[key] = tuple(file.get_slice(stored).get_shape())
+                    header = file.get_slice(stored)
+                    _check_dtype(path, key, header.get_dtype(), WEIGHT_DTYPES.keys())
+                    table.shapes[key] = tuple(header.get_shape())
                     table.file_of[key], table.stored_key[key] = path, stored
         return table
 
@@ -97,7 +108,22 @@ class StateDictFile:
             raise CheckpointError(
                 f"{path} must be a PyTorch state dict of tensors, could not be read: {_first_line(error)}."
             ) from None
-        tensors = {new: tensor for key, tensor in stored.items() if (new := rename(key)) is not None}
+        if not isinstance(stored, dict):
+            raise CheckpointError(f"{path} must be a dict of tensors by name, holds a {type(stored).__name__}.")
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in stored.items():
+            key = rename(str(name))
+            if key is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise CheckpointError(
+                    f"{path} must hold tensors only, holds a {type(tensor).__name__} under {name}: "
+                    "save the model's state_dict alone."
+                )
+            if key in tensors:
+                raise CheckpointError(f"{path} holds {key} twice, with and without a prefix: remove one.")
+            _check_dtype(path, key, tensor.dtype, WEIGHT_DTYPES.values())
+            tensors[key] = tensor
         return cls(tensors, {k: tuple(t.shape) for k, t in tensors.items()}, dict.fromkeys(tensors, path))
 
     def read(self, keys: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -110,16 +136,21 @@ def open_weights(folder: Path, rename: Rename, single: str | None = None) -> Wei
     files, else `pytorch_model.bin`. Raises CheckpointError when there is none or one is unreadable."""
     if single is not None:
         return SafetensorsFiles.open([folder / single], rename)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} must be a folder of weights, found no such folder.")
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) > 1:
+        names = ", ".join(index.name for index in indices)
+        raise CheckpointError(f"{folder} must hold one index of shards, found {names}: remove those of other variants.")
     if indices:
         return SafetensorsFiles.open(_shards(indices[0]), rename)
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return SafetensorsFiles.open(files, rename)
-    state_dict = folder / "pytorch_model.bin"
+    state_dict = folder / STATE_DICT
     if state_dict.is_file():
         return StateDictFile.open(state_dict, rename)
-    raise CheckpointError(f"{folder} must hold safetensors files or pytorch_model.bin, found neither.")
+    raise CheckpointError(f"{folder} must hold safetensors files or {STATE_DICT}, found neither.")
 
 
 def open_safetensors(path: Path) -> safe_open:
@@ -144,13 +175,25 @@ def file_digest(path: Path) -> str:
 
 
 def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all in its own folder."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return [index.parent / name for name in sorted(set(weight_map.values()))]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} must be a safetensors index with a weight_map, could not be read: {error}."
         ) from None
+    for name in names:
+        if not (index.parent / name).is_file() or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name}, which must be beside it and is not: download it.")
+    if not names:
+        raise CheckpointError(f"{index} must name the files of the weights, its weight_map is empty.")
+    return [index.parent / name for name in names]
+
+
+def _check_dtype(path: Path, key: str, dtype: object, allowed: Collection[object]) -> None:
+    if dtype not in allowed:
+        raise CheckpointError(f"{path} must hold {key} in floating point of 16 to 64 bits, found {dtype}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,116 @@
+# Everything a developer runs. `make` alone lists the targets. Variables are set after the target: make demo STEPS=8
+
+# --- what can be set ---------------------------------------------------------------------------------------------
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+CONFIG ?= serve.toml
+MODEL_DIR ?= build/tiny
+ENGINE_DIR ?= build/onnx
+GOLDENS ?= ../shared/goldens/tiny-a
+VERIFY_MODEL_DIR ?= $(GOLDENS)
+BACKEND ?= eager
+IMAGE ?= client/examples/first_frame.png
+PROMPT ?= 一艘小船在平静的湖面上缓缓驶过，镜头慢慢推近。
+FRAMES ?= 34
+HEIGHT ?= 128
+WIDTH ?= 192
+STEPS ?= 4
+SEED ?= 7
+OUT ?= out/demo.mp4
+BENCH_RUNS ?= 3
+export IMAGE PROMPT FRAMES HEIGHT WIDTH STEPS SEED OUT
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve bench bench-dit onnx verify test test-fast lint format clean
+
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+SAY := @echo "==>"
+
+# --- the environment: installed again when what it depends on changes --------------------------------------------
+EXTRAS := cpu,dev
+# Installed first and by exact version: left to the resolver, torch may come as a CUDA build of several GB. Where the
+# default index has no CPU wheel, say where they are: make setup PIP_ARGS='--extra-index-url ...'
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
+PINS := $(shell (cat pyproject.toml client/pyproject.toml; echo '$(EXTRAS)') | sha256sum | cut -c1-16)
+INSTALLED := .venv/.installed-$(PINS)
+
+$(INSTALLED):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and none was found: pass PYTHON=PATH." >&2; exit 1; }
+	$(SAY) "environment in .venv: $(PYTHON), $(TORCH), extras $(EXTRAS); the first time takes some minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(RUN) pip install -qq --no-compile --disable-pip-version-check $(PIP_ARGS) '$(TORCH)'
+	@$(RUN) pip install -qq --no-compile --disable-pip-version-check $(PIP_ARGS) --editable '.[$(EXTRAS)]' --editable client
+	@rm -f .venv/.installed-*
+	@touch $@
+
+# --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
+GRAPH_CODE := $(wildcard export/*.py stepvideo_serve/components.py $(foreach f,text vae dit engine weights,stepvideo_serve/$(f)/*.py))
+
+build/tiny.made: $(INSTALLED) $(GRAPH_CODE)
+	$(SAY) "tiny random checkpoint in build/tiny"
+	@$(RUN) export.tiny_checkpoint --out build/tiny
+	@touch $@
+
+$(ENGINE_DIR).made: $(INSTALLED) $(GRAPH_CODE) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made)
+	$(SAY) "ONNX graphs of $(MODEL_DIR) in $(ENGINE_DIR)"
+	@$(RUN) export.to_onnx --model-dir $(MODEL_DIR) --out $(ENGINE_DIR)
+	@touch $@
+
+# The committed configuration serves the tiny checkpoint; another one names files that are there already.
+SERVED := $(INSTALLED) $(if $(filter serve.toml,$(CONFIG)),$(ENGINE_DIR).made)
+GENERATE := $(RUN) stepvideo_client generate --url "$$STEPVIDEO_GRPC_URL" --image "$$IMAGE" --prompt "$$PROMPT" \
+	--num-frames "$$FRAMES" --height "$$HEIGHT" --width "$$WIDTH" --infer-steps "$$STEPS" --seed "$$SEED"
+SHOW_JSON := $(BIN)/python -c 'import json, sys; \
+	[print(f"{key:>13}  {value}") for key, value in json.load(open(sys.argv[1], encoding="utf-8")).items()]'
+
+# --- targets -----------------------------------------------------------------------------------------------------
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(INSTALLED) ## make the environment in .venv
+
+demo: $(SERVED) ## tiny checkpoint, export, real server, one generation: out/demo.mp4
+	@mkdir -p "$(dir $(OUT))"
+	$(SAY) "Triton Inference Server (log: build/demo-server.log), then one generation: $(FRAMES) frames, $(WIDTH)x$(HEIGHT)"
+	@$(RUN) stepvideo_serve.tritonserver run --config '$(CONFIG)' --log build/demo-server.log -- \
+		sh -c 'exec $(GENERATE) --out "$$OUT" --json "$${OUT%.*}.json"'
+	@$(SHOW_JSON) "$(basename $(OUT)).json"
+
+serve: $(SERVED) ## run the server in the foreground until Ctrl-C
+	@$(RUN) stepvideo_serve.tritonserver serve --config '$(CONFIG)'
+
+bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
+	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
+
+bench-dit: $(INSTALLED) ## one DiT step, eager and ONNX Runtime, against this machine's matrix-multiply rate
+	@$(RUN) perf.dit_step
+
+onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
+
+verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare
+	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
+
+test: $(INSTALLED) ## all tests that need no GPU, with the real server
+	@$(RUN) pytest -q -rs -m 'not gpu' $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED) ## the tests that are not marked slow
+	@$(RUN) pytest -q -rs -m 'not gpu and not slow' $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(INSTALLED) ## format the code and sort imports
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove what was built; the environment stays
+	@rm -rf build out .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info client/*.egg-info

@@ -1,0 +1,92 @@
+"""Recomputes golden tensors of the official code with this package, and says where the two agree.
+
+    python -m export.verify --model-dir DIR --goldens DIR [--backend eager|ort] [--onnx DIR] [--json PATH]
+
+"eager" runs the torch modules in fp32, "ort" the exported ONNX graphs in ONNX Runtime: those in --onnx, or, without
+it, ones exported for the occasion. Goldens whose weights are made by rule need no --model-dir.
+Exit status: 0 all compared entries agree; 1 some do not, or nothing could be compared; 2 nothing was verified because
+of wrong arguments or files.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from export.goldens.by_rule import is_by_rule, verify_by_rule
+from export.goldens.folder import Goldens
+from export.goldens.networks import BACKENDS, open_networks
+from export.goldens.recompute import verify_goldens
+from export.goldens.report import Report
+from stepvideo_serve.errors import ExportError, SetupError
+
+PASSED, FAILED, UNUSABLE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status; argparse itself leaves with 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        with torch.no_grad():
+            report = _verify(options.model_dir, options.goldens, options.backend, options.onnx)
+        print(report)
+        if options.json is not None:
+            _write_json(report, options)
+    except SetupError as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return UNUSABLE
+    return PASSED if report.passed else FAILED
+
+
+def _verify(model_dir: Path | None, folder: Path, backend: str, onnx: Path | None) -> Report:
+    if not folder.is_dir():
+        raise ExportError(f"--goldens must be a folder of golden tensors, found no folder {folder}.")
+    if onnx is not None and backend != "ort":
+        raise ExportError("--onnx goes with --backend ort, got --backend eager: add --backend ort.")
+    if is_by_rule(folder):
+        if backend != "eager":
+            raise ExportError(f"{folder} has no checkpoint to export graphs from: use --backend eager.")
+        if model_dir is not None:
+            _progress(f"the weights of {folder} are made by rule: --model-dir is not used")
+        return verify_by_rule(folder, _progress)
+    if model_dir is None:
+        raise ExportError(f"{folder} holds goldens of a checkpoint, got no --model-dir: add it.")
+    goldens = Goldens.open(folder)
+    with open_networks(model_dir, backend, onnx) as networks:
+        return verify_goldens(goldens, networks, _progress)
+
+
+def _progress(line: str) -> None:
+    print(f"verify: {line}", file=sys.stderr, flush=True)
+
+
+def _write_json(report: Report, options: argparse.Namespace) -> None:
+    inputs = {
+        "model_dir": None if options.model_dir is None else str(options.model_dir),
+        "goldens": str(options.goldens),
+        "backend": options.backend,
+    }
+    try:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(inputs | report.to_json(), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ExportError(f"--json must be a path that can be written, got {options.json}: {error}.") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.verify", description="Compare with golden tensors of the official code."
+    )
+    parser.add_argument("--model-dir", type=Path, help="checkpoint in the official layout")
+    parser.add_argument("--goldens", type=Path, required=True, help="folder of golden tensors")
+    parser.add_argument("--backend", choices=BACKENDS, default="eager", help="torch modules, or ONNX graphs")
+    parser.add_argument("--onnx", type=Path, metavar="DIR", help="exported graphs for --backend ort")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

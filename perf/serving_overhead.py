@@ -1,0 +1,147 @@
+"""What serving costs: the same request in this process and through the real server, in turn, in one run.
+
+    python -m perf.serving_overhead [--config serve.toml] [--frames 34] [--height 128] [--width 192] [--steps 50]
+
+Both sides run the same graphs with the same threads. The goal is at most 3 % on a request of 5 s or more.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from stepvideo_client import Client
+from stepvideo_client import Result as ServedResult
+from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.pipeline import Result, generate
+from stepvideo_serve.request import parse_request
+from stepvideo_serve.tritonserver import ServerOptions, TritonServer
+
+PROMPT = "一艘小船在平静的湖面上缓缓驶过，镜头慢慢推近。"
+IMAGE = Path("client/examples/first_frame.png")
+STAGES = ("text", "image", "vae_encode", "denoise", "vae_decode", "mp4", "total")
+GOAL = 1.03
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    config = ServeConfig.load(options.config)
+    print("loading the pipeline in this process, starting the server ...", file=sys.stderr)
+    local = LocalStages(config)
+    server = TritonServer(ServerOptions(Path("model_repository"), options.config, log=Path("build/bench-server.log")))
+    rows: dict[str, list[dict[str, float]]] = {"in process": [], "served": []}
+    with server:
+        server.wait_ready()
+        with Client(server.grpc_url) as client:
+            for repeat in range(options.repeats + 1):
+                print(f"run {repeat} of {options.repeats}{' (warm-up)' if repeat == 0 else ''}", file=sys.stderr)
+                timed = {"in process": _in_process(local, config, options), "served": _served(client, options)}
+                if repeat > 0:
+                    for side, seconds in timed.items():
+                        rows[side].append(seconds)
+        memory = _peak_memory_mib(server.pid)
+    _print(rows, memory, options)
+    return 0
+
+
+def _in_process(stages: LocalStages, config: ServeConfig, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds by stage; "wall" is what a caller sees."""
+    inputs = {
+        "PROMPT": np.array([PROMPT.encode()], np.object_),
+        "IMAGE": np.array([IMAGE.read_bytes()], np.object_),
+        "SEED": np.array([1], np.int64),
+        **{
+            name: np.array([value], np.int32)
+            for name, value in (
+                ("NUM_FRAMES", options.frames),
+                ("HEIGHT", options.height),
+                ("WIDTH", options.width),
+                ("STEPS", options.steps),
+            )
+        },
+    }
+    began_s = time.perf_counter()
+    request = parse_request(inputs, config.limits, stages.latent_channels)
+    for event in generate(request, stages, config.video, lambda: False):
+        if isinstance(event, Result):
+            return _row(event.report, time.perf_counter() - began_s)
+    raise RuntimeError("the pipeline ended without a result")
+
+
+def _served(client: Client, options: argparse.Namespace) -> dict[str, float]:
+    began_s = time.perf_counter()
+    events = client.generate(
+        IMAGE,
+        PROMPT,
+        seed=1,
+        num_frames=options.frames,
+        height=options.height,
+        width=options.width,
+        steps=options.steps,
+    )
+    for event in events:
+        if isinstance(event, ServedResult):
+            return _row(event.report, time.perf_counter() - began_s)
+    raise RuntimeError("the server ended without a result")
+
+
+def _row(report: Mapping[str, object], wall_s: float) -> dict[str, float]:
+    seconds, steps = report["seconds"], report["step_seconds"]
+    assert isinstance(seconds, dict)
+    assert isinstance(steps, list)
+    return {**{k: float(v) for k, v in seconds.items()}, "step": statistics.median(steps), "wall": wall_s}
+
+
+def _peak_memory_mib(server_pid: int) -> dict[str, float]:
+    """VmHWM of this process, the server and everything below it, by what the process is."""
+    server = psutil.Process(server_pid)
+    peaks: dict[str, float] = {}
+    for process in (psutil.Process(), server, *server.children(recursive=True)):
+        command = " ".join(process.cmdline())
+        kinds = ("dit_denoiser", "text_encoder", "vae_encoder", "vae_decoder", "ti2v_unary", "ti2v", "parallel.worker")
+        kind = next((kind for kind in kinds if kind in command), process.name())
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        peaks[f"{kind} ({process.pid})"] = peak_kib / 1024
+    return peaks
+
+
+def _print(
+    rows: Mapping[str, list[dict[str, float]]], memory: Mapping[str, float], options: argparse.Namespace
+) -> None:
+    print(
+        f"{options.frames} frames, {options.width}x{options.height}, {options.steps} steps, median of {options.repeats}"
+    )
+    print(f"{'seconds':<12} {'in process':>11} {'served':>9} {'ratio':>7}")
+    for stage in (*STAGES, "step", "wall"):
+        inside, served = (statistics.median(row.get(stage, 0.0) for row in rows[side]) for side in rows)
+        print(f"{stage:<12} {inside:>11.3f} {served:>9.3f} {served / inside if inside else float('nan'):>7.3f}")
+    inside, served = (statistics.median(row["wall"] for row in rows[side]) for side in rows)
+    verdict = "met" if served / inside <= GOAL else "missed"
+    print(
+        f"serving adds {served / inside - 1:+.1%} (goal: at most {GOAL - 1:.0%} on a request of 5 s or more: {verdict})"
+    )
+    print("\npeak memory, MiB")
+    for name, peak in sorted(memory.items(), key=lambda item: -item[1]):
+        print(f"  {name:<28} {peak:>8.0f}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m perf.serving_overhead", description="Served against in-process.")
+    parser.add_argument("--config", type=Path, default=Path("serve.toml"))
+    parser.add_argument("--frames", type=int, default=34)
+    parser.add_argument("--height", type=int, default=128)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

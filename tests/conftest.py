@@ -1,0 +1,50 @@
+"""What every test may ask for."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The top of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden tensors and prompts: $STEPVIDEO_SHARED, or `shared` beside the checkout.
+
+    A user's clone has none, and the test is skipped; in CI (CI=true) it has to be there.
+    """
+    folder = Path(os.environ.get("STEPVIDEO_SHARED", ROOT.parent / "shared"))
+    if folder.is_dir():
+        return folder
+    reason = f"needs the golden data at {folder}: put it there, or set STEPVIDEO_SHARED"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of `make demo`, for reading only."""
+    from export.tiny_checkpoint import make
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A still smaller one (tests/mini.py), for reading only."""
+    from export.tiny_checkpoint import write_checkpoint
+    from tests.mini import MINI
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "mini"
+    write_checkpoint(folder, MINI)
+    return folder

@@ -1,0 +1,46 @@
+"""Dimensions for tests that need a whole checkpoint and little time, and random networks with weights like its."""
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from export.tiny_checkpoint import random_state
+from export.tiny_config import ClipDims, TinyConfig
+from stepvideo_serve.dit.config import DiTConfig
+from stepvideo_serve.text.step_llm import StepLLMConfig
+from stepvideo_serve.vae.config import VAEConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+MINI = TinyConfig(
+    dit=DiTConfig(
+        num_heads=2, num_layers=2, in_channels=4, out_channels=4, patch_size=1, llm_channels=48, clip_channels=32
+    ),
+    llm=StepLLMConfig(width=48, num_heads=6, num_groups=2, num_layers=2, ffn_width=256, vocab_size=768, norm_eps=1e-5),
+    clip=ClipDims(width=32, num_heads=2, num_layers=1, ffn_width=48, max_positions=80),
+    vae=VAEConfig(
+        z_channels=4,
+        num_res_blocks=1,
+        encoder_stem=32,
+        encoder_widths=(64, 64, 96, 64),
+        decoder_widths=(64, 64, 96, 64),
+    ),
+)
+
+
+def with_random_weights(module: M, seed: int = 3) -> M:
+    """The module in fp32 and evaluation mode, its weights set as in the tiny checkpoint."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    module.load_state_dict({key: tensor.float() for key, tensor in random_state(shapes, seed).items()})
+    return module.requires_grad_(False).eval()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal fp32 values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference, relative to the largest magnitude of the reference."""
+    return float((value - reference).abs().max() / reference.abs().max())

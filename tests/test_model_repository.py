@@ -1,0 +1,133 @@
+"""The model repository: the interface in every config.pbtxt, and the size of the adapters."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+MAX_ADAPTER_LINES = 25
+
+TEXT_SCALAR = ("TYPE_STRING", [1])
+INT_SCALAR = ("TYPE_INT32", [1])
+LONG_SCALAR = ("TYPE_INT64", [1])
+FLOAT_SCALAR = ("TYPE_FP32", [1])
+STATES = ("TYPE_FP32", [-1, -1])
+IMAGE_LATENT = ("TYPE_FP32", [-1, -1, -1])
+LATENTS = ("TYPE_FP32", [-1, -1, -1, -1])
+FRAMES = ("TYPE_UINT8", [-1, -1, -1, 3])
+
+Tensors = Mapping[str, tuple[str, list[int]]]
+
+PUBLIC_REQUIRED: Tensors = {"PROMPT": TEXT_SCALAR, "IMAGE": TEXT_SCALAR}
+PUBLIC_OPTIONAL: Tensors = {
+    "NEGATIVE_PROMPT": TEXT_SCALAR,
+    "POSITIVE_SUFFIX": TEXT_SCALAR,
+    "NUM_FRAMES": INT_SCALAR,
+    "HEIGHT": INT_SCALAR,
+    "WIDTH": INT_SCALAR,
+    "STEPS": INT_SCALAR,
+    "CFG_SCALE": FLOAT_SCALAR,
+    "TIME_SHIFT": FLOAT_SCALAR,
+    "MOTION_SCORE": FLOAT_SCALAR,
+    "SEED": LONG_SCALAR,
+    "LATENTS": LATENTS,
+    "ENCODE_NOISE": LATENTS,
+    "OUTPUT": TEXT_SCALAR,
+    "PREVIEW_EVERY": INT_SCALAR,
+    "TIMEOUT_S": FLOAT_SCALAR,
+    "REQUEST_PRIORITY": INT_SCALAR,
+}
+PROGRESS: Tensors = {
+    "STEP": INT_SCALAR,
+    "TOTAL_STEPS": INT_SCALAR,
+    "ELAPSED_S": FLOAT_SCALAR,
+    "PREVIEW": TEXT_SCALAR,
+}
+RESULT: Tensors = {
+    "VIDEO": TEXT_SCALAR,
+    "FRAMES": FRAMES,
+    "LATENTS": LATENTS,
+    "SEED": LONG_SCALAR,
+    "REPORT": TEXT_SCALAR,
+}
+DENOISER_INPUTS: Tensors = {
+    "RUN_ID": TEXT_SCALAR,
+    "CANCEL_RUN": TEXT_SCALAR,
+    "LATENTS": LATENTS,
+    "CONDITION": IMAGE_LATENT,
+    "POSITIVE_LLM": STATES,
+    "POSITIVE_CLIP": STATES,
+    "NEGATIVE_LLM": STATES,
+    "NEGATIVE_CLIP": STATES,
+    "STEPS": INT_SCALAR,
+    "CFG_SCALE": FLOAT_SCALAR,
+    "TIME_SHIFT": FLOAT_SCALAR,
+    "MOTION_SCORE": FLOAT_SCALAR,
+    "PREVIEW_EVERY": INT_SCALAR,
+    "TIMEOUT_S": FLOAT_SCALAR,
+}
+DENOISER_OUTPUTS: Tensors = {
+    "STEP": INT_SCALAR,
+    "TOTAL_STEPS": INT_SCALAR,
+    "STEP_SECONDS": FLOAT_SCALAR,
+    "PREVIEW": ("TYPE_UINT8", [-1, -1, 3]),
+    "LATENTS": LATENTS,
+    "REPORT": TEXT_SCALAR,
+}
+
+# model: (decoupled, instances, required inputs, optional inputs, outputs)
+MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
+    "ti2v": (True, 1, PUBLIC_REQUIRED, PUBLIC_OPTIONAL, {**PROGRESS, **RESULT}),
+    "ti2v_unary": (False, 2, PUBLIC_REQUIRED, PUBLIC_OPTIONAL, RESULT),
+    "text_encoder": (
+        False,
+        1,
+        {"PROMPT": TEXT_SCALAR},
+        {},
+        {"LLM_STATES": STATES, "CLIP_STATES": STATES, "CACHED": ("TYPE_BOOL", [1])},
+    ),
+    "vae_encoder": (
+        False,
+        1,
+        {"PIXELS": ("TYPE_FP32", [3, -1, -1]), "NOISE": IMAGE_LATENT},
+        {},
+        {"LATENT": IMAGE_LATENT},
+    ),
+    "dit_denoiser": (True, 1, {}, DENOISER_INPUTS, DENOISER_OUTPUTS),
+    "vae_decoder": (True, 1, {"LATENTS": LATENTS}, {}, {"FRAMES": FRAMES}),
+}
+
+
+def read_config(path: Path) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+
+
+def tensors(entries: list[model_config_pb2.ModelInput]) -> dict[str, tuple[str, list[int]]]:
+    return {entry.name: (model_config_pb2.DataType.Name(entry.data_type), list(entry.dims)) for entry in entries}
+
+
+def test_the_repository_holds_these_models(root: Path) -> None:
+    assert {path.name for path in (root / "model_repository").iterdir()} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_interface(root: Path, name: str) -> None:
+    decoupled, instances, required, optional, outputs = MODELS[name]
+    config = read_config(root / "model_repository" / name / "config.pbtxt")
+    assert (config.name, config.backend, config.max_batch_size) == (name, "python", 0)
+    assert config.model_transaction_policy.decoupled == decoupled
+    assert [(group.kind, group.count) for group in config.instance_group] == [
+        (model_config_pb2.ModelInstanceGroup.KIND_CPU, instances)
+    ]
+    assert tensors([entry for entry in config.input if not entry.optional]) == required
+    assert tensors([entry for entry in config.input if entry.optional]) == optional
+    assert tensors(list(config.output)) == outputs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapter_is_small(root: Path, name: str) -> None:
+    adapter = root / "model_repository" / name / "1" / "model.py"
+    lines = adapter.read_text(encoding="utf-8").splitlines()
+    assert 0 < len(lines) <= MAX_ADAPTER_LINES, f"{adapter} is an adapter: move its logic to stepvideo_serve/serving"
