@@ -3,8 +3,9 @@
 import json
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,19 +41,24 @@ class BlsStages:
         """The last step is held back until its latents are there."""
         run_id = uuid.uuid4().hex
         held: StepDone | None = None
-        with cancelling(run_id, cancelled):
-            for out in stream("dit_denoiser", _job_inputs(job, run_id)):
-                if "LATENTS" in out and held is not None:
+        latents: Tensor | None = None
+        with closing(stream("dit_denoiser", _job_inputs(job, run_id))) as responses, cancelling(run_id, cancelled):
+            for out in responses:
+                if "LATENTS" in out:
+                    latents = torch.from_numpy(out["LATENTS"])
                     self._description |= json.loads(out["REPORT"].flat[0])
-                    yield StepDone(held.step, held.total_steps, held.seconds, None, torch.from_numpy(out["LATENTS"]))
-                    return
+                    continue
                 if held is not None:
                     yield held
                 held = _step_done(out)
-        raise WorkerFailed("dit_denoiser must answer with latents, it ended without them: see the server's log.")
+        if held is None or latents is None:
+            raise WorkerFailed("dit_denoiser must answer with latents, it ended without them: see the server's log.")
+        yield replace(held, latents=latents)
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
-        return (out["FRAMES"] for out in stream("vae_decoder", {"LATENTS": latents.numpy()}))
+        with closing(stream("vae_decoder", {"LATENTS": latents.numpy()})) as responses:
+            for out in responses:
+                yield out["FRAMES"]
 
     def describe(self) -> dict[str, Any]:
         return dict(self._description)
@@ -63,11 +69,20 @@ def call(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> dict[str, np.n
     return _read(_request(model, inputs, outputs).exec())
 
 
-def stream(model: str, inputs: Arrays) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-    """One request to a decoupled model, its responses in turn."""
-    for response in _request(model, inputs, ()).exec(decoupled=True):
-        if outputs := _read(response):
-            yield outputs
+def stream(model: str, inputs: Arrays) -> Generator[dict[str, np.ndarray[Any, Any]], None, None]:
+    """One request to a decoupled model, its responses in turn.
+
+    Closing it early waits for the responses that are left: one that is never taken stays in the server for good, which
+    then cannot unload the calling model.
+    """
+    responses = _request(model, inputs, ()).exec(decoupled=True)
+    try:
+        for response in responses:
+            if outputs := _read(response):
+                yield outputs
+    finally:
+        for _ in responses:
+            continue
 
 
 @contextmanager

@@ -11,17 +11,24 @@ Edit = Callable[[dict[str, Tensor]], None]
 
 
 def copy_goldens(
-    source: Path, out: Path, prefixes: tuple[str, ...] = ("",), edit: Edit | None = None, **settings: object
+    source: Path,
+    out: Path,
+    prefixes: tuple[str, ...] = ("",),
+    edit: Edit | None = None,
+    rename: Callable[[str], str] = str,
+    **settings: object,
 ) -> Path:
-    """The entries of `source` whose names begin with one of `prefixes`, their tensors changed by `edit`, in `out`;
-    `settings` are added to goldens.json. Entries that `edit` adds or removes are added and removed there too."""
+    """The entries of `source` whose names begin with one of `prefixes` in `out`, under the names that `rename` gives
+    them, their tensors changed, added or removed by `edit`; `settings` are added to goldens.json."""
     out.mkdir()
-    everything = json.loads((source / "goldens.json").read_text(encoding="utf-8"))
-    tensors = {k: v for k, v in load_file(source / "goldens.safetensors").items() if k.startswith(prefixes)}
+    described = json.loads((source / "goldens.json").read_text(encoding="utf-8"))
+    stored = load_file(source / "goldens.safetensors")
+    entries = {rename(name): entry for name, entry in described["entries"].items() if name.startswith(prefixes)}
+    tensors = {rename(name): tensor for name, tensor in stored.items() if name.startswith(prefixes)}
     if edit is not None:
         edit(tensors)
-    entries = {name: everything["entries"].get(name, {}) for name in tensors}
-    (out / "goldens.json").write_text(json.dumps(everything | settings | {"entries": entries}), encoding="utf-8")
+    described |= settings | {"entries": {name: entries.get(name, {}) for name in tensors}}
+    (out / "goldens.json").write_text(json.dumps(described), encoding="utf-8")
     save_file(tensors, out / "goldens.safetensors")
     (out / "images").symlink_to(source / "images")
     return out

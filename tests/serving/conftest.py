@@ -1,0 +1,137 @@
+"""The real server with the tiny random checkpoint, started once for all tests here."""
+
+import fcntl
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.tritonserver import ServerOptions, TritonServer
+from tests.serving.calls import Server, Values
+
+READY_S = 300.0
+
+CONFIG = """
+[model]
+dir = "{model}"
+engines_dir = "{engines}"
+
+[limits]
+max_frames = 102
+max_height = 512
+max_width = 512
+max_steps = 100000
+max_image_bytes = 2000000
+
+[denoiser]
+max_queued = 2
+"""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A checkpoint and the graphs made from it."""
+
+    model_dir: Path
+    graphs_dir: Path
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One test session at a time builds there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def export_graphs(root: Path, model_dir: Path, graphs_dir: Path) -> Engines:
+    """Brings the graphs up to date; in a process of its own, because the exporter warns and keeps memory."""
+    command = [sys.executable, "-m", "export.to_onnx", "--quiet"]
+    subprocess.run([*command, "--model-dir", str(model_dir), "--out", str(graphs_dir)], cwd=root, check=True)
+    return Engines(model_dir, graphs_dir)
+
+
+@contextmanager
+def serving(root: Path, folder: Path, config: str) -> Iterator[TritonServer]:
+    """A server on free ports, ready, with its configuration and its log in `folder`."""
+    path = folder / "serve.toml"
+    path.write_text(config, encoding="utf-8")
+    options = ServerOptions(root / "model_repository", config=path, log=folder / "server.log")
+    with TritonServer(options) as server:
+        server.wait_ready(READY_S)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def engines(root: Path) -> Engines:
+    """The tiny random checkpoint and its graphs, in build/; made once and again when their code changes."""
+    build = root / "build"
+    with exclusive(build / "tests.lock"):
+        tiny = [sys.executable, "-m", "export.tiny_checkpoint", "--out", str(build / "tiny")]
+        subprocess.run(tiny, cwd=root, check=True)
+        return export_graphs(root, build / "tiny", build / "onnx")
+
+
+@pytest.fixture(scope="session")
+def config_text(engines: Engines) -> str:
+    return CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir)
+
+
+@pytest.fixture(scope="session")
+def triton(root: Path, config_text: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with serving(root, tmp_path_factory.mktemp("server"), config_text) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(triton: TritonServer) -> Server:
+    """The server of most tests: requests up to 102 frames of 512x512, two of them may wait."""
+    return Server(triton.grpc_url, triton.http_url, triton.pid)
+
+
+@pytest.fixture(scope="session")
+def config(triton: TritonServer) -> ServeConfig:
+    """What the server was started with."""
+    assert triton.options.config is not None
+    return ServeConfig.load(triton.options.config)
+
+
+@pytest.fixture(scope="session")
+def local(config: ServeConfig) -> LocalStages:
+    """The same pipeline in this process."""
+    return LocalStages(config)
+
+
+@pytest.fixture(scope="session")
+def picture() -> bytes:
+    """A PNG with structure in all channels."""
+    y, x = np.mgrid[0:96, 0:144]
+    rgb = np.stack([x * 255 // 143, y * 255 // 95, (x * y) % 256], axis=-1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def small(picture: bytes) -> Values:
+    """The smallest request, of a fraction of a second; a test adds what it is about."""
+    return {
+        "PROMPT": "一只猫 jumps".encode(),
+        "IMAGE": picture,
+        "NUM_FRAMES": np.array([17], np.int32),
+        "HEIGHT": np.array([64], np.int32),
+        "WIDTH": np.array([96], np.int32),
+        "STEPS": np.array([2], np.int32),
+        "SEED": np.array([7], np.int64),
+        "OUTPUT": b"latents",
+    }
