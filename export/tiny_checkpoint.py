@@ -96,8 +96,8 @@ def make(out: Path, seed: int = DEFAULT_SEED) -> bool:
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
     new, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    new.mkdir()
     try:
-        new.mkdir()
         write_checkpoint(new, seed=seed)
         write_json(new / MARKER, marker)
         if out.exists():

@@ -13,14 +13,14 @@ from stepvideo_serve.dit.rope import apply_rope
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over a head's channels, computed in fp32 (arXiv 1910.07467)."""
+    """RMS norm over a head's channels, gain included, computed in fp32 (arXiv 1910.07467)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(HEAD_DIM))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (HEAD_DIM,), eps=QK_NORM_EPS).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), (HEAD_DIM,), self.weight.float(), QK_NORM_EPS).to(x.dtype)
 
 
 class SelfAttention(nn.Module):

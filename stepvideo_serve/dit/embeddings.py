@@ -14,11 +14,17 @@ SINUSOID_CHANNELS = 256
 TIMESTEP_SCALE = 1000.0
 
 
-def sinusoidal_embedding(values: Tensor, channels: int = SINUSOID_CHANNELS) -> Tensor:
-    """[n] fp32 -> [n, channels] fp32: cosines, then sines, of value * 10000^(-i / (channels/2))."""
+def sinusoid_frequencies(channels: int = SINUSOID_CHANNELS) -> list[float]:
+    """10000^(-i / (channels/2)) in fp32, the same bits in every backend: angles near 1000 magnify a last-bit change."""
     half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    exponents = torch.arange(half, dtype=torch.float32, device="cpu") / half
+    frequencies: list[float] = torch.exp(-math.log(10000.0) * exponents).tolist()
+    return frequencies
+
+
+def sinusoidal_embedding(values: Tensor, frequencies: list[float]) -> Tensor:
+    """[n] fp32 -> [n, 2 * len(frequencies)] fp32: cosines, then sines, of value * frequency."""
+    angles = values.float()[:, None] * torch.tensor(frequencies, device=values.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -27,11 +33,12 @@ class ScalarEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.frequencies = sinusoid_frequencies()
         self.linear_1 = nn.Linear(SINUSOID_CHANNELS, width)
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, values: Tensor) -> Tensor:
-        x = sinusoidal_embedding(values).to(self.linear_1.weight.dtype)
+        x = sinusoidal_embedding(values, self.frequencies).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

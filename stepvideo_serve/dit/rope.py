@@ -9,6 +9,7 @@ Source: Step-Video-T2V report (arXiv 2502.10248), "3D RoPE"; RoFormer (arXiv 210
 
 import torch
 from torch import Tensor
+from torch.onnx.ops import rotary_embedding
 
 from stepvideo_serve.dit.config import ROPE_SPLIT
 
@@ -35,14 +36,19 @@ def axis_angles(positions: Tensor, channels: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [batch, tokens, heads, 128] by tables [tokens, 128]; computes in the tables' dtype, returns x's."""
-    cos, sin = cos[:, None], sin[:, None]
-    return (x * cos + _rotate_half(x) * sin).to(x.dtype)
+    """Rotates x [batch, tokens, heads, 128] by tables [tokens, 128]; computes in the tables' dtype, returns x's.
+
+    One standard RotaryEmbedding per part: a single pass over its channels in ONNX Runtime and in TensorRT.
+    """
+    heads_first = x.transpose(1, 2).to(cos.dtype)
+    parts = zip(heads_first.split(ROPE_SPLIT, dim=-1), _angle_parts(cos), _angle_parts(sin), strict=True)
+    rotated = [
+        rotary_embedding(part, cos_part.expand(len(x), -1, -1), sin_part.expand(len(x), -1, -1))
+        for part, cos_part, sin_part in parts
+    ]
+    return torch.cat(rotated, dim=-1).transpose(1, 2).to(x.dtype)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    halves = []
-    for part in x.split(ROPE_SPLIT, dim=-1):
-        first, second = part.chunk(2, dim=-1)
-        halves += [-second, first]
-    return torch.cat(halves, dim=-1)
+def _angle_parts(table: Tensor) -> list[Tensor]:
+    """[tokens, 128] -> per axis [1, tokens, channels / 2]: the halves of a part are equal, the operator takes one."""
+    return [part.chunk(2, dim=-1)[0][None] for part in table.split(ROPE_SPLIT, dim=-1)]

@@ -62,7 +62,7 @@ class StepLLMConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight, all computed in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):

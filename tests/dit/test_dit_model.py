@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepvideo_serve.dit.blocks import CrossAttention, HeadNorm, SelfAttention
-from stepvideo_serve.dit.embeddings import ConditionEmbedding, sinusoidal_embedding
+from stepvideo_serve.dit.embeddings import ConditionEmbedding, sinusoid_frequencies, sinusoidal_embedding
 from stepvideo_serve.dit.model import StepVideoDiT, patchify, unpatchify
 from stepvideo_serve.dit.rope import rope_tables
 from stepvideo_serve.text.states import CLIP_TOKENS
@@ -94,7 +94,7 @@ def test_head_norm_is_computed_in_fp32() -> None:
 
 
 def test_sinusoids_are_cosines_then_sines() -> None:
-    embedding = sinusoidal_embedding(torch.tensor([0.0, 3.0]), channels=4)
+    embedding = sinusoidal_embedding(torch.tensor([0.0, 3.0]), sinusoid_frequencies(4))
     angles = [3.0, 3.0 * 10000**-0.5]
     expected = [[1.0, 1.0, 0.0, 0.0], [*map(math.cos, angles), *map(math.sin, angles)]]
     assert torch.allclose(embedding, torch.tensor(expected), atol=1e-6)

@@ -48,10 +48,10 @@ def velocity(checkpoint: Checkpoint) -> Iterator[DiTVelocity]:
 def whole(checkpoint: Checkpoint, latents: Tensor, condition: Tensor, time: float, states: TextStates) -> Tensor:
     frames = torch.zeros(1, *latents.shape)
     frames[0, 0] = condition
+    scalars = torch.tensor([time]), torch.tensor([MOTION])
     with torch.inference_mode():
-        return checkpoint.dit()(
-            latents[None], frames, torch.tensor([time]), torch.tensor([MOTION]), states.llm[None], states.clip[None]
-        )[0]
+        velocity: Tensor = checkpoint.dit()(latents[None], frames, *scalars, states.llm[None], states.clip[None])
+    return velocity[0]
 
 
 def test_two_branches_equal_the_whole_module(checkpoint: Checkpoint, velocity: DiTVelocity) -> None:

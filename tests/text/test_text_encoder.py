@@ -65,7 +65,8 @@ def encoder_of(
     graphs: list[Counted], step_tokenizer: StepTokenizer, clip_tokenizer: ClipTokenizer
 ) -> Callable[[int], TextEncoder]:
     """Cache entries -> an encoder."""
-    return lambda entries: TextEncoder(*graphs, step_tokenizer, clip_tokenizer, entries)
+    step_llm, hunyuan_clip = graphs
+    return lambda entries: TextEncoder(step_llm, hunyuan_clip, step_tokenizer, clip_tokenizer, entries)
 
 
 def assert_equal(one: TextStates, other: TextStates) -> None:
