@@ -78,7 +78,7 @@ def test_every_input_reaches_its_field() -> None:
         CFG_SCALE=fp32(1),
         TIME_SHIFT=fp32(13),
         MOTION_SCORE=fp32(0),
-        SEED=np.array([2**63 - 1], dtype=np.int64),
+        SEED=np.array([2**32 - 1], dtype=np.int64),
         LATENTS=latents,
         ENCODE_NOISE=noise,
         OUTPUT=text("frames"),
@@ -90,7 +90,7 @@ def test_every_input_reaches_its_field() -> None:
     assert request.negative_prompt == ""
     assert request.positive_prompt == "a cat sharp\r\n\tand calm"
     assert (request.steps, request.cfg_scale, request.time_shift, request.motion_score) == (4, 1.0, 13.0, 0.0)
-    assert request.seed == 2**63 - 1
+    assert request.seed == 2**32 - 1
     assert request.latents is not None
     assert request.encode_noise is not None
     np.testing.assert_array_equal(request.latents, latents)
@@ -109,7 +109,7 @@ def test_given_tensors_are_copied() -> None:
 def test_seeds_differ_and_are_in_range() -> None:
     seeds = {parse().seed for _ in range(8)}
     assert len(seeds) == 8
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 def test_default_texts_are_the_official_ones(shared: Path) -> None:
@@ -247,7 +247,7 @@ def test_only_invalid_request_escapes(inputs: Inputs) -> None:
     assert 1 <= request.steps <= limits.max_steps
     assert 1 <= request.cfg_scale <= 30
     assert 0 <= request.motion_score <= 100
-    assert 0 <= request.seed < 2**63
+    assert 0 <= request.seed < 2**32
     assert request.output in ("mp4", "frames", "latents")
     assert request.timeout_s is None or 0 < request.timeout_s <= limits.max_timeout_s
     assert request.latents is None or np.isfinite(request.latents).all()

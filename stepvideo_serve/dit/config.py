@@ -1,11 +1,11 @@
 """Dimensions of the DiT, read from the official `transformer/config.json`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepvideo_serve.errors import CheckpointError
+from stepvideo_serve.json_file import integer, read_json_object
 
 HEAD_DIM = 128
 ROPE_SPLIT = (64, 32, 32)
@@ -42,34 +42,24 @@ class DiTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "DiTConfig":
         """Raises CheckpointError when `values` describes another variant of the model than text + image to video."""
-        try:
-            captions = values["caption_channels"]
-            head_dim = values["attention_head_dim"]
-            conditioned = values["use_additional_conditions"]
-            config = cls(
-                num_heads=values["num_attention_heads"],
-                num_layers=values["num_layers"],
-                in_channels=values["in_channels"],
-                out_channels=values.get("out_channels") or values["in_channels"],
-                patch_size=values["patch_size"],
-                llm_channels=captions[0] if isinstance(captions, list) else 0,
-                clip_channels=captions[1] if isinstance(captions, list) else 0,
-            )
-        except KeyError as error:
-            raise CheckpointError(
-                f"{source} must name {error.args[0]}, which is missing: use the official file."
-            ) from None
-        if head_dim != HEAD_DIM or not conditioned or not isinstance(captions, list):
+        captions = values.get("caption_channels")
+        head_dim, conditioned = values.get("attention_head_dim"), values.get("use_additional_conditions")
+        two_captions = isinstance(captions, list) and len(captions) == 2 and all(type(c) is int for c in captions)
+        if head_dim != HEAD_DIM or conditioned is not True or not isinstance(captions, list) or not two_captions:
             raise CheckpointError(
                 f"{source} must describe Step-Video-TI2V (attention_head_dim {HEAD_DIM}, use_additional_conditions "
                 f"true, two caption_channels), got {head_dim}, {conditioned}, {captions}: use its own weights."
             )
-        return config
+        return cls(
+            num_heads=integer(values, "num_attention_heads", source),
+            num_layers=integer(values, "num_layers", source),
+            in_channels=integer(values, "in_channels", source),
+            out_channels=integer(values, "out_channels" if values.get("out_channels") else "in_channels", source),
+            patch_size=integer(values, "patch_size", source),
+            llm_channels=captions[0],
+            clip_channels=captions[1],
+        )
 
     @classmethod
     def load(cls, path: Path) -> "DiTConfig":
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} must be the DiT's JSON configuration, could not be read: {error}.") from None
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_json_object(path), str(path))

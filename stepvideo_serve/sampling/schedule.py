@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def flow_times(steps: int, shift: float) -> Tensor:
-    """Times t_0 = 0 < ... < t_steps = 1 as fp32 [steps + 1].
+    """Times from 0 (up to fp32 rounding) rising to 1 as fp32 [steps + 1].
 
     t = 1 - s * u / (1 + (s - 1) * u) with u falling from 1 to 0 in equal parts: a shift s above 1 spends more of the
     steps near the noise. Source: Stable Diffusion 3 (arXiv 2403.03206), section 5.3.2.

@@ -91,7 +91,7 @@ class Sender:
                 self._sender.send(response(outputs))
 
     def fail(self, error: BaseException) -> None:
-        """Sends the error as the final response."""
+        """Sends the error, then the empty final response."""
         self._finish(error_response(error))
 
     def close(self) -> None:
@@ -108,9 +108,8 @@ class Sender:
                 return
             self._open = False
             if last is not None:
-                self._sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            else:
-                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                self._sender.send(last)  # an error is not marked final: its caller by BLS would wait for ever
+            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _status(error: StepVideoError) -> Any:

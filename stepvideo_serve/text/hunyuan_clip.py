@@ -4,13 +4,12 @@ The network is transformers' BertModel; only its reading from the official folde
 Source: Hunyuan-DiT (arXiv 2405.08748), section 2.1; the official pipeline uses the same class.
 """
 
-import json
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from stepvideo_serve.errors import CheckpointError
+from stepvideo_serve.json_file import integer, read_json_object
 
 
 class HunyuanClip(nn.Module):
@@ -28,10 +27,9 @@ class HunyuanClip(nn.Module):
 
 def load_clip_config(path: Path) -> BertConfig:
     """Reads `clip_text_encoder/config.json`. Raises CheckpointError."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} must be the CLIP's JSON configuration, could not be read: {error}.") from None
+    values = read_json_object(path)
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        integer(values, name, str(path))
     config = BertConfig.from_dict(values)
     config._attn_implementation = "sdpa"
     return config

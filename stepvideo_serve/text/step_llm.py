@@ -7,7 +7,6 @@ the published Step-1 code computes (the official attention kernel is a closed bi
 Axes: B batch, L tokens, D width, H query heads, G key/value groups, d channels of a head.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepvideo_serve.errors import CheckpointError
+from stepvideo_serve.json_file import integer, read_json_object
 
 FFN_ROUNDING = 256
 
@@ -39,26 +39,21 @@ class StepLLMConfig:
 
     @classmethod
     def load(cls, path: Path) -> "StepLLMConfig":
-        try:
-            values = json.loads(path.read_text())
-            ffn = values["ffn_hidden_size"]
-            return cls(
-                width=values["hidden_size"],
-                num_heads=values["num_attention_heads"],
-                num_groups=values["num_attention_groups"],
-                num_layers=values["num_layers"],
-                ffn_width=math.ceil(ffn / FFN_ROUNDING) * FFN_ROUNDING,
-                vocab_size=values["padded_vocab_size"],
-                norm_eps=values["layernorm_epsilon"],
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} must be Step-LLM's JSON configuration, could not be read: {error}."
-            ) from None
-        except KeyError as error:
-            raise CheckpointError(
-                f"{path} must name {error.args[0]}, which is missing: use the official file."
-            ) from None
+        """Raises CheckpointError."""
+        values, source = read_json_object(path), str(path)
+        eps = values.get("layernorm_epsilon")
+        if type(eps) is not float:
+            raise CheckpointError(f"{source} must give layernorm_epsilon as a number, found {eps!r}.")
+        ffn = integer(values, "ffn_hidden_size", source)
+        return cls(
+            width=integer(values, "hidden_size", source),
+            num_heads=integer(values, "num_attention_heads", source),
+            num_groups=integer(values, "num_attention_groups", source),
+            num_layers=integer(values, "num_layers", source),
+            ffn_width=math.ceil(ffn / FFN_ROUNDING) * FFN_ROUNDING,
+            vocab_size=integer(values, "padded_vocab_size", source),
+            norm_eps=eps,
+        )
 
 
 class RMSNorm(nn.Module):
