@@ -75,7 +75,9 @@ DENOISER_OUTPUTS: Tensors = {
     "PREVIEW": ("TYPE_UINT8", [-1, -1, 3]),
     "LATENTS": LATENTS,
     "REPORT": TEXT_SCALAR,
+    "ERROR": TEXT_SCALAR,
 }
+DECODER_INPUTS: Tensors = {"RUN_ID": TEXT_SCALAR, "CANCEL_RUN": TEXT_SCALAR, "LATENTS": LATENTS}
 
 # model: (decoupled, instances, required inputs, optional inputs, outputs)
 MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
@@ -96,7 +98,7 @@ MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
         {"LATENT": IMAGE_LATENT},
     ),
     "dit_denoiser": (True, 1, {}, DENOISER_INPUTS, DENOISER_OUTPUTS),
-    "vae_decoder": (True, 1, {"LATENTS": LATENTS}, {}, {"FRAMES": FRAMES}),
+    "vae_decoder": (True, 1, {}, DECODER_INPUTS, {"FRAMES": FRAMES, "ERROR": TEXT_SCALAR}),
 }
 
 

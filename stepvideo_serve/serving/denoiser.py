@@ -1,7 +1,6 @@
 """The model `dit_denoiser`: takes denoising runs, queues them, and drives the group of ranks that computes them.
 
-A request with RUN_ID is a run: a response per step, then LATENTS. A request with CANCEL_RUN ends the run of that id,
-waiting or under way (servers before 25.04 cannot cancel one model's call of another).
+A run is answered with a response per step, then LATENTS.
 """
 
 import json
@@ -13,7 +12,8 @@ import numpy as np
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.parallel.group import RankGroup, ResultEvent
-from stepvideo_serve.serving.adapter import Arrays, Sender, bytes_array, clear_setup_errors, end_process, read_inputs
+from stepvideo_serve.serving.adapter import Arrays, bytes_array, clear_setup_errors
+from stepvideo_serve.serving.queued import QueuedModel
 from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
 
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
@@ -21,7 +21,7 @@ TENSORS = ("LATENTS", "CONDITION", "POSITIVE_LLM", "POSITIVE_CLIP", "NEGATIVE_LL
 REQUIRED_SCALARS = ("STEPS", "CFG_SCALE", "TIME_SHIFT", "MOTION_SCORE")
 
 
-class DenoiserModel:
+class DenoiserModel(QueuedModel):
     """Owns the queue and the ranks. The ranks are child processes: what kills one never kills this model."""
 
     def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
@@ -36,38 +36,16 @@ class DenoiserModel:
                 threads_per_rank=config.denoiser.threads or os.cpu_count(),
             )
             self._group.start()
-        self._queue = RunQueue(config.denoiser.max_queued, self._serve, self._group.cancel)
+        self.queue = RunQueue(config.denoiser.max_queued, self._serve, self._group.cancel)
 
-    def execute(self, requests: list[Any]) -> None:
-        for request in requests:
-            sender = Sender(request)
-            try:
-                inputs = read_inputs(request)
-                if "CANCEL_RUN" in inputs:
-                    self._queue.cancel(inputs["CANCEL_RUN"].flat[0].decode())
-                    sender.close()
-                else:
-                    self._queue.put(self._queued(inputs, sender))
-            except Exception as error:  # every error becomes this request's response
-                sender.fail(error)
-
-    def is_ready(self) -> bool:
-        """Asked by servers from 26.03 on: the ranks are alive, or will be started anew by the next run."""
-        return self._group.healthy
-
-    def finalize(self) -> None:
-        self._queue.close()
-        self._group.close()
-        end_process()
-
-    def _queued(self, inputs: Arrays, sender: Sender) -> QueuedRun:
-        missing = [name for name in ("RUN_ID", *REQUIRED_SCALARS) if name not in inputs]
+    def describe_run(self, inputs: Arrays) -> dict[str, Any]:
+        missing = [name for name in REQUIRED_SCALARS if name not in inputs]
         if missing:
             raise InvalidRequest(f"A run needs {missing[0]}, got none: call the model ti2v instead.")
         steps = int(inputs["STEPS"].flat[0])
         if not 1 <= steps <= self._max_steps:
             raise InvalidRequest(f"STEPS must be 1 to {self._max_steps}, got {steps}: ask for fewer.")
-        params = {
+        return {
             "steps": steps,
             "cfg_scale": _finite(inputs, "CFG_SCALE"),
             "time_shift": _finite(inputs, "TIME_SHIFT"),
@@ -75,13 +53,17 @@ class DenoiserModel:
             "preview_every": int(inputs["PREVIEW_EVERY"].flat[0]) if "PREVIEW_EVERY" in inputs else 0,
             "timeout_s": _finite(inputs, "TIMEOUT_S") if "TIMEOUT_S" in inputs else None,
         }
-        tensors = {name.lower(): inputs[name] for name in TENSORS if name in inputs}
-        return QueuedRun(inputs["RUN_ID"].flat[0].decode(), params, tensors, sender)
+
+    def finalize(self) -> None:
+        self.queue.close()
+        self._group.close()
+        super().finalize()
 
     def _serve(self, run: QueuedRun) -> None:
         try:
             params = {**run.params, "timeout_s": run.remaining_s()}
-            with self._group.run(params, run.tensors) as events:
+            tensors = {name.lower(): run.tensors[name] for name in TENSORS if name in run.tensors}
+            with self._group.run(params, tensors) as events:
                 if run.cancelled.is_set():  # before the group had a run to cancel
                     events.cancel()
                 for event in events:
