@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import tritonclient.http
 from numpy.typing import NDArray
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
@@ -189,6 +190,16 @@ class Server:
                 raise Refused(error.message(), error.status()) from error
             return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
+    def process(self, marker: str) -> psutil.Process:
+        """The one process of the server with `marker` in its command line."""
+        children = psutil.Process(self.pid).children(recursive=True)
+        [found] = [child for child in children if any(marker in part for part in child.cmdline())]
+        return found
+
+    def rank(self) -> psutil.Process:
+        """The process that computes the denoising steps."""
+        return self.process("stepvideo_serve.parallel.worker")
+
     def executions(self, model: str) -> int:
         """How many requests the model has taken."""
         with tritonclient.http.InferenceServerClient(self.http_url) as client:
@@ -228,3 +239,9 @@ def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {PATIENCE_S:g} s for {what}"
         time.sleep(0.02)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """CPU time that the process has used: unlike wall time, other work on the machine does not show in it."""
+    times = process.cpu_times()
+    return float(times.user + times.system)

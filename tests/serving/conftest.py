@@ -135,3 +135,11 @@ def small(picture: bytes) -> Values:
         "SEED": np.array([7], np.int64),
         "OUTPUT": b"latents",
     }
+
+
+@pytest.fixture(scope="session")
+def long(picture: bytes) -> Values:
+    """A run of hours, each of whose steps takes a good part of a second."""
+    size = {"NUM_FRAMES": 34, "HEIGHT": 192, "WIDTH": 192, "STEPS": 100_000}
+    numbers = {name: np.array([value], np.int32) for name, value in size.items()}
+    return {"PROMPT": b"a cat", "IMAGE": picture, "OUTPUT": b"latents", "SEED": np.array([7], np.int64), **numbers}

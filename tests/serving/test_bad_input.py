@@ -83,6 +83,8 @@ def latents(fill: float, *shape: int) -> Change:
 
 # What our models refuse: the change to a good request, and what the sentence must say.
 OURS: dict[str, tuple[Change, str]] = {
+    "no-prompt": (without("PROMPT"), "PROMPT is required"),
+    "no-image": (without("IMAGE"), "IMAGE is required"),
     "image-empty": (change(IMAGE=b""), "IMAGE .* 0 bytes"),
     "image-truncated": (truncated, "IMAGE must be a complete"),
     "image-oversized": (change(IMAGE=bytes(2_000_001)), "IMAGE must be at most 2000000 bytes, got 2000001"),
@@ -123,8 +125,7 @@ OURS: dict[str, tuple[Change, str]] = {
 }
 # What Triton refuses by the models' configurations, in its own words.
 BY_CORE: dict[str, tuple[Change, str]] = {
-    "no-prompt": (without("PROMPT"), r"expected .* inputs|PROMPT"),
-    "no-image": (without("IMAGE"), r"expected .* inputs|IMAGE"),
+    "one-input": (lambda small: {"PROMPT": small["PROMPT"]}, "expected number of inputs between 2 and 18 but got 1"),
     "unknown-input": (change(FRAMES=np.array([17], np.int32)), "unexpected inference input 'FRAMES'"),
     "wrong-dtype": (number(np.int64, NUM_FRAMES=17), "NUM_FRAMES.*INT32|INT64.*NUM_FRAMES"),
     "wrong-dtype-text": (integer(PROMPT=1), "PROMPT"),

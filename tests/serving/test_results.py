@@ -80,7 +80,9 @@ def test_the_latents_are_those_of_the_local_pipeline(
     outputs = way(server, clip)
     assert set(outputs) == {"LATENTS", "SEED", "REPORT"}
     assert outputs["LATENTS"].dtype == np.float32
-    np.testing.assert_array_equal(outputs["LATENTS"], here(clip).latents)
+    expected = here(clip).latents
+    assert expected is not None
+    np.testing.assert_array_equal(outputs["LATENTS"], expected)
 
 
 def test_the_frames_are_those_of_the_local_pipeline(
@@ -90,7 +92,9 @@ def test_the_frames_are_those_of_the_local_pipeline(
     outputs = server.stream_result(asked)
     assert outputs["FRAMES"].shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert outputs["FRAMES"].dtype == np.uint8
-    np.testing.assert_array_equal(outputs["FRAMES"], here(asked).frames)
+    expected = here(asked).frames
+    assert expected is not None
+    np.testing.assert_array_equal(outputs["FRAMES"], expected)
 
 
 def test_the_mp4_plays(mp4: bytes) -> None:
