@@ -20,6 +20,7 @@ from stepvideo_serve.serving.adapter import Arrays, bytes_array
 from stepvideo_serve.text.states import TextStates
 
 CANCEL_POLL_S = 0.05
+CANCEL_AGAIN_S = 1.0
 
 
 class BlsStages:
@@ -76,9 +77,10 @@ def run(model: str, inputs: Arrays, cancelled: Cancelled) -> Generator[dict[str,
     is left stays in the server for good, which then cannot unload the calling model.
     """
     run_id = bytes_array(uuid.uuid4().hex.encode())
-    responses = _request(model, {**inputs, "RUN_ID": run_id}, ()).exec(decoupled=True)
+    responses: Any = ()
     try:
         with cancelling(model, run_id, cancelled):
+            responses = _request(model, {**inputs, "RUN_ID": run_id}, ()).exec(decoupled=True)  # until there is one
             for response in responses:
                 if outputs := _read(response):
                     yield outputs
@@ -98,10 +100,11 @@ def cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Cancelled) -
             continue
 
     def watch() -> None:
-        while not left.wait(CANCEL_POLL_S):
+        pause_s = CANCEL_POLL_S
+        while not left.wait(pause_s):
             if cancelled():
                 cancel_run()
-                return
+                pause_s = CANCEL_AGAIN_S  # in case it was there before the run
 
     watcher = threading.Thread(target=watch, name="cancel-watch")
     watcher.start()
