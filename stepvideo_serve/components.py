@@ -5,6 +5,7 @@ The one table behind the export, the eager runners and the verification.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +21,9 @@ from stepvideo_serve.dit.graphs import (
     embed_spec,
     final_spec,
 )
+from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_spec, segment_module, segment_spec
 from stepvideo_serve.engine.spec import EngineSpec
+from stepvideo_serve.sharding import TensorPart
 from stepvideo_serve.vae.graphs import vae_decoder_spec, vae_encoder_spec
 from stepvideo_serve.weights.checkpoint import BLOCKS_PREFIX, Checkpoint
 
@@ -49,6 +52,42 @@ def components(checkpoint: Checkpoint, precision: str) -> dict[str, Component]:
     dtype = getattr(torch, name)
     parts = [*_text(checkpoint, name, dtype), *_vae(checkpoint, name, dtype), *_dit(checkpoint, name, dtype)]
     return {part.name: part for part in parts}
+
+
+def part_components(checkpoint: Checkpoint, precision: str, part: TensorPart, sequence: bool) -> dict[str, Component]:
+    """The graphs that hold one rank's slice of the DiT: block pieces, and keys and values of its heads. `sequence`: cut
+    around the attention core too, for layouts that split the tokens. The other graphs are those of `components`."""
+    name = DTYPES[precision]
+    dtype = getattr(torch, name)
+    config = checkpoint.dit_config
+    table = []
+    for index in range(config.num_layers):
+        prefix = f"{BLOCKS_PREFIX}{index}."
+        for piece in PIECES[sequence]:
+            spec = segment_spec(config, name, piece, index, part.count)
+            table.append(Component(spec, "dit", prefix, partial(_load_piece, checkpoint, piece, index, dtype, part)))
+        spec = cross_spec(config, name, index, part.count)
+        table.append(Component(spec, "dit", prefix, partial(_load_piece, checkpoint, "cross", index, dtype, part)))
+    return {component.name: component for component in table}
+
+
+def core_component(precision: str, heads: int) -> Component:
+    """Attention of `heads` heads over all tokens: no weights, the same graph for every block and rank."""
+    return Component(core_spec(DTYPES[precision], heads), "dit", BLOCKS_PREFIX, CoreSegment)
+
+
+def sharded_graph_names(num_layers: int, whole_blocks: bool, sequence: bool) -> tuple[list[str], list[str]]:
+    """What a rank of a layout runs: names of common graphs, and of graphs of its own part (none with whole blocks)."""
+    if whole_blocks:
+        return dit_graph_names(num_layers), []
+    pieces = [*PIECES[sequence], "cross"]
+    own = [f"dit_{piece}_{i:02d}" for i in range(num_layers) for piece in pieces]
+    return ["dit_context", "dit_embed", "dit_final"], [*own, *(["dit_core"] if sequence else [])]
+
+
+def _load_piece(checkpoint: Checkpoint, piece: str, index: int, dtype: torch.dtype, part: TensorPart) -> nn.Module:
+    block = checkpoint.dit_block(index, dtype, part)
+    return CrossGraph(block) if piece == "cross" else segment_module(piece, block)
 
 
 def dit_graph_names(num_layers: int) -> list[str]:

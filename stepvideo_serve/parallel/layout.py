@@ -89,6 +89,14 @@ class Layout:
             raise ConfigError(f"layout {self} needs at least {self.sp} tokens, got {tokens}: choose a smaller sp.")
 
 
+SINGLE = Layout()
+
+
+def part_folder(layout: Layout, tp_index: int) -> str:
+    """Where an engine directory keeps the pieces of one tensor-parallel rank: "tp0of4", or "tp0of2.sp4"."""
+    return f"tp{tp_index}of{layout.tp}" + (f".sp{layout.sp}" if layout.sp > 1 else "")
+
+
 def split_evenly(total: int, parts: int) -> list[int]:
     """Sizes of `parts` neighbouring slices that differ by at most one, larger ones first."""
     size, rest = divmod(total, parts)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepvideo_serve.dit.velocity import DiTVelocity
+from stepvideo_serve.dit.velocity import GuidedVelocity
 from stepvideo_serve.errors import DeadlineExceeded
 from stepvideo_serve.sampling.denoise import denoise
 from stepvideo_serve.sampling.guidance import guide, needs_guidance
@@ -48,7 +48,7 @@ class StepDone:
 Preview = Callable[[Tensor], NDArray[np.uint8]]
 
 
-def run_job(job: DenoiseJob, dit: DiTVelocity, preview: Preview) -> Iterator[StepDone]:
+def run_job(job: DenoiseJob, dit: GuidedVelocity, preview: Preview) -> Iterator[StepDone]:
     """Yields after each step; whoever iterates may stop at any step boundary.
 
     Raises DeadlineExceeded at the first step boundary past the job's timeout.

@@ -1,0 +1,103 @@
+"""Every layout on real gloo ranks against one rank: the same latents, in eager torch and in ONNX Runtime."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.tiny_checkpoint import write_checkpoint
+from stepvideo_serve.assembly import Denoiser
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.parallel.layout import Layout
+from tests.mini import MINI, relative_error
+from tests.parallel.sharded_ranks import LATENTS, STEPS, make_job
+
+LAYOUTS = ("cfg2", "tp2", "tp4", "sp2", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")
+BACKENDS = ("eager", "ort")
+RANKS = 4
+HEADS = 4
+LAYERS = {"eager": 3, "ort": 1}  # exporting takes time
+Results = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def configs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Per backend, the configuration of a checkpoint of four heads; for ONNX Runtime with graphs for every layout."""
+    folder = tmp_path_factory.mktemp("sharded")
+    paths = {}
+    for backend, layers in LAYERS.items():
+        model, engines = folder / f"{backend}.model", folder / "engines"
+        write_checkpoint(model, replace(MINI, dit=replace(MINI.dit, num_heads=HEADS, num_layers=layers)))
+        for layout in ("single", *LAYOUTS) if backend == "ort" else ():
+            command = [sys.executable, "-m", "export.to_onnx", "--quiet", "--only", "dit_*", "--layout", layout]
+            subprocess.run([*command, "--model-dir", str(model), "--out", str(engines)], cwd=root, check=True)
+        paths[backend] = folder / f"{backend}.toml"
+        table = f'[model]\ndir = "{model}"\nengines_dir = "{engines}"\nbackend = "{backend}"\n'
+        paths[backend].write_text(f"{table}[denoiser]\nthreads = 1\n")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def results(root: Path, configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What every rank of every layout computed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    plan = {"layouts": LAYOUTS, "configs": [str(path) for path in configs.values()]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "tests.parallel.sharded_ranks"]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder)], cwd=root) for rank in range(RANKS)]
+    try:
+        assert [rank.wait(300) for rank in ranks] == [0] * RANKS
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return {
+        (layout, backend): [
+            torch.load(folder / f"{layout}.{backend}.{rank}.pt", weights_only=True)
+            for rank in range(Layout.parse(layout).world_size)
+        ]
+        for layout in LAYOUTS
+        for backend in BACKENDS
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(configs: dict[str, Path]) -> dict[tuple[str, str], torch.Tensor]:
+    """The latents after each step in eager torch on one rank, with and without guidance, for each checkpoint."""
+    found = {}
+    for backend, path in configs.items():
+        config = ServeConfig.load(path)
+        denoiser = Denoiser(replace(config, model=replace(config.model, backend="eager")))
+        for kind, scale in (("guided", 4.0), ("alone", 1.0)):
+            steps = [done.latents for done in denoiser.run(make_job(scale)) if done.latents is not None]
+            found[backend, kind] = torch.stack(steps)
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["guided", "alone"])
+def test_a_layout_computes_what_one_rank_does(
+    results: Results, alone: dict[tuple[str, str], torch.Tensor], layout: str, backend: str, kind: str
+) -> None:
+    """One step is one velocity: its error is that of the velocity. The last latents may have gathered 1e-4."""
+    expected = alone[backend, kind]
+    noise = make_job().latents
+    for rank in results[layout, backend]:
+        latents = rank[kind]["latents"]
+        assert latents.shape == (STEPS, *LATENTS)
+        assert relative_error(latents[0] - noise, expected[0] - noise) <= 2e-5
+        assert relative_error(latents[-1], expected[-1]) <= 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_hold_the_same_bits(results: Results, layout: str, backend: str) -> None:
+    first, *others = results[layout, backend]
+    for other in others:
+        for kind in ("guided", "alone"):
+            assert torch.equal(other[kind]["latents"], first[kind]["latents"])
