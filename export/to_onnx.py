@@ -88,17 +88,18 @@ def export_plan(checkpoint: Checkpoint, out: Path, precision: str, layout: Layou
     whole = components(checkpoint, precision)
     if layout.tp == layout.sp == 1:
         return {out: whole}
-    sequence = layout.sp > 1
-    common, _ = sharded_graph_names(config.num_layers, whole_blocks=False, sequence=sequence)
-    plan = {out: {name: part for name, part in whole.items() if not name.startswith("dit_") or name in common}}
-    for index in range(layout.tp):
-        part = TensorPart(index, layout.tp)
-        table = part_components(checkpoint, precision, part, sequence)
-        if sequence:
-            core = core_component(precision, config.num_heads // (layout.tp * layout.sp))
-            table[core.name] = core
-        plan[out / part_folder(layout, index)] = table
-    return plan
+    common, _ = sharded_graph_names(config, layout.tp, layout.sp)
+    shared = {name: part for name, part in whole.items() if not name.startswith("dit_") or name in common}
+    if layout.sp > 1:
+        core = core_component(precision, config.num_heads // (layout.tp * layout.sp))
+        shared[core.name] = core
+    parts = {
+        out / part_folder(layout, index): part_components(
+            checkpoint, precision, TensorPart(index, layout.tp), sequence=layout.sp > 1
+        )
+        for index in range(layout.tp)
+    }
+    return {out: shared, **parts}
 
 
 def _export_folder(

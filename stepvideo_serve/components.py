@@ -5,11 +5,13 @@ The one table behind the export, the eager runners and the verification.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
 
+from stepvideo_serve.dit.blocks import DiTBlock
+from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.graphs import (
     ContextGraph,
     CrossGraph,
@@ -21,7 +23,7 @@ from stepvideo_serve.dit.graphs import (
     embed_spec,
     final_spec,
 )
-from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_spec, segment_module, segment_spec
+from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_name, core_spec, segment_module, segment_spec
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.sharding import TensorPart
 from stepvideo_serve.vae.graphs import vae_decoder_spec, vae_encoder_spec
@@ -60,14 +62,15 @@ def part_components(checkpoint: Checkpoint, precision: str, part: TensorPart, se
     name = DTYPES[precision]
     dtype = getattr(torch, name)
     config = checkpoint.dit_config
+    block = lru_cache(maxsize=1)(partial(checkpoint.dit_block, dtype=dtype, part=part))  # its pieces share its weights
     table = []
     for index in range(config.num_layers):
         prefix = f"{BLOCKS_PREFIX}{index}."
         for piece in PIECES[sequence]:
             spec = segment_spec(config, name, piece, index, part.count)
-            table.append(Component(spec, "dit", prefix, partial(_load_piece, checkpoint, piece, index, dtype, part)))
+            table.append(Component(spec, "dit", prefix, partial(_load_piece, block, index, piece)))
         spec = cross_spec(config, name, index, part.count)
-        table.append(Component(spec, "dit", prefix, partial(_load_piece, checkpoint, "cross", index, dtype, part)))
+        table.append(Component(spec, "dit", prefix, partial(_load_piece, block, index, "cross")))
     return {component.name: component for component in table}
 
 
@@ -76,17 +79,19 @@ def core_component(precision: str, heads: int) -> Component:
     return Component(core_spec(DTYPES[precision], heads), "dit", BLOCKS_PREFIX, CoreSegment)
 
 
-def sharded_graph_names(num_layers: int, whole_blocks: bool, sequence: bool) -> tuple[list[str], list[str]]:
-    """What a rank of a layout runs: names of common graphs, and of graphs of its own part (none with whole blocks)."""
-    if whole_blocks:
-        return dit_graph_names(num_layers), []
-    pieces = [*PIECES[sequence], "cross"]
-    own = [f"dit_{piece}_{i:02d}" for i in range(num_layers) for piece in pieces]
-    return ["dit_context", "dit_embed", "dit_final"], [*own, *(["dit_core"] if sequence else [])]
+def sharded_graph_names(config: DiTConfig, tp: int, sp: int) -> tuple[list[str], list[str]]:
+    """What a rank of a layout runs: names of graphs that all ranks share, and of its own part's (none with whole
+    blocks)."""
+    if tp == sp == 1:
+        return dit_graph_names(config.num_layers), []
+    core = [core_name(config.num_heads // (tp * sp))] if sp > 1 else []
+    pieces = [*PIECES[sp > 1], "cross"]
+    own = [f"dit_{piece}_{i:02d}" for i in range(config.num_layers) for piece in pieces]
+    return ["dit_context", "dit_embed", "dit_final", *core], own
 
 
-def _load_piece(checkpoint: Checkpoint, piece: str, index: int, dtype: torch.dtype, part: TensorPart) -> nn.Module:
-    block = checkpoint.dit_block(index, dtype, part)
+def _load_piece(load_block: Callable[[int], DiTBlock], index: int, piece: str) -> nn.Module:
+    block = load_block(index)
     return CrossGraph(block) if piece == "cross" else segment_module(piece, block)
 
 

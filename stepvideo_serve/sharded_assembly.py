@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from stepvideo_serve.assembly import compute_dtype, load_preview, load_runners
-from stepvideo_serve.components import core_component, part_components, sharded_graph_names
+from stepvideo_serve.components import components, core_component, part_components, sharded_graph_names
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.dit.sharded import ShardedVelocity
 from stepvideo_serve.engine.eager import EagerRunner
@@ -48,21 +48,18 @@ def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> 
     checkpoint = Checkpoint(config.model.dir)
     dit_config = checkpoint.dit_config
     layout.check(dit_config.num_heads)
-    whole, sequence = layout.tp == layout.sp == 1, layout.sp > 1
-    common, own = sharded_graph_names(dit_config.num_layers, whole, sequence)
-    runners = load_runners(config, common, config.denoiser.threads)
+    common, own = sharded_graph_names(dit_config, layout.tp, layout.sp)
+    threads, model = config.denoiser.threads, config.model
     if not own:
-        return runners
-    if config.model.backend != "eager":
-        folder = config.model.engines_dir / part_folder(layout, tp_index)
-        local = replace(config, model=replace(config.model, engines_dir=folder))
-        return {**runners, **load_runners(local, own, config.denoiser.threads)}
-    part = TensorPart(tp_index, layout.tp)
-    table = part_components(checkpoint, config.model.precision, part, sequence)
-    if sequence:
-        core = core_component(config.model.precision, dit_config.num_heads // (layout.tp * layout.sp))
-        table[core.name] = core
-    return {**runners, **{name: EagerRunner(table[name].spec, table[name].load(), config.model.device) for name in own}}
+        return load_runners(config, common, threads)
+    if model.backend != "eager":
+        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part_folder(layout, tp_index)))
+        return {**load_runners(config, common, threads), **load_runners(local, own, threads)}
+    table = components(checkpoint, model.precision)
+    table |= part_components(checkpoint, model.precision, TensorPart(tp_index, layout.tp), sequence=layout.sp > 1)
+    core = core_component(model.precision, dit_config.num_heads // (layout.tp * layout.sp))
+    table[core.name] = core
+    return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in (*common, *own)}
 
 
 class ShardedDecoder:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.sharding import dit_plan
@@ -86,8 +87,6 @@ def test_the_whole_is_not_cut(dit_shapes: Shapes) -> None:
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_modules_have_the_shapes_of_the_cuts(dit_shapes: Shapes, llm_shapes: Shapes, count: int) -> None:
-    from stepvideo_serve.dit.blocks import DiTBlock
-
     part = TensorPart(count - 1, count)
     prefix = "transformer_blocks.0."
     blocks = {key: shape for key, shape in dit_shapes.items() if key.startswith(prefix)}

@@ -18,7 +18,7 @@ from stepvideo_serve.dit.graphs import CONTEXT_TOKENS, VIDEO_TOKENS
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
 
 PIECES = {False: ("attn", "text", "ff"), True: ("qkv", "out", "text", "ff")}
-"""Per block; with sequence parallelism (True) all blocks also share the weightless `dit_core`."""
+"""Per block; with sequence parallelism (True) all blocks also share the weightless attention core."""
 
 
 class AttnSegment(nn.Module):
@@ -122,11 +122,16 @@ def segment_spec(config: DiTConfig, dtype: str, piece: str, index: int, tensor_p
 def core_spec(dtype: str, heads: int) -> EngineSpec:
     """Attention of `heads` heads over all tokens."""
     return EngineSpec(
-        "dit_core",
+        core_name(heads),
         inputs=(TensorSpec("qkv", dtype, (3, heads, "tokens", HEAD_DIM)),),
         outputs=(TensorSpec("attended", dtype, (1, "tokens", heads * HEAD_DIM)),),
         dims={"tokens": VIDEO_TOKENS},
     )
+
+
+def core_name(heads: int) -> str:
+    """ "dit_core_2h": one graph per number of heads, shared by all blocks and ranks."""
+    return f"dit_core_{heads}h"
 
 
 def segment_module(piece: str, block: DiTBlock) -> nn.Module:

@@ -15,6 +15,7 @@ from stepvideo_serve.communicator import Communicator
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import patchify, unpatchify
 from stepvideo_serve.dit.rope import rope_tables
+from stepvideo_serve.dit.segments import core_name
 from stepvideo_serve.dit.velocity import Graph, KeysValues, PreparedRequest
 from stepvideo_serve.text.states import TextStates
 
@@ -132,7 +133,8 @@ class ShardedVelocity:
             attn = self._graphs[f"dit_attn_{index:02d}"]
             return attn(tokens=tokens, modulation=modulation, **_rope(request))["partial"]
         qkv = self._graphs[f"dit_qkv_{index:02d}"](tokens=tokens, modulation=modulation, **_rope(request))["qkv"]
-        attended = self._graphs["dit_core"](qkv=self._ranks.to_heads(qkv, request.counts))["attended"]
+        exchanged = self._ranks.to_heads(qkv, request.counts)
+        attended = self._graphs[core_name(exchanged.shape[1])](qkv=exchanged)["attended"]
         own = self._ranks.to_tokens(attended[0], request.counts)
         return self._graphs[f"dit_out_{index:02d}"](attended=own[None], modulation=modulation)["partial"]
 

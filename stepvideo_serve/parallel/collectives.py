@@ -88,7 +88,7 @@ class Collectives:
         own = own.contiguous()
         self._count("exchange_branches", own)
         both = own.new_empty((2, *own.shape))
-        dist.all_gather_into_tensor(both.flatten(0, 1), own, group=self._groups["cfg"])
+        dist.all_gather_single(both.flatten(0, 1), own, group=self._groups["cfg"])
         return both[0], both[1]
 
     def agree(self, code: int) -> int:

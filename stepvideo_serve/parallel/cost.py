@@ -4,8 +4,8 @@ Exact     parameters per rank; FLOPs of the matrix multiplications (2 per multip
           payload bytes of every collective, as parallel/collectives.py counts them.
 Predicted activations and scratch (tensors alive at the same time in the pieces of a block; a TensorRT engine may plan
           better, an eager run fragments), and all seconds: FLOPs at the share of the peak in parallel/gpus.py, bytes
-          at the link's bandwidth, sums hidden behind the other guidance branch. Not counted: that collectives take
-          multiprocessors from the computation, that smaller slices run less efficiently, and the mp4.
+          at the link's bandwidth, sums hidden behind the other guidance branch except for OVERLAP_LOSS of them. Not
+          counted: that smaller slices run less efficiently, and the mp4.
 
 Rank 0 is predicted: no rank has more tokens, and it alone may hold a whole text encoder.
 Letters: D width, H heads, N video tokens, n those of this rank, L text tokens.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.parallel.gpus import GPU, RESERVED_BYTES
+from stepvideo_serve.parallel.gpus import GPU, OVERLAP_LOSS, RESERVED_BYTES
 from stepvideo_serve.parallel.layout import SIZES, Layout, split_evenly
 
 BF16_BYTES = 2
@@ -105,21 +105,23 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on rank 0's GPU. scratch: inside a piece of a block or in the VAE decoder, whichever needs more, since
-    they do not run at the same time. llm: for each placement that the layout allows."""
+    """Bytes on rank 0's GPU. block_scratch lives inside a piece of a block, chunk_scratch inside the VAE decoder; they
+    are never needed at the same time. llm: for each placement that the layout allows."""
 
     dit: int
     clip: int
     vae: int
     cross_kv: int
     activations: int
-    scratch: int
+    block_scratch: int
+    chunk_scratch: int
     reserved: int
     llm: Mapping[str, int]
 
     def total(self, placement: str) -> int:
-        parts = (self.dit, self.clip, self.vae, self.cross_kv, self.activations, self.scratch, self.reserved)
-        return sum(parts) + self.llm[placement]
+        weights = self.dit + self.clip + self.vae + self.llm[placement]
+        denoising = self.cross_kv + self.activations + self.block_scratch
+        return weights + max(denoising, self.chunk_scratch) + self.reserved
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ def step_flops(size: ModelSize, layout: Layout, work: Workload, rank: int = 0) -
     d = size.width
     embed = 2 * own * size.patch_in * d + 4 * (size.time_channels * d + d * d) + 12 * d * d
     final = 2 * own * d * size.patch_out
-    return {**{part: flops * size.layers * branches for part, flops in block.items()}, "outer": embed + final * branches}
+    blocks = {part: flops * size.layers * branches for part, flops in block.items()}
+    return {**blocks, "outer": embed + final * branches}
 
 
 def exchanges(
@@ -229,7 +232,8 @@ def memory(size: ModelSize, layout: Layout, work: Workload, precision: str) -> M
         vae=size.vae_parameters * BF16_BYTES,
         cross_kv=2 * size.layers * branches * work.text_tokens * size.width // tp * BF16_BYTES,
         activations=living_tokens(layout, branches) * tokens_bytes + rope_bytes,
-        scratch=max(block_scratch(size, layout, own), work.chunk_bytes),
+        block_scratch=block_scratch(size, layout, own),
+        chunk_scratch=work.chunk_bytes,
         reserved=RESERVED_BYTES,
         llm={**llm, "whole": size.llm.bytes(1, precision), "elsewhere": 0},
     )
@@ -287,11 +291,11 @@ def step_seconds(size: ModelSize, layout: Layout, work: Workload, gpu: GPU, prec
     blocks_s = two_queues(pieces * size.layers, call_s.get("sum_tp", 0.0), branches)
     outer_s = step_flops(size, layout, work)["outer"] / gpu.flops("bf16")
     end_s = branches * call_s.get("gather_tokens", 0.0) + call_s.get("exchange_branches", 0.0)
-    return StepSeconds(
-        compute=sum(flops.values()) * size.layers * branches / rate + outer_s,
-        communication=sum(exchange.calls * call_s[exchange.collective] for exchange in sent),
-        total=blocks_s + outer_s + end_s,
-    )
+    total_s = blocks_s + outer_s + end_s
+    compute_s = sum(flops.values()) * size.layers * branches / rate + outer_s
+    communication_s = sum(exchange.calls * call_s[exchange.collective] for exchange in sent)
+    hidden_s = compute_s + communication_s - total_s
+    return StepSeconds(compute_s, communication_s, total_s + OVERLAP_LOSS * hidden_s)
 
 
 def predict(size: ModelSize, layout: Layout, work: Workload, gpu: GPU, precision: str) -> Prediction:

@@ -7,7 +7,9 @@ are reached are assumptions with a source, not measurements of this code:
                           peak; FP8 linears with FP8 attention reach about 1 PFLOP/s of 1.98 on Hopper. The L40S is
                           given the same shares for want of numbers; its power limit may take more.
     Video-VAE 0.40        of the bf16 peak: convolutions with norms between them, bound by memory in part
-    links 0.80            protocol overhead of about 20 % (NVIDIA/nccl-tests issue 212: 370 of 450 GB/s)
+    links 0.80            protocol overhead of about 20 % (NVIDIA/nccl-tests issue 212: 370 of 450 GB/s); what
+                          NVSwitch can save by summing itself is not assumed
+    while sums run 0.85   of the computation goes on: NCCL takes some of the multiprocessors
 """
 
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ GIB = 2**30
 EFFICIENCY: Mapping[str, float] = {"bf16": 0.57, "fp8": 0.50}
 VAE_EFFICIENCY = 0.40
 LINK_EFFICIENCY = 0.80
+OVERLAP_LOSS = 0.15
 ONE_NODE = 8
 RESERVED_BYTES = 2 * GIB
 """Per GPU for the CUDA context, NCCL's buffers and what the allocator cannot use."""

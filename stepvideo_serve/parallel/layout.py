@@ -36,7 +36,7 @@ class Layout:
         parts = [] if text == "single" else text.split(".")
         sizes: dict[str, int] = {}
         for part in parts:
-            match = re.fullmatch(r"(cfg|tp|sp)(\d{1,2})", part)
+            match = re.fullmatch(r"(cfg|tp|sp)([1248])", part)
             if match is None or match[1] in sizes or int(match[2]) not in SIZES[match[1]]:
                 raise ConfigError(
                     'layout must be "single" or parts of cfg1|2, tp1|2|4|8, sp1|2|4|8 such as "cfg2.tp4", '
@@ -93,8 +93,8 @@ SINGLE = Layout()
 
 
 def part_folder(layout: Layout, tp_index: int) -> str:
-    """Where an engine directory keeps the pieces of one tensor-parallel rank: "tp0of4", or "tp0of2.sp4"."""
-    return f"tp{tp_index}of{layout.tp}" + (f".sp{layout.sp}" if layout.sp > 1 else "")
+    """Where an engine directory keeps the pieces of one tensor-parallel rank: "tp0of4"."""
+    return f"tp{tp_index}of{layout.tp}"
 
 
 def split_evenly(total: int, parts: int) -> list[int]:

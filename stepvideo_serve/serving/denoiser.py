@@ -6,14 +6,17 @@ waiting or under way (servers before 25.04 cannot cancel one model's call of ano
 
 import json
 import os
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
 from stepvideo_serve.errors import InvalidRequest
-from stepvideo_serve.parallel.group import RankGroup, ResultEvent
+from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.run import ResultEvent
 from stepvideo_serve.serving.adapter import Arrays, Sender, bytes_array, clear_setup_errors, end_process, read_inputs
+from stepvideo_serve.serving.resume import ResumableDenoise, run_on
 from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
 
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
@@ -28,10 +31,13 @@ class DenoiserModel:
         with clear_setup_errors():
             config = ServeConfig.from_environment()
             self._max_steps = config.limits.max_steps
+            self._max_resumes = config.denoiser.max_resumes
             self._group = RankGroup(
                 RANK_FACTORY,
                 {"config": os.environ[ENVIRONMENT_VARIABLE]},
                 start_timeout_s=config.denoiser.start_timeout_s,
+                heartbeat_s=config.denoiser.heartbeat_s,
+                first_step_timeout_s=config.denoiser.first_step_timeout_s,
                 arena_bytes=config.denoiser.arena_mib << 20,
                 threads_per_rank=config.denoiser.threads or os.cpu_count(),
             )
@@ -52,7 +58,7 @@ class DenoiserModel:
                 sender.fail(error)
 
     def is_ready(self) -> bool:
-        """Asked by servers from 26.03 on: the ranks are alive, or will be started anew by the next run."""
+        """Asked by servers from 26.03 on: not while ranks that were lost are started anew."""
         return self._group.healthy
 
     def finalize(self) -> None:
@@ -80,10 +86,8 @@ class DenoiserModel:
 
     def _serve(self, run: QueuedRun) -> None:
         try:
-            params = {**run.params, "timeout_s": run.remaining_s()}
-            with self._group.run(params, run.tensors) as events:
-                if run.cancelled.is_set():  # before the group had a run to cancel
-                    events.cancel()
+            job = ResumableDenoise(run.params, run.tensors)
+            with closing(run_on(self._group, run, job, self._max_resumes)) as events:
                 for event in events:
                     if isinstance(event, ResultEvent):
                         report = json.dumps(self._group.info).encode()

@@ -30,30 +30,33 @@ LLM_TOKENS = Dim(min=2, opt=128, max=LLM_MAX_TOKENS)
 
 
 class LlmEmbed(nn.Module):
-    """Token ids -> embeddings, and the attention bias of this rank's heads, which all layers share."""
+    """Token ids -> embeddings."""
 
-    def __init__(self, config: StepLLMConfig, part: TensorPart = WHOLE) -> None:
+    def __init__(self, config: StepLLMConfig) -> None:
         super().__init__()
         self.tok_embeddings = TokenEmbeddings(config.vocab_size, config.width)
-        begin, end = part.of(config.num_heads)
-        self.slopes = alibi_slopes(config.num_heads)[begin:end]
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids [1, L] int64 -> tokens [1, L, D], bias [H, L, L] fp32."""
-        bias = sqrt_alibi_bias(self.slopes, input_ids.shape[1], input_ids.device)
-        return self.tok_embeddings.word_embeddings(input_ids), bias
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [1, L] int64 -> [1, L, D]."""
+        return self.tok_embeddings.word_embeddings(input_ids)
 
 
 class LlmAttention(nn.Module):
-    """Norm and attention of one layer over a slice of the heads; the residual is the caller's."""
+    """Norm and attention of one layer over the heads of `part`; the residual is the caller's.
 
-    def __init__(self, config: StepLLMConfig, shards: int = 1) -> None:
+    The slopes are those of the part's own heads: a slice of the list for all heads, not a list for fewer.
+    """
+
+    def __init__(self, config: StepLLMConfig, part: TensorPart = WHOLE) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, shards)
+        self.attention = Attention(config, part.count)
+        begin, end = part.of(config.num_heads)
+        self.slopes = alibi_slopes(config.num_heads)[begin:end]
 
-    def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        """tokens [1, L, D], bias [H, L, L] -> partial [1, L, D]."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [1, L, D] -> partial [1, L, D]."""
+        bias = sqrt_alibi_bias(self.slopes, tokens.shape[1], tokens.device)
         return self.attention(self.attention_norm(tokens), bias)
 
 
@@ -77,57 +80,38 @@ class ShardedStepLLM:
     """
 
     def __init__(self, graphs: Mapping[str, Graph], config: StepLLMConfig, communicator: Communicator) -> None:
-        self._embed = graphs["step_llm_embed"]
-        self._layers = [
-            (graphs[f"step_llm_attn_{i:02d}"], graphs[f"step_llm_ff_{i:02d}"]) for i in range(config.num_layers)
-        ]
+        names = llm_graph_names(config.num_layers)
+        self._embed, *self._halves = (graphs[name] for name in names)
         self._ranks = communicator
 
     def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
         """input_ids [1, L] int64, the same on every rank -> {"llm_states": [1, L, D]}."""
-        start = self._embed(input_ids=input_ids)
-        x, bias = start["tokens"], start["bias"]
-        for attention, feed_forward in self._layers:
-            x = x + self._ranks.sum_tp(attention(tokens=x, bias=bias)["partial"]).wait()
-            x = x + self._ranks.sum_tp(feed_forward(tokens=x)["partial"]).wait()
+        x = self._embed(input_ids=input_ids)["tokens"]
+        for half in self._halves:
+            x = x + self._ranks.sum_tp(half(tokens=x)["partial"]).wait()
         return {"llm_states": x}
 
 
 def llm_graph_names(num_layers: int) -> list[str]:
-    """Names of the graphs that ShardedStepLLM needs."""
-    return ["step_llm_embed", *(f"step_llm_{piece}_{i:02d}" for i in range(num_layers) for piece in ("attn", "ff"))]
+    """Names of the graphs that ShardedStepLLM needs, in the order in which they run."""
+    return ["step_llm_embed", *(f"step_llm_{half}_{i:02d}" for i in range(num_layers) for half in ("attn", "ff"))]
 
 
-def llm_embed_spec(config: StepLLMConfig, dtype: str, tensor_parts: int = 1) -> EngineSpec:
+def llm_embed_spec(config: StepLLMConfig, dtype: str) -> EngineSpec:
     return EngineSpec(
         "step_llm_embed",
         inputs=(TensorSpec("input_ids", "int64", (1, "llm_tokens")),),
-        outputs=(_tokens("tokens", config, dtype), _bias(config, tensor_parts)),
+        outputs=(TensorSpec("tokens", dtype, (1, "llm_tokens", config.width)),),
         dims={"llm_tokens": LLM_TOKENS},
     )
 
 
-def llm_attention_spec(config: StepLLMConfig, dtype: str, index: int, tensor_parts: int = 1) -> EngineSpec:
+def llm_half_spec(config: StepLLMConfig, dtype: str, half: str, index: int) -> EngineSpec:
+    """One half ("attn" or "ff") of layer `index`; the same for every number of ranks."""
+    shape = (1, "llm_tokens", config.width)
     return EngineSpec(
-        f"step_llm_attn_{index:02d}",
-        inputs=(_tokens("tokens", config, dtype), _bias(config, tensor_parts)),
-        outputs=(_tokens("partial", config, dtype),),
+        f"step_llm_{half}_{index:02d}",
+        inputs=(TensorSpec("tokens", dtype, shape),),
+        outputs=(TensorSpec("partial", dtype, shape),),
         dims={"llm_tokens": LLM_TOKENS},
     )
-
-
-def llm_feed_forward_spec(config: StepLLMConfig, dtype: str, index: int) -> EngineSpec:
-    return EngineSpec(
-        f"step_llm_ff_{index:02d}",
-        inputs=(_tokens("tokens", config, dtype),),
-        outputs=(_tokens("partial", config, dtype),),
-        dims={"llm_tokens": LLM_TOKENS},
-    )
-
-
-def _tokens(name: str, config: StepLLMConfig, dtype: str) -> TensorSpec:
-    return TensorSpec(name, dtype, (1, "llm_tokens", config.width))
-
-
-def _bias(config: StepLLMConfig, tensor_parts: int) -> TensorSpec:
-    return TensorSpec("bias", "float32", (config.num_heads // tensor_parts, "llm_tokens", "llm_tokens"))

@@ -109,16 +109,16 @@ class Checkpoint:
         cuts = cuts_below("", self._llm_files, self._llm_plan, part)
         return load_module(lambda: StepLLM(self.llm_config, part.count), self._llm_files, dtype, cuts=cuts)
 
-    def llm_embed(self, dtype: torch.dtype = torch.float32, part: TensorPart = WHOLE) -> LlmEmbed:
-        """Step-LLM's token embeddings, and the attention bias for the heads of `part`."""
-        return load_module(lambda: LlmEmbed(self.llm_config, part), self._llm_files, dtype, only=(LLM_EMBED_PREFIX,))
+    def llm_embed(self, dtype: torch.dtype = torch.float32) -> LlmEmbed:
+        """Step-LLM's token embeddings."""
+        return load_module(lambda: LlmEmbed(self.llm_config), self._llm_files, dtype, only=(LLM_EMBED_PREFIX,))
 
     def llm_attention(self, index: int, dtype: torch.dtype = torch.float32, part: TensorPart = WHOLE) -> LlmAttention:
         """Attention of layer `index`, or a slice of its groups."""
         prefix, names = f"{LAYERS_PREFIX}{index}.", ("attention_norm.", "attention.")
         cuts = cuts_below(prefix, self._llm_files, self._llm_plan, part)
         config, files = self.llm_config, self._llm_files
-        return load_module(lambda: LlmAttention(config, part.count), files, dtype, prefix=prefix, only=names, cuts=cuts)
+        return load_module(lambda: LlmAttention(config, part), files, dtype, prefix=prefix, only=names, cuts=cuts)
 
     def llm_feed_forward(
         self, index: int, dtype: torch.dtype = torch.float32, part: TensorPart = WHOLE

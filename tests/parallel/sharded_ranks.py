@@ -9,6 +9,7 @@ import json
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.sampling.job import DenoiseJob
-from stepvideo_serve.sharded_assembly import ShardedDenoiser
+from stepvideo_serve.sharded_assembly import ShardedDecoder, ShardedDenoiser
 from stepvideo_serve.text.states import TextStates
 
 LATENTS = (3, 4, 3, 5)  # 45 tokens: divisible by neither 2 nor 4
@@ -46,6 +47,11 @@ def make_job(cfg_scale: float = 4.0) -> DenoiseJob:
     )
 
 
+def make_video() -> torch.Tensor:
+    """Latents [F, C, h, w] of five chunks: more than one round, and not the same for all ranks."""
+    return torch.randn((15, 4, 2, 3), generator=torch.Generator().manual_seed(6))
+
+
 def run_layout(name: str, config: ServeConfig, rank: int, folder: Path) -> None:
     """Latents after each step of a guided and of an unguided job, and the bytes sent in one step of each."""
     layout = Layout.parse(name)
@@ -55,12 +61,16 @@ def run_layout(name: str, config: ServeConfig, rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", rendezvous, timeout=timedelta(seconds=60), world_size=layout.world_size, rank=rank)
     ranks = Collectives(layout, rank)
     denoiser = ShardedDenoiser(config, layout, ranks)
-    results = {}
+    results: dict[str, Any] = {}
     for kind, scale in (("guided", 4.0), ("alone", 1.0)):
         ranks.sent_bytes.clear()
         steps = [done.latents for done in denoiser.run(make_job(scale))]
         results[kind] = {"latents": torch.stack([x for x in steps if x is not None])}
         results[kind]["bytes"] = {name: total // STEPS for name, total in ranks.sent_bytes.items()}
+    if config.model.backend == "eager":
+        decoder = ShardedDecoder(config, ranks, rank, layout.world_size)
+        frames = list(decoder.decode(make_video(), lambda: None))
+        results["frames"] = torch.cat([torch.from_numpy(chunk) for chunk in frames]) if frames else torch.empty(0)
     torch.save(results, folder / f"{name}.{config.model.backend}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from export.tiny_checkpoint import write_checkpoint
-from stepvideo_serve.assembly import Denoiser
+from export.to_onnx import export_graphs
+from stepvideo_serve.assembly import Denoiser, FrameDecoder
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.model_size import ModelConfigs, model_size
+from stepvideo_serve.parallel.cost import exchanges
 from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import MINI, relative_error
-from tests.parallel.sharded_ranks import LATENTS, STEPS, make_job
+from tests.parallel.sharded_ranks import LATENTS, STEPS, make_job, make_video
 
 LAYOUTS = ("cfg2", "tp2", "tp4", "sp2", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")
 BACKENDS = ("eager", "ort")
@@ -26,7 +30,7 @@ Results = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def configs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Per backend, the configuration of a checkpoint of four heads; for ONNX Runtime with graphs for every layout."""
     folder = tmp_path_factory.mktemp("sharded")
     paths = {}
@@ -34,8 +38,7 @@ def configs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         model, engines = folder / f"{backend}.model", folder / "engines"
         write_checkpoint(model, replace(MINI, dit=replace(MINI.dit, num_heads=HEADS, num_layers=layers)))
         for layout in ("single", *LAYOUTS) if backend == "ort" else ():
-            command = [sys.executable, "-m", "export.to_onnx", "--quiet", "--only", "dit_*", "--layout", layout]
-            subprocess.run([*command, "--model-dir", str(model), "--out", str(engines)], cwd=root, check=True)
+            export_graphs(Checkpoint(model), engines, "fp32", ["dit_*"], False, Layout.parse(layout))
         paths[backend] = folder / f"{backend}.toml"
         table = f'[model]\ndir = "{model}"\nengines_dir = "{engines}"\nbackend = "{backend}"\n'
         paths[backend].write_text(f"{table}[denoiser]\nthreads = 1\n")
@@ -92,6 +95,30 @@ def test_a_layout_computes_what_one_rank_does(
         assert latents.shape == (STEPS, *LATENTS)
         assert relative_error(latents[0] - noise, expected[0] - noise) <= 2e-5
         assert relative_error(latents[-1], expected[-1]) <= 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_sent_are_those_that_the_planner_predicts(
+    results: Results, configs: dict[str, Path], layout: str
+) -> None:
+    size = model_size(ModelConfigs.load(ServeConfig.load(configs["eager"]).model.dir))
+    tokens = LATENTS[0] * LATENTS[2] * LATENTS[3]
+    for rank, result in enumerate(results[layout, "eager"]):
+        for kind, branches in (("guided", 2), ("alone", 1)):
+            predicted = exchanges(size, Layout.parse(layout), tokens, branches, rank, itemsize=4)
+            assert result[kind]["bytes"] == {e.collective: e.payload_bytes for e in predicted}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_decoded_on_many_ranks_are_blended_in_order(
+    results: Results, configs: dict[str, Path], layout: str
+) -> None:
+    leader, *others = results[layout, "eager"]
+    expected = torch.cat(
+        [torch.from_numpy(x) for x in FrameDecoder(ServeConfig.load(configs["eager"])).decode(make_video())]
+    )
+    assert torch.equal(leader["frames"], expected)
+    assert all(rank["frames"].numel() == 0 for rank in others)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
