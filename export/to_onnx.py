@@ -41,12 +41,13 @@ from stepvideo_serve.components import (
     Component,
     components,
     core_component,
+    llm_part_components,
     part_components,
     sharded_graph_names,
 )
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest, content_key
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.errors import EngineError, ExportError, SetupError
+from stepvideo_serve.errors import ConfigError, EngineError, ExportError, SetupError
 from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
 from stepvideo_serve.sharding import TensorPart
 from stepvideo_serve.weights.checkpoint import Checkpoint
@@ -63,14 +64,15 @@ def export_graphs(
     only: Sequence[str] | None = None,
     show_progress: bool = True,
     layout: Layout = SINGLE,
+    split_llm: bool = False,
 ) -> Manifest:
     """Brings the graphs whose names match a glob of `only` (all by default) up to date in `out`, and in a folder below
-    it per tensor-parallel rank where `layout` splits heads or tokens.
+    it per tensor-parallel rank where `layout` splits heads or tokens; `split_llm`: Step-LLM there too, in slices.
 
     Returns the manifest of `out`, which has also been saved. Raises ExportError when a graph fails its checks,
     ConfigError when the layout does not fit the model, and CheckpointError for the weights; finished graphs stay.
     """
-    plan = export_plan(checkpoint, out, precision, layout)
+    plan = export_plan(checkpoint, out, precision, layout, split_llm)
     known = sorted({name for table in plan.values() for name in table})
     chosen = {name for name in known if only is None or any(fnmatch.fnmatch(name, glob) for glob in only)}
     if not chosen:
@@ -81,10 +83,16 @@ def export_graphs(
     return Manifest.load(out)
 
 
-def export_plan(checkpoint: Checkpoint, out: Path, precision: str, layout: Layout) -> dict[Path, dict[str, Component]]:
+def export_plan(
+    checkpoint: Checkpoint, out: Path, precision: str, layout: Layout, split_llm: bool
+) -> dict[Path, dict[str, Component]]:
     """Which graphs go to which folder, `out` first."""
     config = checkpoint.dit_config
-    layout.check(config.num_heads)
+    layout.check(config.num_heads, llm_groups=checkpoint.llm_config.num_groups if split_llm else None)
+    if split_llm and layout.tp == 1:
+        raise ConfigError(
+            f"--split-llm needs a layout with tensor parallelism, got {layout}: add tp2, or leave it out."
+        )
     whole = components(checkpoint, precision)
     if layout.tp == layout.sp == 1:
         return {out: whole}
@@ -99,6 +107,10 @@ def export_plan(checkpoint: Checkpoint, out: Path, precision: str, layout: Layou
         )
         for index in range(layout.tp)
     }
+    if split_llm:
+        del shared["step_llm"]
+        for index, table in enumerate(parts.values()):
+            table |= llm_part_components(checkpoint, precision, TensorPart(index, layout.tp))
     return {out: shared, **parts}
 
 
@@ -249,6 +261,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="GLOB", help='graphs to export, such as "dit_block_*"')
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--layout", default="single", help='how ranks share the DiT, such as "cfg2.tp4"')
+    parser.add_argument("--split-llm", action="store_true", help="cut Step-LLM for tensor parallelism too")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
     try:
@@ -259,6 +272,7 @@ def main() -> int:
             arguments.only,
             not arguments.quiet,
             Layout.parse(arguments.layout),
+            arguments.split_llm,
         )
     except SetupError as error:
         print(f"export: {error}", file=sys.stderr)

@@ -26,6 +26,7 @@ from stepvideo_serve.dit.graphs import (
 from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_name, core_spec, segment_module, segment_spec
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.sharding import TensorPart
+from stepvideo_serve.text.segments import llm_embed_spec, llm_half_spec
 from stepvideo_serve.vae.graphs import vae_decoder_spec, vae_encoder_spec
 from stepvideo_serve.weights.checkpoint import BLOCKS_PREFIX, Checkpoint
 
@@ -71,6 +72,24 @@ def part_components(checkpoint: Checkpoint, precision: str, part: TensorPart, se
             table.append(Component(spec, "dit", prefix, partial(_load_piece, block, index, piece)))
         spec = cross_spec(config, name, index, part.count)
         table.append(Component(spec, "dit", prefix, partial(_load_piece, block, index, "cross")))
+    return {component.name: component for component in table}
+
+
+def llm_part_components(checkpoint: Checkpoint, precision: str, part: TensorPart) -> dict[str, Component]:
+    """The graphs of one rank's slice of Step-LLM: its embeddings, and two halves of every layer."""
+    name = DTYPES[precision]
+    dtype = getattr(torch, name)
+    config = checkpoint.llm_config
+    embed = llm_embed_spec(config, name)
+    table = [Component(embed, "llm", "", partial(checkpoint.llm_embed, dtype))]
+    loaders: dict[str, Callable[..., nn.Module]] = {
+        "attn": checkpoint.llm_attention,
+        "ff": checkpoint.llm_feed_forward,
+    }
+    for index in range(config.num_layers):
+        for half, load in loaders.items():
+            spec = llm_half_spec(config, name, half, index)
+            table.append(Component(spec, "llm", "", partial(load, index, dtype, part)))
     return {component.name: component for component in table}
 
 

@@ -32,9 +32,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoders. `cache_entries`: prompts whose states are kept; 0 keeps none."""
+    """The text encoders.
+
+    cache_entries  prompts whose states are kept; 0 keeps none
+    on_ranks       Step-LLM in slices on the ranks of the denoiser, instead of whole beside them; needs a layout with tp
+    """
 
     cache_entries: int = 64
+    on_ranks: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "cache_entries")

@@ -1,8 +1,8 @@
 """One request from prompt and image to video, whatever runs the stages: this process, or the models of a server.
 
-    prompt -> text states ─┐
-    image  -> latent ──────┼─> denoise -> latents -> frames -> mp4
-    seed   -> noise ───────┘
+prompt -> text states ─┐
+image  -> latent ──────┼─> denoise -> latents -> frames -> mp4
+seed   -> noise ───────┘
 """
 
 import time
@@ -176,7 +176,12 @@ def _noise(request: GenerationRequest, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _decode(
-    request: GenerationRequest, latents: Tensor, stages: Stages, video: VideoConfig, watch: Stopwatch, cancelled: Cancelled
+    request: GenerationRequest,
+    latents: Tensor,
+    stages: Stages,
+    video: VideoConfig,
+    watch: Stopwatch,
+    cancelled: Cancelled,
 ) -> tuple[bytes | None, Frames | None]:
     """The mp4 or the frames, as asked for. The encoder works on a chunk while the next one is decoded."""
     if request.output == OUTPUT_LATENTS:

@@ -6,18 +6,26 @@ from dataclasses import replace
 from torch import Tensor
 
 from stepvideo_serve.assembly import compute_dtype, load_preview, load_runners
-from stepvideo_serve.components import components, core_component, part_components, sharded_graph_names
+from stepvideo_serve.components import (
+    components,
+    core_component,
+    llm_part_components,
+    part_components,
+    sharded_graph_names,
+)
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.dit.sharded import ShardedVelocity
 from stepvideo_serve.engine.eager import EagerRunner
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.geometry import LATENTS_PER_CHUNK
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout, part_folder
 from stepvideo_serve.pipeline import Frames
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.sharding import TensorPart
+from stepvideo_serve.text.segments import ShardedStepLLM, llm_graph_names
 from stepvideo_serve.vae.chunking import blend_borders
 from stepvideo_serve.video.mp4 import to_uint8
 from stepvideo_serve.weights.checkpoint import Checkpoint
@@ -60,6 +68,26 @@ def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> 
     core = core_component(model.precision, dit_config.num_heads // (layout.tp * layout.sp))
     table[core.name] = core
     return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in (*common, *own)}
+
+
+def build_sharded_llm(config: ServeConfig, layout: Layout, ranks: Collectives) -> ShardedStepLLM:
+    """This rank's slice of Step-LLM. Raises ConfigError when the layout does not cut it."""
+    checkpoint = Checkpoint(config.model.dir)
+    llm_config = checkpoint.llm_config
+    layout.check(checkpoint.dit_config.num_heads, llm_groups=llm_config.num_groups)
+    if layout.tp == 1:
+        raise ConfigError(f"[text] on_ranks needs a layout with tensor parallelism, got {layout}: set it to false.")
+    names, model = llm_graph_names(llm_config.num_layers), config.model
+    if model.backend == "eager":
+        table = llm_part_components(checkpoint, model.precision, TensorPart(ranks.tp_index, layout.tp))
+        graphs: dict[str, EngineRunner] = {
+            name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names
+        }
+    else:
+        folder = model.engines_dir / part_folder(layout, ranks.tp_index)
+        local = replace(config, model=replace(model, engines_dir=folder))
+        graphs = load_runners(local, names, config.denoiser.threads)
+    return ShardedStepLLM(graphs, llm_config, ranks)
 
 
 class ShardedDecoder:

@@ -54,9 +54,11 @@ RESULT: Tensors = {
 }
 DENOISER_INPUTS: Tensors = {
     "RUN_ID": TEXT_SCALAR,
+    "KIND": TEXT_SCALAR,
     "CANCEL_RUN": TEXT_SCALAR,
     "LATENTS": LATENTS,
     "CONDITION": IMAGE_LATENT,
+    "INPUT_IDS": ("TYPE_INT64", [-1, -1]),
     "POSITIVE_LLM": STATES,
     "POSITIVE_CLIP": STATES,
     "NEGATIVE_LLM": STATES,
@@ -74,8 +76,12 @@ DENOISER_OUTPUTS: Tensors = {
     "STEP_SECONDS": FLOAT_SCALAR,
     "PREVIEW": ("TYPE_UINT8", [-1, -1, 3]),
     "LATENTS": LATENTS,
+    "FRAMES": FRAMES,
+    "LLM_STATES": ("TYPE_FP32", [1, -1, -1]),
     "REPORT": TEXT_SCALAR,
+    "ERROR": TEXT_SCALAR,
 }
+DECODER_INPUTS: Tensors = {"RUN_ID": TEXT_SCALAR, "CANCEL_RUN": TEXT_SCALAR, "LATENTS": LATENTS}
 
 # model: (decoupled, instances, required inputs, optional inputs, outputs)
 MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
@@ -96,7 +102,7 @@ MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
         {"LATENT": IMAGE_LATENT},
     ),
     "dit_denoiser": (True, 1, {}, DENOISER_INPUTS, DENOISER_OUTPUTS),
-    "vae_decoder": (True, 1, {"LATENTS": LATENTS}, {}, {"FRAMES": FRAMES}),
+    "vae_decoder": (True, 1, {}, DECODER_INPUTS, {"FRAMES": FRAMES, "ERROR": TEXT_SCALAR}),
 }
 
 

@@ -15,7 +15,9 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from stepvideo_serve.errors import (
+    DeadlineExceeded,
     InvalidRequest,
+    QueueFull,
     RequestCancelled,
     RequestError,
     ServiceUnavailable,
@@ -39,11 +41,16 @@ def response(outputs: Arrays) -> Any:
 
 
 def error_response(error: BaseException) -> Any:
-    """"CODE: sentence" with the closest status that Triton has. What is not ours is INTERNAL, and logged whole."""
+    """The response "CODE: sentence" with the closest status that Triton has."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(coded_sentence(error), _status(error)))
+
+
+def coded_sentence(error: BaseException) -> str:
+    """The text "CODE: sentence". What is not ours is INTERNAL, and logged whole."""
     if not isinstance(error, StepVideoError):
         log_traceback(error)
         error = StepVideoError(f"The server failed to answer the request: {type(error).__name__}; see its log.")
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{error.code}: {error}", _status(error)))
+    return f"{error.code}: {error}"
 
 
 def log_traceback(error: BaseException) -> None:
@@ -104,21 +111,32 @@ class Sender:
 
     def _finish(self, last: Any) -> None:
         with self._lock:
-            if not self._open:
-                return
-            self._open = False
-            if last is not None:
-                self._sender.send(last)  # an error is not marked final: its caller by BLS would wait for ever
-            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            if self._open:
+                self._open = False
+                try:
+                    if last is not None:
+                        self._sender.send(last)
+                finally:  # without it the server would keep the request for good
+                    self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
-def _status(error: StepVideoError) -> Any:
+class CallSender(Sender):
+    """The same for a model that other models of this server call: an error is the output ERROR, "CODE: sentence".
+
+    A decoupled model's error never reaches a caller by BLS on servers such as 24.10, which then waits for ever.
+    """
+
+    def fail(self, error: BaseException) -> None:
+        self._finish(response({"ERROR": bytes_array(coded_sentence(error).encode())}))
+
+
+def _status(error: BaseException) -> Any:
     """Triton has no status for a full queue or a missed deadline: both become UNAVAILABLE; the text has the code."""
     codes = pb_utils.TritonError
     if isinstance(error, InvalidRequest):
         return codes.INVALID_ARG
     if isinstance(error, RequestCancelled):
         return codes.CANCELLED
-    if isinstance(error, ServiceUnavailable) or error.code in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"):
+    if isinstance(error, ServiceUnavailable | QueueFull | DeadlineExceeded):
         return codes.UNAVAILABLE
     return codes.INTERNAL

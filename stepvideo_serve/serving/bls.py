@@ -25,9 +25,13 @@ CANCEL_POLL_S = 0.05
 class BlsStages:
     """One request's way through the models of this server."""
 
-    def __init__(self, latent_channels: int, description: dict[str, Any]) -> None:
+    def __init__(
+        self, latent_channels: int, description: dict[str, Any], cancelled: Cancelled, ranks_decode: bool
+    ) -> None:
         self.latent_channels = latent_channels
         self._description = description
+        self._cancelled = cancelled
+        self._ranks_decode = ranks_decode
 
     def encode_text(self, prompt: str) -> TextStates:
         out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, ("LLM_STATES", "CLIP_STATES"))
@@ -39,15 +43,14 @@ class BlsStages:
 
     def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:
         """The last step is held back until its latents are there."""
-        run_id = uuid.uuid4().hex
         held: StepDone | None = None
         latents: Tensor | None = None
-        with closing(stream("dit_denoiser", _job_inputs(job, run_id))) as responses, cancelling(run_id, cancelled):
+        with closing(run("dit_denoiser", _job_inputs(job), cancelled)) as responses:
             for out in responses:
                 if "LATENTS" in out:
                     latents = torch.from_numpy(out["LATENTS"])
                     self._description |= json.loads(out["REPORT"].flat[0])
-                    continue
+                    break
                 if held is not None:
                     yield held
                 held = _step_done(out)
@@ -56,7 +59,11 @@ class BlsStages:
         yield replace(held, latents=latents)
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
-        with closing(stream("vae_decoder", {"LATENTS": latents.numpy()})) as responses:
+        inputs: dict[str, np.ndarray[Any, Any]] = {"LATENTS": latents.numpy()}
+        model = "vae_decoder"
+        if self._ranks_decode:
+            model, inputs["KIND"] = "dit_denoiser", bytes_array(b"decode")
+        with closing(run(model, inputs, self._cancelled)) as responses:
             for out in responses:
                 yield out["FRAMES"]
 
@@ -64,35 +71,48 @@ class BlsStages:
         return dict(self._description)
 
 
+class RanksLLM:
+    """Step-LLM on the ranks of `dit_denoiser`, called like the graph `step_llm`."""
+
+    def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """input_ids [1, L] int64 -> {"llm_states": [1, L, D]}."""
+        inputs = {"KIND": bytes_array(b"text"), "INPUT_IDS": input_ids.numpy()}
+        with closing(run("dit_denoiser", inputs, lambda: False)) as responses:
+            for out in responses:
+                return {"llm_states": torch.from_numpy(out["LLM_STATES"])}
+        raise WorkerFailed("dit_denoiser must answer with text states, it ended without: see the server's log.")
+
+
 def call(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
     """One request, one response. Raises the RequestError that the model answered with."""
     return _read(_request(model, inputs, outputs).exec())
 
 
-def stream(model: str, inputs: Arrays) -> Generator[dict[str, np.ndarray[Any, Any]], None, None]:
-    """One request to a decoupled model, its responses in turn.
+def run(model: str, inputs: Arrays, cancelled: Cancelled) -> Generator[dict[str, np.ndarray[Any, Any]], None, None]:
+    """One run of a decoupled model, its responses in turn. Raises the RequestError that the model answered with.
 
-    Closing it early waits for the responses that are left: one that is never taken stays in the server for good, which
-    then cannot unload the calling model.
+    `cancelled()` ends the run, and so does closing the generator early. Either way every response is taken: one that
+    is left stays in the server for good, which then cannot unload the calling model.
     """
-    responses = _request(model, inputs, ()).exec(decoupled=True)
+    run_id = bytes_array(uuid.uuid4().hex.encode())
+    responses = _request(model, {**inputs, "RUN_ID": run_id}, ()).exec(decoupled=True)
     try:
-        for response in responses:
-            if outputs := _read(response):
-                yield outputs
+        with cancelling(model, run_id, cancelled):
+            for response in responses:
+                if outputs := _read(response):
+                    yield outputs
     finally:
-        for _ in responses:
-            continue
+        pass
 
 
 @contextmanager
-def cancelling(run_id: str, cancelled: Cancelled) -> Iterator[None]:
-    """While the block runs, a cancel of the public request becomes one of its denoising run; leaving the block by an
+def cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Cancelled) -> Iterator[None]:
+    """While the block runs, a cancel of the public request becomes one of the model's run; leaving the block by an
     exception ends the run too."""
     left = threading.Event()
 
     def cancel_run() -> None:
-        for _ in stream("dit_denoiser", {"CANCEL_RUN": bytes_array(run_id.encode())}):
+        for _ in _request(model, {"CANCEL_RUN": run_id}, ()).exec(decoupled=True):
             continue
 
     def watch() -> None:
@@ -124,7 +144,10 @@ def _request(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> Any:
 def _read(response: Any) -> dict[str, np.ndarray[Any, Any]]:
     if response.has_error():
         raise error_from_text(response.error().message())
-    return {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
+    outputs = {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
+    if "ERROR" in outputs:
+        raise error_from_text(outputs["ERROR"].flat[0].decode())
+    return outputs
 
 
 def error_from_text(message: str) -> RequestError:
@@ -136,9 +159,8 @@ def error_from_text(message: str) -> RequestError:
     return WorkerFailed(f"A model of this server failed: {message.splitlines()[0] if message else 'no message'}")
 
 
-def _job_inputs(job: DenoiseJob, run_id: str) -> dict[str, np.ndarray[Any, Any]]:
+def _job_inputs(job: DenoiseJob) -> dict[str, np.ndarray[Any, Any]]:
     inputs: dict[str, np.ndarray[Any, Any]] = {
-        "RUN_ID": bytes_array(run_id.encode()),
         "LATENTS": job.latents.float().numpy(),
         "CONDITION": job.condition.numpy(),
         "POSITIVE_LLM": job.positive.llm.numpy(),

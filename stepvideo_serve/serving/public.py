@@ -2,9 +2,10 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from stepvideo_serve.assembly import describe, latent_channels
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import QueueFull
+from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline import Progress, Result, generate
 from stepvideo_serve.request import GenerationRequest, parse_request
 from stepvideo_serve.serving.adapter import (
@@ -38,6 +40,7 @@ class PublicModel:
         with clear_setup_errors():
             self._config = ServeConfig.from_environment()
             self._latent_channels = latent_channels(self._config)
+            self._ranks_decode = Layout.parse(self._config.denoiser.layout).world_size > 1
 
     def finalize(self) -> None:
         end_process()
@@ -46,7 +49,7 @@ class PublicModel:
         return parse_request(read_inputs(request), self._config.limits, self._latent_channels)
 
     def _events(self, request: GenerationRequest, cancelled: Any) -> Iterator[Progress | Result]:
-        stages = BlsStages(self._latent_channels, describe(self._config))
+        stages = BlsStages(self._latent_channels, describe(self._config), cancelled, self._ranks_decode)
         return generate(request, stages, self._config.video, cancelled)
 
 
@@ -101,53 +104,66 @@ class StreamingModel(PublicModel):
                 )
             self._accepted += 1
 
+    def _release(self) -> None:
+        with self._lock:
+            self._accepted -= 1
+
     def _run(self, parsed: GenerationRequest, sender: Sender) -> None:
         try:
-            with heartbeat(sender, parsed.steps) as beat:
-                for event in self._events(parsed, sender.cancelled):
-                    if isinstance(event, Progress):
-                        beat.latest = progress_outputs(event)
-                        sender.send({**beat.latest, **_preview_outputs(event)})
-                        beat.sent.set()
-                    else:
-                        sender.send(result_outputs(event))
+            try:
+                result = self._result(parsed, sender)
+            finally:
+                self._release()  # before the answer: whoever has it may send the next request
+            sender.send(result_outputs(result))
+            sender.close()
         except Exception as error:  # as above
             sender.fail(error)
-        finally:
-            with self._lock:
-                self._accepted -= 1
-            sender.close()
+
+    def _result(self, parsed: GenerationRequest, sender: Sender) -> Result:
+        with Heartbeat(sender, parsed.steps) as heartbeat:
+            for event in self._events(parsed, sender.cancelled):
+                if isinstance(event, Result):
+                    return event
+                heartbeat.send(event)
+        raise RuntimeError("the pipeline ended without a result")
 
 
 class Heartbeat:
-    """The latest progress, repeated while nothing new comes."""
+    """Sends a request's progress, and the latest (step 0 at first) again whenever 15 s pass without any, so that a
+    client can tell a slow stage or a queue from a dead server."""
 
-    def __init__(self, latest: Outputs) -> None:
-        self.latest = latest
-        self.sent = threading.Event()
-        self.ended = False
+    def __init__(self, sender: Sender, total_steps: int) -> None:
+        self._sender = sender
+        self._began_s = time.monotonic()
+        self._latest = Progress(0, total_steps, 0.0, None)
+        self._changed = threading.Condition()  # also keeps the responses in order
+        self._sent = self._ended = False
+        self._thread = threading.Thread(target=self._repeat, name="heartbeat")
 
+    def send(self, progress: Progress) -> None:
+        with self._changed:
+            self._latest = replace(progress, preview=None)
+            self._sent = True
+            self._sender.send({**progress_outputs(progress), **_preview_outputs(progress)})
+            self._changed.notify()
 
-@contextmanager
-def heartbeat(sender: Sender, total_steps: int) -> Iterator[Heartbeat]:
-    """Repeats the latest progress (step 0 at first) whenever 15 s pass without a response, so that a client can tell
-    a slow stage or a queue from a dead server."""
-    beat = Heartbeat(progress_outputs(Progress(0, total_steps, 0.0, None)))
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
 
-    def repeat() -> None:
-        while not beat.ended:
-            if not beat.sent.wait(HEARTBEAT_S) and not beat.ended:
-                sender.send(beat.latest)
-            beat.sent.clear()
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
 
-    thread = threading.Thread(target=repeat, name="heartbeat")
-    thread.start()
-    try:
-        yield beat
-    finally:
-        beat.ended = True
-        beat.sent.set()
-        thread.join()
+    def _repeat(self) -> None:
+        with self._changed:
+            while not self._ended:
+                self._sent = False
+                if not self._changed.wait_for(lambda: self._sent or self._ended, HEARTBEAT_S):
+                    elapsed_s = time.monotonic() - self._began_s
+                    self._sender.send(progress_outputs(replace(self._latest, elapsed_s=elapsed_s)))
 
 
 def progress_outputs(progress: Progress) -> Outputs:

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.assembly import Denoiser
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.errors import DeadlineExceeded, InvalidRequest, RequestCancelled
+from stepvideo_serve.errors import ConfigError, DeadlineExceeded, EngineError, InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.rendezvous import init_process_group
 from stepvideo_serve.parallel.worker import JobContext
 from stepvideo_serve.sampling.job import DenoiseJob
-from stepvideo_serve.sharded_assembly import ShardedDecoder, ShardedDenoiser
+from stepvideo_serve.sharded_assembly import ShardedDecoder, ShardedDenoiser, build_sharded_llm
 from stepvideo_serve.text.states import TextStates
+from stepvideo_serve.weights.checkpoint import Checkpoint
 
 TensorMap = dict[str, NDArray[Any]]
 Outcome = tuple[dict[str, Any], TensorMap]
@@ -58,24 +59,35 @@ class DenoiserRank:
             self._collectives = Collectives(layout, rank)
             self._denoiser = ShardedDenoiser(config, layout, self._collectives)
             self._decoder = ShardedDecoder(config, self._collectives, rank, layout.world_size)
+        self._llm = None
+        self._vocab_size = Checkpoint(config.model.dir).llm_config.vocab_size
+        if config.text.on_ranks:
+            if self._collectives is None:
+                raise ConfigError("[text] on_ranks needs a layout of several ranks, got one: set it to false.")
+            self._llm = build_sharded_llm(config, layout, self._collectives)
 
     def info(self) -> dict[str, Any]:
         return {"engines": self._denoiser.engines, "layout": str(self._layout)}
 
     def run(self, params: dict[str, Any], tensors: TensorMap, context: JobContext) -> Outcome:
-        """Runs a "denoise" or a "decode" job. Raises RequestCancelled or DeadlineExceeded on all ranks together."""
+        """Runs a "denoise", "decode" or "text" job. Raises a RequestError on all ranks together."""
         began_s = time.monotonic()
 
         def go_on(where: str) -> None:
             context.mark_step()
             self._raise_together(_verdict(context, params["timeout_s"], began_s), where)
 
-        if params["kind"] == "decode":
-            return self._decode(tensors, context, go_on)
-        return self._denoise(job_from_message(params, tensors), context, go_on)
+        try:
+            if params["kind"] == "decode":
+                return self._decode(tensors, context, go_on)
+            if params["kind"] == "text":
+                return {}, {"llm_states": self._encode(tensors["input_ids"])}
+            return self._denoise(job_from_message(params, tensors), context, go_on)
+        except EngineError as error:  # shapes that no graph takes: every rank finds them at the same place
+            raise InvalidRequest(f"The tensors must fit the graphs, they do not: {error}") from None
 
     def _denoise(self, job: DenoiseJob, context: JobContext, go_on: Callable[[str], None]) -> Outcome:
-        """Reports step, total_steps, seconds, the latents so far (and a preview) after each step; returns the latents."""
+        """Reports step, total_steps, seconds and latents (and a preview) after each step; returns the latents."""
         latents = job.latents
         for done in self._denoiser.run(job):
             latents = latents if done.latents is None else done.latents
@@ -93,6 +105,15 @@ class DenoiserRank:
         for frames in self._decoder.decode(_tensor(tensors, "latents", 4), lambda: go_on("while decoding")):
             context.report({}, {"frames": frames})
         return {}, {}
+
+    def _encode(self, input_ids: NDArray[Any]) -> NDArray[np.float32]:
+        """Token ids int64 [1, L] -> states fp32 [1, L, D]."""
+        if self._llm is None:
+            raise InvalidRequest("Step-LLM does not run on the ranks ([text] on_ranks): call text_encoder instead.")
+        if input_ids.min() < 0 or input_ids.max() >= self._vocab_size:
+            raise InvalidRequest(f"INPUT_IDS must be from 0 to {self._vocab_size - 1}, got others: call ti2v instead.")
+        states: NDArray[np.float32] = self._llm(torch.from_numpy(input_ids))["llm_states"].float().cpu().numpy()
+        return states
 
     def _raise_together(self, verdict: int, where: str) -> None:
         """The leader's verdict holds on all ranks."""

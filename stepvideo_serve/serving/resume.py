@@ -43,7 +43,7 @@ class ResumableDenoise:
         self._step = 0
 
     def begin(self) -> tuple[dict[str, Any], Arrays]:
-        return {**self._params, "kind": "denoise", "start_step": self._step}, self._tensors
+        return {**self._params, "start_step": self._step}, self._tensors
 
     def is_news(self, event: StepEvent) -> bool:
         self._step = event.params["step"]
@@ -56,8 +56,8 @@ class ResumableDenoise:
         return ResultEvent({}, {"latents": self._tensors["latents"]})
 
 
-class ResumableDecode:
-    """Begins with the first chunk again, and drops the chunks that its consumer has."""
+class Repeated:
+    """A job that begins anew, and drops the reports that its consumer has: decoding, or encoding text."""
 
     def __init__(self, params: dict[str, Any], tensors: Arrays) -> None:
         self._params, self._tensors = params, tensors
@@ -65,7 +65,7 @@ class ResumableDecode:
 
     def begin(self) -> tuple[dict[str, Any], Arrays]:
         self._at = 0
-        return {**self._params, "kind": "decode"}, self._tensors
+        return self._params, self._tensors
 
     def is_news(self, event: StepEvent) -> bool:  # noqa: ARG002  # chunks come in order
         self._at += 1

@@ -1,4 +1,4 @@
-"""A bounded queue of denoising runs, first in first out, in front of ranks that take one at a time."""
+"""A bounded queue of runs, first in first out, in front of something that does one at a time."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from stepvideo_serve.errors import DeadlineExceeded, QueueFull, RequestCancelled, ServiceUnavailable
+from stepvideo_serve.errors import DeadlineExceeded, InvalidRequest, QueueFull, RequestCancelled, ServiceUnavailable
 
 
 class Answer(Protocol):
@@ -22,7 +22,8 @@ class Answer(Protocol):
 
 @dataclass
 class QueuedRun:
-    """One run; `params["timeout_s"]` counts from `accepted_s`."""
+    """One run. params["timeout_s"], absent or None without a deadline, counts from `accepted_s`; with params["urgent"]
+    it goes before all that wait."""
 
     run_id: str
     params: dict[str, Any]
@@ -33,49 +34,71 @@ class QueuedRun:
 
     def remaining_s(self) -> float | None:
         """Seconds left, or None without a deadline. Raises DeadlineExceeded when none are."""
-        timeout_s = self.params["timeout_s"]
+        timeout_s = self.params.get("timeout_s")
         if timeout_s is None:
             return None
         left_s = float(timeout_s) - (time.monotonic() - self.accepted_s)
         if left_s <= 0:
-            raise DeadlineExceeded("The video must be ready within TIMEOUT_S, which ran out while the request waited.")
+            raise waited_too_long()
         return left_s
+
+
+def waited_too_long() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "The video must be ready within TIMEOUT_S, which ran out while the request waited: "
+        "allow more time, or try again later."
+    )
 
 
 class RunQueue:
     """Runs `serve(run)` for one run after another on a thread of its own.
 
-    `serve` answers the run, errors included; `interrupt` ends the one under way, if it has begun: `serve` therefore
-    looks at `run.cancelled` once it has.
+    `serve` answers the run, errors included. A run whose time is over while it waits is answered then. To end the one
+    under way, `run.cancelled` is set and then `interrupt` called, which may find that it has not begun: `serve` looks
+    at `run.cancelled` once it has. `max_waiting` is how many may wait behind the one under way; None: any number.
     """
 
-    def __init__(self, max_waiting: int, serve: Callable[[QueuedRun], None], interrupt: Callable[[], None]) -> None:
+    def __init__(
+        self, max_waiting: int | None, serve: Callable[[QueuedRun], None], interrupt: Callable[[], None]
+    ) -> None:
         self._max_waiting = max_waiting
         self._serve, self._interrupt = serve, interrupt
         self._waiting: OrderedDict[str, QueuedRun] = OrderedDict()
+        self._expiries: dict[str, threading.Timer] = {}
         self._running: QueuedRun | None = None
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._loop, name="denoiser")
+        self._thread = threading.Thread(target=self._loop, name="runs")
         self._thread.start()
 
     def put(self, run: QueuedRun) -> None:
-        """Raises QueueFull at once when as many runs wait as may."""
+        """Raises, at once, QueueFull when as many runs wait as may, DeadlineExceeded when the run has no time left,
+        InvalidRequest when another run has its id, ServiceUnavailable once closed."""
+        left_s = run.remaining_s()
         with self._changed:
             if self._closed:
                 raise ServiceUnavailable("The server is shutting down: send the request to another one.")
+            if run.run_id in self._waiting or (self._running is not None and self._running.run_id == run.run_id):
+                raise InvalidRequest(f"RUN_ID must be new, got {run.run_id[:40]!r} of another run: choose another.")
+            urgent = bool(run.params.get("urgent"))
             busy = self._running is not None or bool(self._waiting)
-            if busy and len(self._waiting) >= self._max_waiting:
+            if self._max_waiting is not None and busy and not urgent and len(self._waiting) >= self._max_waiting:
                 raise QueueFull(
                     f"At most {self._max_waiting} requests may wait, {len(self._waiting)} do: try again later."
                 )
             self._waiting[run.run_id] = run
+            if urgent:
+                self._waiting.move_to_end(run.run_id, last=False)
+            if left_s is not None:
+                self._expiries[run.run_id] = expiry = threading.Timer(left_s, self._expire, (run,))
+                expiry.daemon = True
+                expiry.start()
             self._changed.notify_all()
 
     def cancel(self, run_id: str) -> None:
         """Ends the run, waiting or under way; does nothing when it has ended."""
         with self._changed:
-            waiting = self._waiting.pop(run_id, None)
+            waiting = self._take(run_id)
             if waiting is None and self._running is not None and self._running.run_id == run_id:
                 self._end_running()
         if waiting is not None:
@@ -85,13 +108,29 @@ class RunQueue:
         """Ends all runs and the thread."""
         with self._changed:
             self._closed = True
-            left = list(self._waiting.values())
-            self._waiting.clear()
+            left = [self._take(run_id) for run_id in list(self._waiting)]
             self._end_running()
             self._changed.notify_all()
         for run in left:
-            run.answer.fail(ServiceUnavailable("The server is shutting down: send the request to another one."))
+            if run is not None:
+                run.answer.fail(ServiceUnavailable("The server is shutting down: send the request to another one."))
         self._thread.join()
+
+    def _take(self, run_id: str) -> QueuedRun | None:
+        """Takes a run out of the queue; None when it is not there (any more)."""
+        run = self._waiting.pop(run_id, None)
+        expiry = self._expiries.pop(run_id, None)
+        if expiry is not None:
+            expiry.cancel()
+        return run
+
+    def _expire(self, run: QueuedRun) -> None:
+        """Called when the run's time is over. Another run may have its id by now."""
+        with self._changed:
+            if self._waiting.get(run.run_id) is not run:
+                return
+            self._take(run.run_id)
+        run.answer.fail(waited_too_long())
 
     def _end_running(self) -> None:
         """The mark comes first: whoever starts the run looks at it once the run can be interrupted."""
@@ -107,6 +146,6 @@ class RunQueue:
                     self._changed.wait()
                 if self._closed:
                     return
-                _, self._running = self._waiting.popitem(last=False)
-                run = self._running
-            self._serve(run)
+                self._running = run = self._take(next(iter(self._waiting)))
+            if run is not None:
+                self._serve(run)

@@ -1,5 +1,6 @@
 """The models that hold one stage each. Only `ti2v` and `ti2v_unary` call them."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -7,19 +8,21 @@ import torch
 
 from stepvideo_serve.assembly import FrameDecoder, ImageEncoder, build_text_encoder
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.errors import InvalidRequest
+from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.serving.adapter import (
     Arrays,
-    Sender,
     clear_setup_errors,
     end_process,
     error_response,
     read_inputs,
     response,
 )
+from stepvideo_serve.serving.bls import RanksLLM
+from stepvideo_serve.serving.queued import QueuedModel
+from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
 
 
-class StageModel:
+class StageModel(ABC):
     """A model that answers each request with one response."""
 
     def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
@@ -32,11 +35,13 @@ class StageModel:
     def finalize(self) -> None:
         end_process()
 
+    @abstractmethod
     def load(self, config: ServeConfig) -> None:
-        raise TypeError(f"{type(self).__name__} must say what to load")
+        """Makes the model ready. Raises SetupError."""
 
+    @abstractmethod
     def answer(self, inputs: Arrays) -> Arrays:
-        raise TypeError(f"{type(self).__name__} must say how to answer")
+        """The outputs. Any exception becomes the request's error."""
 
     def _respond(self, request: Any) -> Any:
         try:
@@ -49,7 +54,7 @@ class TextEncoderModel(StageModel):
     """PROMPT -> LLM_STATES, CLIP_STATES, CACHED."""
 
     def load(self, config: ServeConfig) -> None:
-        self._encoder = build_text_encoder(config)
+        self._encoder = build_text_encoder(config, RanksLLM() if config.text.on_ranks else None)
 
     def answer(self, inputs: Arrays) -> Arrays:
         states, cached = self._encoder.encode(_text(inputs["PROMPT"]))
@@ -64,35 +69,38 @@ class VaeEncoderModel(StageModel):
 
     def answer(self, inputs: Arrays) -> Arrays:
         pixels, noise = (torch.from_numpy(inputs[name]) for name in ("PIXELS", "NOISE"))
+        if not (torch.isfinite(pixels).all() and torch.isfinite(noise).all()):
+            raise InvalidRequest("PIXELS and NOISE must be finite, got NaN or infinite values: correct them.")
         return {"LATENT": self._encoder.encode(pixels, noise).numpy()}
 
 
-class VaeDecoderModel:
-    """LATENTS -> FRAMES, one response per chunk."""
+class VaeDecoderModel(QueuedModel):
+    """LATENTS -> FRAMES, one response per chunk. A run stops after a chunk once it is cancelled."""
 
     def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
         with clear_setup_errors():
             self._decoder = FrameDecoder(ServeConfig.from_environment())
+        # No bound: who comes here has been let in by the queue of the denoiser.
+        self.queue = RunQueue(None, self._serve, lambda: None)
 
-    def execute(self, requests: list[Any]) -> None:
-        for request in requests:
-            sender = Sender(request)
-            try:
-                latents = torch.from_numpy(read_inputs(request)["LATENTS"])
-                for frames in self._decoder.decode(latents):
-                    if sender.cancelled():
-                        break
-                    sender.send({"FRAMES": frames})
-            except Exception as error:  # as in StageModel
-                sender.fail(error)
-            sender.close()
+    def describe_run(self, inputs: Arrays) -> dict[str, Any]:
+        if "LATENTS" not in inputs:
+            raise InvalidRequest("A run needs LATENTS, got none: call the model ti2v instead.")
+        return {}
 
-    def finalize(self) -> None:
-        end_process()
+    def _serve(self, run: QueuedRun) -> None:
+        try:
+            for frames in self._decoder.decode(torch.from_numpy(run.tensors["LATENTS"])):
+                if run.cancelled.is_set():
+                    raise RequestCancelled("The request was cancelled by its caller.")
+                run.answer.send({"FRAMES": frames})
+        except Exception as error:  # as in StageModel
+            run.answer.fail(error)
+        run.answer.close()
 
 
 def _text(array: Any) -> str:
     try:
         return str(array.flat[0].decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"PROMPT must be UTF-8, got byte {error.start} that is not: encode the text again.") from None
+        raise InvalidRequest(f"PROMPT must be UTF-8, byte {error.start} is not: encode the text again.") from None

@@ -26,7 +26,7 @@ PATIENCE_S = 120.0  # the machine may be busy; nothing in these tests takes this
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """The server answered with an error: its text, and the transport's status (a gRPC stream has none)."""
 
     def __init__(self, text: str, status: str | None) -> None:

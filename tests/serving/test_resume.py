@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from stepvideo_serve.serving.run_queue import QueuedRun
 STEPS = 5
 NORMAL = np.random.default_rng(7).standard_normal
 TENSORS = {
-    "latents": NORMAL((6, 4, 3, 5)).astype(np.float32),
-    "condition": NORMAL((4, 3, 5)).astype(np.float32),
+    "latents": NORMAL((6, 4, 12, 20)).astype(np.float32),
+    "condition": NORMAL((4, 12, 20)).astype(np.float32),
     "positive_llm": NORMAL((9, 48)).astype(np.float32),
     "positive_clip": NORMAL((77, 32)).astype(np.float32),
     "negative_llm": NORMAL((5, 48)).astype(np.float32),
@@ -43,26 +44,46 @@ class NoAnswer:
     def close(self) -> None: ...
 
 
-@pytest.fixture(scope="module", params=["single", "cfg2"])
-def group(
-    request: pytest.FixtureRequest, root: Path, mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RankGroup]:
-    """Ranks of `dit_denoiser` in eager torch."""
-    config = tmp_path_factory.mktemp("resume") / "serve.toml"
-    config.write_text(
-        f'[model]\ndir = "{mini_checkpoint}"\nengines_dir = "none"\nbackend = "eager"\n'
-        f'[denoiser]\nlayout = "{request.param}"\nthreads = 1\n[decoder]\nthreads = 1\n'
-    )
+@pytest.fixture(scope="module")
+def make_config(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The configuration of a server with this layout, in eager torch."""
+
+    def make(layout: str) -> Path:
+        path = tmp_path_factory.mktemp("resume") / "serve.toml"
+        path.write_text(
+            f'[model]\ndir = "{mini_checkpoint}"\nengines_dir = "none"\nbackend = "eager"\n'
+            f'[denoiser]\nlayout = "{layout}"\nthreads = 1\n[decoder]\nthreads = 1\n'
+        )
+        return path
+
+    return make
+
+
+@contextmanager
+def ranks(config: Path, size: int, root: Path) -> Iterator[RankGroup]:
+    """The ranks of `dit_denoiser`."""
     group = RankGroup(
         "stepvideo_serve.serving.rank:build_rank",
         {"config": str(config)},
-        size=1 if request.param == "single" else 2,
+        size=size,
         start_timeout_s=120.0,
         arena_bytes=1 << 22,
         threads_per_rank=1,
         env={"PYTHONPATH": str(root)},
     )
     with group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def one_rank(make_config: Callable[[str], Path], root: Path) -> Iterator[RankGroup]:
+    with ranks(make_config("single"), 1, root) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def two_ranks(make_config: Callable[[str], Path], root: Path) -> Iterator[RankGroup]:
+    with ranks(make_config("cfg2"), 2, root) as group:
         yield group
 
 
@@ -85,23 +106,24 @@ def assert_same(events: list[Event], undisturbed: list[Event]) -> None:
             np.testing.assert_array_equal(tensor, expected.tensors[name], strict=True)
 
 
-@pytest.mark.parametrize("kill_after", [1, 3, STEPS])
-def test_denoising_goes_on_after_the_last_completed_step(group: RankGroup, kill_after: int) -> None:
+@pytest.mark.parametrize("layout", ["one_rank", "two_ranks"])
+def test_denoising_goes_on_after_the_last_completed_step(layout: str, request: pytest.FixtureRequest) -> None:
+    group: RankGroup = request.getfixturevalue(layout)
     undisturbed = events_of(group, ResumableDenoise(PARAMS, TENSORS))
     assert [event.params["step"] for event in undisturbed if isinstance(event, StepEvent)] == [1, 2, 3, 4, 5]
     assert "preview" in undisturbed[1].tensors
-    group.start()
-    generation = group.generation
-    assert_same(events_of(group, ResumableDenoise(PARAMS, TENSORS), kill_after), undisturbed)
-    group.start()
-    assert group.generation in (generation, generation + 1), "after the last step the ranks may end in peace"
+    assert_same(events_of(group, ResumableDenoise(PARAMS, TENSORS), kill_after=1), undisturbed)
+    assert group.generation == 2
 
 
-def test_decoding_goes_on_after_the_last_chunk(group: RankGroup) -> None:
-    if group.size == 1:
-        return
-    latents = {"latents": NORMAL((9, 4, 3, 5)).astype(np.float32)}
-    undisturbed = events_of(group, ResumableDecode({}, latents))
+def test_after_the_last_step_no_rank_is_needed(two_ranks: RankGroup) -> None:
+    undisturbed = events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS))
+    assert_same(events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS), kill_after=STEPS), undisturbed)
+
+
+def test_decoding_goes_on_after_the_last_chunk(two_ranks: RankGroup) -> None:
+    latents = {"latents": NORMAL((12, 4, 6, 10)).astype(np.float32)}
+    undisturbed = events_of(two_ranks, ResumableDecode({}, latents))
     assert len(undisturbed) > 2
     assert isinstance(undisturbed[-1], ResultEvent)
-    assert_same(events_of(group, ResumableDecode({}, latents), kill_after=1), undisturbed)
+    assert_same(events_of(two_ranks, ResumableDecode({}, latents), kill_after=1), undisturbed)

@@ -1,13 +1,10 @@
 """The mp4 that leaves the server, decoded again."""
 
-import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import psutil
 import pytest
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 
 from stepvideo_serve.errors import StepVideoError
 from stepvideo_serve.video.mp4 import Mp4Encoder, crop_to_standard, encode_mp4, to_uint8
+from tests.video.decode import decode_mp4
 
 
 @pytest.fixture
@@ -32,20 +30,6 @@ def clip(count: int = 17, height: int = 64, width: int = 96) -> NDArray[np.uint8
     waves = [np.sin((x - frame) / 9), np.cos(y / 11), np.sin((x + y - frame) / 17)]
     frames: NDArray[np.uint8] = (np.stack(waves, axis=-1) * 90 + 128).astype(np.uint8)
     return frames
-
-
-def decode_mp4(data: bytes) -> tuple[NDArray[np.uint8], str]:
-    """The frames uint8 [F, H, W, 3] and ffmpeg's description of the stream. (imageio's readers leave pipes open.)"""
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        file.write(data)
-        file.flush()
-        source = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-i", file.name]
-        run = subprocess.run([*source, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
-    stream = next(line for line in run.stderr.decode().splitlines() if "Video:" in line)
-    size = re.search(r" (\d+)x(\d+),", stream)
-    assert size is not None
-    pixels: NDArray[np.uint8] = np.frombuffer(run.stdout, np.uint8)
-    return pixels.reshape(-1, int(size[2]), int(size[1]), 3), stream
 
 
 def running_encoders() -> list[str]:
