@@ -53,7 +53,7 @@ from stepvideo_serve.sharding import TensorPart
 from stepvideo_serve.weights.checkpoint import Checkpoint
 
 OPSET = 23
-SOURCE_FOLDERS = ("dit", "text", "vae")
+SOURCES = ("dit/*.py", "text/*.py", "vae/*.py", "sharding.py")
 TOOLS = ("torch", "onnx", "onnxscript", "transformers")
 
 
@@ -168,8 +168,8 @@ def _source_digest() -> str:
     """SHA-256 over the code of the networks: an edit there makes every graph stale."""
     package = Path(stepvideo_serve.__file__).parent
     digest = hashlib.sha256()
-    for folder in SOURCE_FOLDERS:
-        for path in sorted((package / folder).glob("*.py")):
+    for pattern in SOURCES:
+        for path in sorted(package.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

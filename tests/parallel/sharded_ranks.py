@@ -2,7 +2,7 @@
 
     python -m tests.parallel.sharded_ranks RANK FOLDER
 
-reads FOLDER/plan.json and writes FOLDER/<layout>.<backend>.<rank>.pt.
+reads FOLDER/plan.json and writes FOLDER/<layout>.<rank>.pt.
 """
 
 import json
@@ -57,7 +57,7 @@ def run_layout(name: str, config: ServeConfig, rank: int, folder: Path) -> None:
     layout = Layout.parse(name)
     if rank >= layout.world_size:
         return
-    rendezvous = f"file://{folder}/{name}.{config.model.backend}.store"
+    rendezvous = f"file://{folder}/{name}.store"
     dist.init_process_group("gloo", rendezvous, timeout=timedelta(seconds=60), world_size=layout.world_size, rank=rank)
     ranks = Collectives(layout, rank)
     denoiser = ShardedDenoiser(config, layout, ranks)
@@ -71,7 +71,7 @@ def run_layout(name: str, config: ServeConfig, rank: int, folder: Path) -> None:
         decoder = ShardedDecoder(config, ranks, rank, layout.world_size)
         frames = list(decoder.decode(make_video(), lambda: None))
         results["frames"] = torch.cat([torch.from_numpy(chunk) for chunk in frames]) if frames else torch.empty(0)
-    torch.save(results, folder / f"{name}.{config.model.backend}.{rank}.pt")
+    torch.save(results, folder / f"{name}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -80,9 +80,9 @@ def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     plan = json.loads((folder / "plan.json").read_text())
-    for config in plan["configs"]:
-        for layout in plan["layouts"]:
-            run_layout(layout, ServeConfig.load(Path(config)), rank, folder)
+    config = ServeConfig.load(Path(plan["config"]))
+    for layout in plan["layouts"]:
+        run_layout(layout, config, rank, folder)
 
 
 if __name__ == "__main__":

@@ -22,35 +22,31 @@ from tests.mini import MINI, relative_error
 from tests.parallel.sharded_ranks import LATENTS, STEPS, make_job, make_video
 
 LAYOUTS = ("cfg2", "tp2", "tp4", "sp2", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")
-BACKENDS = ("eager", "ort")
 RANKS = 4
 HEADS = 4
 LAYERS = {"eager": 3, "ort": 1}  # exporting takes time
-Results = dict[tuple[str, str], list[dict[str, Any]]]
+Results = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", params=["eager", pytest.param("ort", marks=pytest.mark.slow)])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    """A checkpoint of four heads, and for ONNX Runtime its graphs cut for every layout."""
+    backend = str(request.param)
+    folder = tmp_path_factory.mktemp(backend)
+    model, engines = folder / "model", folder / "engines"
+    write_checkpoint(model, replace(MINI, dit=replace(MINI.dit, num_heads=HEADS, num_layers=LAYERS[backend])))
+    for layout in ("single", *LAYOUTS) if backend == "ort" else ():
+        export_graphs(Checkpoint(model), engines, "fp32", ["dit_*"], False, Layout.parse(layout))
+    table = f'[model]\ndir = "{model}"\nengines_dir = "{engines}"\nbackend = "{backend}"\n'
+    (folder / "serve.toml").write_text(f"{table}[denoiser]\nthreads = 1\n")
+    return ServeConfig.load(folder / "serve.toml")
 
 
 @pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Per backend, the configuration of a checkpoint of four heads; for ONNX Runtime with graphs for every layout."""
-    folder = tmp_path_factory.mktemp("sharded")
-    paths = {}
-    for backend, layers in LAYERS.items():
-        model, engines = folder / f"{backend}.model", folder / "engines"
-        write_checkpoint(model, replace(MINI, dit=replace(MINI.dit, num_heads=HEADS, num_layers=layers)))
-        for layout in ("single", *LAYOUTS) if backend == "ort" else ():
-            export_graphs(Checkpoint(model), engines, "fp32", ["dit_*"], False, Layout.parse(layout))
-        paths[backend] = folder / f"{backend}.toml"
-        table = f'[model]\ndir = "{model}"\nengines_dir = "{engines}"\nbackend = "{backend}"\n'
-        paths[backend].write_text(f"{table}[denoiser]\nthreads = 1\n")
-    return paths
-
-
-@pytest.fixture(scope="module")
-def results(root: Path, configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(config: ServeConfig, root: Path) -> Results:
     """What every rank of every layout computed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    plan = {"layouts": LAYOUTS, "configs": [str(path) for path in configs.values()]}
-    (folder / "plan.json").write_text(json.dumps(plan))
+    folder = config.model.dir.parent
+    (folder / "plan.json").write_text(json.dumps({"layouts": LAYOUTS, "config": str(folder / "serve.toml")}))
     command = [sys.executable, "-m", "tests.parallel.sharded_ranks"]
     ranks = [subprocess.Popen([*command, str(rank), str(folder)], cwd=root) for rank in range(RANKS)]
     try:
@@ -59,38 +55,33 @@ def results(root: Path, configs: dict[str, Path], tmp_path_factory: pytest.TempP
         for rank in ranks:
             rank.kill()
     return {
-        (layout, backend): [
-            torch.load(folder / f"{layout}.{backend}.{rank}.pt", weights_only=True)
+        layout: [
+            torch.load(folder / f"{layout}.{rank}.pt", weights_only=True)
             for rank in range(Layout.parse(layout).world_size)
         ]
         for layout in LAYOUTS
-        for backend in BACKENDS
     }
 
 
 @pytest.fixture(scope="module")
-def alone(configs: dict[str, Path]) -> dict[tuple[str, str], torch.Tensor]:
-    """The latents after each step in eager torch on one rank, with and without guidance, for each checkpoint."""
-    found = {}
-    for backend, path in configs.items():
-        config = ServeConfig.load(path)
-        denoiser = Denoiser(replace(config, model=replace(config.model, backend="eager")))
-        for kind, scale in (("guided", 4.0), ("alone", 1.0)):
-            steps = [done.latents for done in denoiser.run(make_job(scale)) if done.latents is not None]
-            found[backend, kind] = torch.stack(steps)
-    return found
+def alone(config: ServeConfig) -> dict[str, torch.Tensor]:
+    """The latents after each step in eager torch on one rank, with and without guidance."""
+    denoiser = Denoiser(replace(config, model=replace(config.model, backend="eager")))
+    return {
+        kind: torch.stack([done.latents for done in denoiser.run(make_job(scale)) if done.latents is not None])
+        for kind, scale in (("guided", 4.0), ("alone", 1.0))
+    }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["guided", "alone"])
 def test_a_layout_computes_what_one_rank_does(
-    results: Results, alone: dict[tuple[str, str], torch.Tensor], layout: str, backend: str, kind: str
+    results: Results, alone: dict[str, torch.Tensor], layout: str, kind: str
 ) -> None:
     """One step is one velocity: its error is that of the velocity. The last latents may have gathered 1e-4."""
-    expected = alone[backend, kind]
+    expected = alone[kind]
     noise = make_job().latents
-    for rank in results[layout, backend]:
+    for rank in results[layout]:
         latents = rank[kind]["latents"]
         assert latents.shape == (STEPS, *LATENTS)
         assert relative_error(latents[0] - noise, expected[0] - noise) <= 2e-5
@@ -98,33 +89,29 @@ def test_a_layout_computes_what_one_rank_does(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bytes_sent_are_those_that_the_planner_predicts(
-    results: Results, configs: dict[str, Path], layout: str
-) -> None:
-    size = model_size(ModelConfigs.load(ServeConfig.load(configs["eager"]).model.dir))
+def test_all_ranks_hold_the_same_bits(results: Results, layout: str) -> None:
+    first, *others = results[layout]
+    for other in others:
+        for kind in ("guided", "alone"):
+            assert torch.equal(other[kind]["latents"], first[kind]["latents"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_sent_are_those_that_the_planner_predicts(results: Results, config: ServeConfig, layout: str) -> None:
+    size = model_size(ModelConfigs.load(config.model.dir))
     tokens = LATENTS[0] * LATENTS[2] * LATENTS[3]
-    for rank, result in enumerate(results[layout, "eager"]):
+    for rank, result in enumerate(results[layout]):
         for kind, branches in (("guided", 2), ("alone", 1)):
             predicted = exchanges(size, Layout.parse(layout), tokens, branches, rank, itemsize=4)
             assert result[kind]["bytes"] == {e.collective: e.payload_bytes for e in predicted}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_decoded_on_many_ranks_are_blended_in_order(
-    results: Results, configs: dict[str, Path], layout: str
-) -> None:
-    leader, *others = results[layout, "eager"]
-    expected = torch.cat(
-        [torch.from_numpy(x) for x in FrameDecoder(ServeConfig.load(configs["eager"])).decode(make_video())]
-    )
+def test_chunks_decoded_on_many_ranks_are_blended_in_order(results: Results, config: ServeConfig, layout: str) -> None:
+    if config.model.backend != "eager":
+        assert "frames" not in results[layout][0]  # its graphs are the DiT's only
+        return
+    leader, *others = results[layout]
+    expected = torch.cat([torch.from_numpy(chunk) for chunk in FrameDecoder(config).decode(make_video())])
     assert torch.equal(leader["frames"], expected)
     assert all(rank["frames"].numel() == 0 for rank in others)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_ranks_hold_the_same_bits(results: Results, layout: str, backend: str) -> None:
-    first, *others = results[layout, backend]
-    for other in others:
-        for kind in ("guided", "alone"):
-            assert torch.equal(other[kind]["latents"], first[kind]["latents"])
