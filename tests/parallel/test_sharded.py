@@ -15,7 +15,7 @@ from export.to_onnx import export_graphs
 from stepvideo_serve.assembly import Denoiser, FrameDecoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.model_size import ModelConfigs, model_size
-from stepvideo_serve.parallel.cost import exchanges
+from stepvideo_serve.parallel.cost import ModelSize, exchanges
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import MINI, relative_error
@@ -73,6 +73,19 @@ def alone(config: ServeConfig) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.fixture(scope="module")
+def frames(config: ServeConfig) -> torch.Tensor:
+    """The decoded video on one rank in eager torch, uint8 [F, H, W, 3]."""
+    decoder = FrameDecoder(replace(config, model=replace(config.model, backend="eager")))
+    return torch.cat([torch.from_numpy(chunk) for chunk in decoder.decode(make_video())])
+
+
+@pytest.fixture(scope="module")
+def size(config: ServeConfig) -> ModelSize:
+    """What the planner knows of the model."""
+    return model_size(ModelConfigs.load(config.model.dir))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["guided", "alone"])
 def test_a_layout_computes_what_one_rank_does(
@@ -97,8 +110,7 @@ def test_all_ranks_hold_the_same_bits(results: Results, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bytes_sent_are_those_that_the_planner_predicts(results: Results, config: ServeConfig, layout: str) -> None:
-    size = model_size(ModelConfigs.load(config.model.dir))
+def test_bytes_sent_are_those_that_the_planner_predicts(results: Results, size: ModelSize, layout: str) -> None:
     tokens = LATENTS[0] * LATENTS[2] * LATENTS[3]
     for rank, result in enumerate(results[layout]):
         for kind, branches in (("guided", 2), ("alone", 1)):
@@ -107,11 +119,7 @@ def test_bytes_sent_are_those_that_the_planner_predicts(results: Results, config
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_decoded_on_many_ranks_are_blended_in_order(results: Results, config: ServeConfig, layout: str) -> None:
-    if config.model.backend != "eager":
-        assert "frames" not in results[layout][0]  # its graphs are the DiT's only
-        return
+def test_chunks_decoded_on_many_ranks_are_blended_in_order(results: Results, frames: torch.Tensor, layout: str) -> None:
     leader, *others = results[layout]
-    expected = torch.cat([torch.from_numpy(chunk) for chunk in FrameDecoder(config).decode(make_video())])
-    assert torch.equal(leader["frames"], expected)
+    assert torch.equal(leader["frames"], frames)
     assert all(rank["frames"].numel() == 0 for rank in others)
