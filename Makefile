@@ -27,7 +27,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve bench bench-dit onnx verify test test-fast lint format clean
+.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify test test-fast lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -89,8 +89,16 @@ serve: $(SERVED) ## run the server in the foreground until Ctrl-C
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
 
+bench-parallel: $(INSTALLED) ## layouts of several ranks against one rank, on CPUs; how long the group needs to heal
+	@$(RUN) perf.parallel
+
 bench-dit: $(INSTALLED) ## one DiT step, eager and ONNX Runtime, against this machine's matrix-multiply rate
 	@$(RUN) perf.dit_step
+
+GPU ?= H100
+GPUS ?= 8
+layouts: $(INSTALLED) ## predicted memory, traffic and seconds of every layout of GPUS x GPU
+	@$(RUN) stepvideo_serve.plan_layout --gpu $(GPU) --gpus $(GPUS)
 
 onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 

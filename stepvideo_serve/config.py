@@ -52,7 +52,7 @@ class DenoiserConfig:
     threads               CPU threads per rank; 0 = all cores
     max_queued            runs that may wait behind the one under way before QueueFull
     start_timeout_s       from the start of the ranks until all are ready
-    heartbeat_s           how often each rank gives a sign of life; one that misses two is lost
+    heartbeat_s           how often each rank gives a sign of life; one that is stopped is lost after two
     first_step_timeout_s  how long a run's first step may take; a later one: 2 s longer than the longest so far
     max_resumes           how often a run goes on after the ranks failed, before it fails
     arena_mib             shared memory in each direction for a message's tensors; only what is used costs memory

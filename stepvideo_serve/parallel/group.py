@@ -7,7 +7,7 @@ What goes wrong ends in bounded time:
     a rank raises a RequestError   that is the outcome; where all raise it at the same step, the group goes on
     a rank raises anything else    WorkerFailed; the others are cancelled, and have ERROR_GRACE_S to end
     a rank dies                    WorkerFailed at once
-    a rank is silent               WorkerFailed after two heartbeats: it is stopped, or cannot run
+    a rank is stopped              WorkerFailed after two heartbeats; one that is only silent, after ten
     a rank is stuck in a step      WorkerFailed 2 s after the longest step so far (first step: first_step_timeout_s)
     a cancel is not obeyed         RequestCancelled after cancel_grace_s
     the parent dies                the kernel kills the ranks (worker.py)

@@ -19,13 +19,14 @@ from typing import Any
 from stepvideo_serve.errors import RequestError, ServiceUnavailable, SetupError
 from stepvideo_serve.parallel.arena import Arena, Array, TensorEntry
 from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonObject, encode, error_from_json
-from stepvideo_serve.parallel.vitals import Heartbeats, StepClock
+from stepvideo_serve.parallel.vitals import DEAD_BEATS, Heartbeats, StepClock
 
 POLL_S = 0.1  # how long one look at the ranks may take: the latency of a timeout, not of a message or a death
 EXIT_STATUS_S = 1.0  # from the end of a rank's channel to its exit status
 TERMINATE_GRACE_S = 1.0
 REAP_TIMEOUT_S = 10.0  # after SIGKILL
 SEND_TIMEOUT_S = 10.0  # a rank reads at all times
+STOPPED = ("T", "t", "core")  # beginnings of RankProcess.state()
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 _logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class Ranks:
                     f"The ranks must be ready within {spec.start_timeout_s:g} s, {spec.size - len(infos)} of "
                     f"{spec.size} were not: see the log for what they wait for, or raise start_timeout_s."
                 )
-        self._starting = False  # from now on a rank that is silent is lost, whatever it does
+        self._starting = False
         return infos[0]
 
     def alive(self) -> bool:
@@ -289,10 +290,11 @@ class Ranks:
                 self._steps.excuse(pause_s)
 
     def _check_beats(self, now_s: float) -> None:
-        for rank, age_s in self._beats.silent(now_s).items():
+        for rank, beats in self._beats.silent(now_s).items():
             state = self.processes[rank].state()
             # While it starts, a rank may be unable to say anything for long: loading a library keeps the interpreter.
-            if not self._starting or state.startswith(("T", "t", "core")):
+            if state.startswith(STOPPED) or (beats > DEAD_BEATS and not self._starting):
+                age_s = beats * self._spec.heartbeat_s
                 raise RanksLostError(f"rank {rank} gave no heartbeat for {age_s:.1f} s, its state is {state}")
 
     def _await_ends(self, limit_s: float) -> bool:

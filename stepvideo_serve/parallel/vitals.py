@@ -4,7 +4,8 @@ Times are those of time.monotonic() in the parent. When the parent itself was he
 debugger), the ranks are excused for as long.
 """
 
-MISSED_BEATS = 2  # a rank is silent after this many heartbeats without a sign
+MISSED_BEATS = 2  # a rank is silent after this many heartbeats without a sign: lost, if the kernel says it is stopped
+DEAD_BEATS = 10  # a rank is lost after this many, whatever the kernel says; it may only have been kept from sending
 STEP_SLACK_S = 2.0  # how much longer than the longest step so far a step may take
 
 
@@ -12,7 +13,7 @@ class Heartbeats:
     """When each rank last gave a sign of life: a beat or any other message."""
 
     def __init__(self, size: int, heartbeat_s: float, now_s: float) -> None:
-        self._limit_s = MISSED_BEATS * heartbeat_s
+        self._heartbeat_s = heartbeat_s
         self._signs_s = [now_s] * size
 
     def sign(self, rank: int, now_s: float) -> None:
@@ -22,9 +23,9 @@ class Heartbeats:
         self._signs_s = [sign_s + pause_s for sign_s in self._signs_s]
 
     def silent(self, now_s: float) -> dict[int, float]:
-        """The ranks that are silent, and for how many seconds they have been."""
-        ages_s = {rank: now_s - sign_s for rank, sign_s in enumerate(self._signs_s)}
-        return {rank: age_s for rank, age_s in ages_s.items() if age_s > self._limit_s}
+        """The ranks that are silent, and for how many heartbeats they have been."""
+        beats = {rank: (now_s - sign_s) / self._heartbeat_s for rank, sign_s in enumerate(self._signs_s)}
+        return {rank: missed for rank, missed in beats.items() if missed > MISSED_BEATS}
 
 
 class StepClock:

@@ -3,7 +3,7 @@
 The main thread builds the worker and runs the jobs; a second thread reads the channel all the time, so that a cancel
 reaches a running job and the end of the parent ends the rank. The rank cannot outlive its parent: the kernel kills it
 (PR_SET_PDEATHSIG), and the end of the channel is a second reason to go. A third thread sends a heartbeat, from the
-beginning on; a rank that cannot (it is stopped, or a call keeps the interpreter for itself) is taken for lost.
+beginning on; a rank that cannot for long (it is stopped, or a call keeps the interpreter for itself) is lost.
 
 The leader (rank 0) may write its tensors into shared memory only when the parent has acknowledged that it has copied
 the previous ones out. One slot is therefore enough, and no report can be torn: the leader computes on while the parent

@@ -17,8 +17,13 @@ from stepvideo_serve.parallel.arena import Array
 from stepvideo_serve.parallel.rendezvous import init_process_group
 from stepvideo_serve.parallel.worker import JobContext
 
-LATE_S = 4.0
-SIGNALS = {"exception": signal.SIGUSR1, "out of memory": signal.SIGUSR2, "late heartbeat": signal.SIGHUP}
+LATE_S = 4
+SIGNALS = {
+    "exception": signal.SIGUSR1,
+    "out of memory": signal.SIGUSR2,
+    "late heartbeat": signal.SIGHUP,
+    "no heartbeat": signal.SIGVTALRM,
+}
 HOLD_THE_INTERPRETER = ctypes.PyDLL(None).sleep  # unlike CDLL, PyDLL does not let other threads run meanwhile
 Tensors = dict[str, Array]
 
@@ -34,7 +39,9 @@ def fail(how: str) -> None:
     elif how == "out of memory":
         use_up_the_memory()
     elif how == "late heartbeat":
-        HOLD_THE_INTERPRETER(int(LATE_S))
+        HOLD_THE_INTERPRETER(LATE_S)
+    elif how == "no heartbeat":
+        HOLD_THE_INTERPRETER(3600)
     elif how == "stuck":
         time.sleep(3600)
     else:

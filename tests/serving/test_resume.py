@@ -19,8 +19,8 @@ from stepvideo_serve.serving.run_queue import QueuedRun
 STEPS = 5
 NORMAL = np.random.default_rng(7).standard_normal
 TENSORS = {
-    "latents": NORMAL((6, 4, 12, 20)).astype(np.float32),
-    "condition": NORMAL((4, 12, 20)).astype(np.float32),
+    "latents": NORMAL((6, 4, 9, 10)).astype(np.float32),
+    "condition": NORMAL((4, 9, 10)).astype(np.float32),
     "positive_llm": NORMAL((9, 48)).astype(np.float32),
     "positive_clip": NORMAL((77, 32)).astype(np.float32),
     "negative_llm": NORMAL((5, 48)).astype(np.float32),
@@ -122,8 +122,16 @@ def test_after_the_last_step_no_rank_is_needed(two_ranks: RankGroup) -> None:
 
 
 def test_decoding_goes_on_after_the_last_chunk(two_ranks: RankGroup) -> None:
-    latents = {"latents": NORMAL((12, 4, 6, 10)).astype(np.float32)}
+    latents = {"latents": NORMAL((12, 4, 3, 5)).astype(np.float32)}
     undisturbed = events_of(two_ranks, ResumableDecode({}, latents))
     assert len(undisturbed) > 2
     assert isinstance(undisturbed[-1], ResultEvent)
     assert_same(events_of(two_ranks, ResumableDecode({}, latents), kill_after=1), undisturbed)
+
+
+def test_a_decoding_that_begins_again_drops_what_was_seen() -> None:
+    job = ResumableDecode({}, {})
+    chunk = StepEvent({}, {})
+    for news in ([True, True], [False, False, True], [False], [False, False, False, True]):
+        job.begin()
+        assert [job.is_news(chunk) for _ in news] == news
