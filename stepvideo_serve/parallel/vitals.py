@@ -4,7 +4,7 @@ Times are those of time.monotonic() in the parent. When the parent itself was he
 debugger), the ranks are excused for as long.
 """
 
-MISSED_BEATS = 2  # a rank is silent after this many heartbeats without a sign: lost, if the kernel says it is stopped
+MISSED_BEATS = 1.5  # a rank is silent after this many heartbeats without a sign: lost, if the kernel says it is stopped
 DEAD_BEATS = 10  # a rank is lost after this many, whatever the kernel says; it may only have been kept from sending
 STEP_SLACK_S = 2.0  # how much longer than the longest step so far a step may take
 

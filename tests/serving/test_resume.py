@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.run import Event, ResultEvent, StepEvent
-from stepvideo_serve.serving.resume import Resumable, ResumableDecode, ResumableDenoise, run_on
+from stepvideo_serve.serving.resume import Repeated, Resumable, ResumableDenoise, run_on
 from stepvideo_serve.serving.run_queue import QueuedRun
 
 STEPS = 5
@@ -27,6 +27,7 @@ TENSORS = {
     "negative_clip": NORMAL((77, 32)).astype(np.float32),
 }
 PARAMS = {
+    "kind": "denoise",
     "steps": STEPS,
     "cfg_scale": 4.0,
     "time_shift": 7.0,
@@ -123,14 +124,14 @@ def test_after_the_last_step_no_rank_is_needed(two_ranks: RankGroup) -> None:
 
 def test_decoding_goes_on_after_the_last_chunk(two_ranks: RankGroup) -> None:
     latents = {"latents": NORMAL((12, 4, 3, 5)).astype(np.float32)}
-    undisturbed = events_of(two_ranks, ResumableDecode({}, latents))
+    undisturbed = events_of(two_ranks, Repeated({"kind": "decode"}, latents))
     assert len(undisturbed) > 2
     assert isinstance(undisturbed[-1], ResultEvent)
-    assert_same(events_of(two_ranks, ResumableDecode({}, latents), kill_after=1), undisturbed)
+    assert_same(events_of(two_ranks, Repeated({"kind": "decode"}, latents), kill_after=1), undisturbed)
 
 
 def test_a_decoding_that_begins_again_drops_what_was_seen() -> None:
-    job = ResumableDecode({}, {})
+    job = Repeated({}, {})
     chunk = StepEvent({}, {})
     for news in ([True, True], [False, False, True], [False], [False, False, False, True]):
         job.begin()
