@@ -50,7 +50,7 @@ class BlsStages:
                 if "LATENTS" in out:
                     latents = torch.from_numpy(out["LATENTS"])
                     self._description |= json.loads(out["REPORT"].flat[0])
-                    break
+                    continue
                 if held is not None:
                     yield held
                 held = _step_done(out)
@@ -102,7 +102,8 @@ def run(model: str, inputs: Arrays, cancelled: Cancelled) -> Generator[dict[str,
                 if outputs := _read(response):
                     yield outputs
     finally:
-        pass
+        for _ in responses:
+            continue
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Values are numpy arrays as they go on the wire; a `bytes` value is a BYTES tenso
 
 import json
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ Values = Mapping[str, NDArray[Any] | bytes]
 Outputs = dict[str, NDArray[Any]]
 
 PATIENCE_S = 120.0  # the machine may be busy; nothing in these tests takes this long
+CODED = re.compile("(INVALID_ARGUMENT|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|INTERNAL): ")
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
@@ -32,6 +34,11 @@ class Refused(Exception):
     def __init__(self, text: str, status: str | None) -> None:
         super().__init__(f"{status}: {text}")
         self.text, self.status = text, status
+
+    @property
+    def by_core(self) -> bool:
+        """Whether it was Triton that refused, not one of our models."""
+        return CODED.match(self.text) is None
 
 
 @dataclass
@@ -44,12 +51,17 @@ class Answer:
 
 
 class Stream:
-    """One request on a stream of its own. Leaving the context cancels what has not ended."""
+    """One request on a stream of its own. Leaving the context cancels what has not ended.
+
+    A stream that has ended is closed, not cancelled: Triton 24.10 keeps the requests of cancelled streams until others
+    need their place, and cannot unload the model before.
+    """
 
     def __init__(self, url: str, model: str, values: Values) -> None:
         self._channel = grpc.insecure_channel(url, options=CHANNEL_OPTIONS)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._done = threading.Event()
+        self._ended = False
         request = grpc_request(model, values)
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -65,7 +77,22 @@ class Stream:
         if message.error_message:
             raise Refused(message.error_message, None)
         response = message.infer_response
-        return outputs_of(response), response.parameters["triton_final_response"].bool_param
+        self._ended = response.parameters["triton_final_response"].bool_param
+        return outputs_of(response), self._ended
+
+    def refusal(self) -> Refused:
+        """The error that comes next, and then the empty final response."""
+        try:
+            outputs, _ = self.next()
+        except Refused as refused:
+            if not refused.by_core:
+                assert self.next() == ({}, True)
+            return refused
+        raise AssertionError(f"an error was expected, {sorted(outputs)} came")
+
+    def silent(self) -> bool:
+        """Whether everything that has come so far was taken."""
+        return self._inbox.empty()
 
     def wait_for_step(self, step: int) -> Outputs:
         """The progress of this step; what came before it is thrown away."""
@@ -96,7 +123,8 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._call.cancel()
+        if not self._ended:
+            self._call.cancel()
         self._done.set()
         self._reader.join()
         self._channel.close()

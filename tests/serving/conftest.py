@@ -66,7 +66,7 @@ def serving(root: Path, folder: Path, config: str) -> Iterator[TritonServer]:
     """A server on free ports, ready, with its configuration and its log in `folder`."""
     path = folder / "serve.toml"
     path.write_text(config, encoding="utf-8")
-    options = ServerOptions(root / "model_repository", config=path, log=folder / "server.log")
+    options = ServerOptions(root / "model_repository", config=path, log=folder / "server.log", exit_timeout_s=2)
     with TritonServer(options) as server:
         server.wait_ready(READY_S)
         yield server

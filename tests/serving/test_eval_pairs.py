@@ -28,7 +28,8 @@ FRAMES, HEIGHT, WIDTH = 34, 64, 112
 def test_a_pair_becomes_a_playable_video(triton: TritonServer, shared: Path, name: str) -> None:
     image = shared / "eval" / f"{name}.png"
     prompt = image.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    assert Image.open(image).size[0] > WIDTH
+    with Image.open(image) as picture:
+        assert picture.width > WIDTH
     with Client(triton.grpc_url) as client:
         *steps, result = client.generate(image, prompt, num_frames=FRAMES, height=HEIGHT, width=WIDTH, steps=2, seed=1)
     assert [step.step for step in steps if not isinstance(step, Result)][-1] == 2
