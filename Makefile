@@ -27,7 +27,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify test test-fast lint format clean
+.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify test test-slow lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -105,11 +105,11 @@ onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare
 	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
 
-test: $(INSTALLED) ## all tests that need no GPU, with the real server
-	@$(RUN) pytest -q -rs -m 'not gpu' $(PYTEST_ARGS)
-
-test-fast: $(INSTALLED) ## the tests that are not marked slow
+test: $(INSTALLED) ## the tests, with the real server; no GPU needed
 	@$(RUN) pytest -q -rs -m 'not gpu and not slow' $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
+	@$(RUN) pytest -q -rs -m 'slow and not gpu' $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN)/ruff check .

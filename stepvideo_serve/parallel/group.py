@@ -209,7 +209,8 @@ class RankGroup:
             if not was_ready:
                 self._fail(failure, last=True)
                 return
-            if isinstance(failure, ServiceUnavailable) or setbacks >= REBUILD_ATTEMPTS:
+            declared = isinstance(failure, ServiceUnavailable) or setbacks >= REBUILD_ATTEMPTS
+            if declared and not self._closing.is_set():
                 self._fail(ServiceUnavailable(str(failure)), last=False)
                 self._closing.wait(min(2.0 ** (setbacks - 1), LONGEST_PAUSE_S))
 
@@ -223,12 +224,9 @@ class RankGroup:
             return ServiceUnavailable(f"The ranks could not be started with {self._spec.python!r}: {error}.")
         try:
             info = ranks.await_ready(self._closing.is_set)
-        except RanksLostError as error:
+        except Exception as error:
             ranks.stop(0.0)
-            return WorkerFailed(f"The ranks could not be started, because {error}: see the log for its last words.")
-        except RequestError as error:
-            ranks.stop(0.0)
-            return error
+            return _start_failure(error)
         _logger.info("generation %d: ready in %.1f s", self.generation, time.monotonic() - began_s)
         with self._changed:
             self._ranks, self._info, self._failure = ranks, info, None
@@ -283,7 +281,8 @@ class RankGroup:
 
     def _fail(self, failure: RequestError, last: bool) -> None:
         """There are no ranks and will be none soon; `last`: this thread gives up."""
-        _logger.error("%s", failure)
+        if not self._closing.is_set():
+            _logger.error("%s", failure)
         with self._changed:
             self._failure = failure
             self._keeper = None if last else self._keeper
@@ -305,3 +304,12 @@ class RankGroup:
 def _cancel(ranks: Ranks, job_id: int) -> None:
     with contextlib.suppress(RanksLostError):  # the keeper notices it too, and ends the job
         ranks.send({"kind": "cancel", "id": job_id})
+
+
+def _start_failure(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, RanksLostError):
+        return WorkerFailed(f"The ranks could not be started, because {error}: see the log for its last words.")
+    _logger.error("the ranks could not be started", exc_info=error)
+    return WorkerFailed(f"The ranks could not be started: {type(error).__name__}: {error}.")

@@ -107,6 +107,11 @@ def test_other_failures_to_start_are_worker_failed(make_group: MakeGroup, factor
         group.run({"do": "echo"}, {})
 
 
+def test_settings_that_are_not_json_are_named(make_group: MakeGroup) -> None:
+    with pytest.raises(WorkerFailed, match="TypeError: Object of type object is not JSON serializable"):
+        make_group(settings={"model": object()}).start()
+
+
 def test_a_start_that_takes_too_long_is_given_up(make_group: MakeGroup) -> None:
     group = make_group("never_ready", start_timeout_s=1.0)
     with pytest.raises(ServiceUnavailable, match="must be ready within 1 s, 1 of 1 were not"):
