@@ -19,8 +19,8 @@ from stepvideo_serve.serving.run_queue import QueuedRun
 STEPS = 5
 NORMAL = np.random.default_rng(7).standard_normal
 TENSORS = {
-    "latents": NORMAL((6, 4, 9, 10)).astype(np.float32),
-    "condition": NORMAL((4, 9, 10)).astype(np.float32),
+    "latents": NORMAL((6, 4, 3, 5)).astype(np.float32),
+    "condition": NORMAL((4, 3, 5)).astype(np.float32),
     "positive_llm": NORMAL((9, 48)).astype(np.float32),
     "positive_clip": NORMAL((77, 32)).astype(np.float32),
     "negative_llm": NORMAL((5, 48)).astype(np.float32),
@@ -114,7 +114,6 @@ def test_denoising_goes_on_after_the_last_completed_step(layout: str, request: p
     assert [event.params["step"] for event in undisturbed if isinstance(event, StepEvent)] == [1, 2, 3, 4, 5]
     assert "preview" in undisturbed[1].tensors
     assert_same(events_of(group, ResumableDenoise(PARAMS, TENSORS), kill_after=1), undisturbed)
-    assert group.generation == 2
 
 
 def test_after_the_last_step_no_rank_is_needed(two_ranks: RankGroup) -> None:
@@ -123,7 +122,7 @@ def test_after_the_last_step_no_rank_is_needed(two_ranks: RankGroup) -> None:
 
 
 def test_decoding_goes_on_after_the_last_chunk(two_ranks: RankGroup) -> None:
-    latents = {"latents": NORMAL((12, 4, 3, 5)).astype(np.float32)}
+    latents = {"latents": NORMAL((12, 4, 2, 2)).astype(np.float32)}
     undisturbed = events_of(two_ranks, Repeated({"kind": "decode"}, latents))
     assert len(undisturbed) > 2
     assert isinstance(undisturbed[-1], ResultEvent)
