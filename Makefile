@@ -27,7 +27,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve bench bench-dit onnx verify test test-fast lint format clean
+.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify test test-slow lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -89,19 +89,27 @@ serve: $(SERVED) ## run the server in the foreground until Ctrl-C
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
 
+bench-parallel: $(INSTALLED) ## layouts of several ranks against one rank, on CPUs; how long the group needs to heal
+	@$(RUN) perf.parallel
+
 bench-dit: $(INSTALLED) ## one DiT step, eager and ONNX Runtime, against this machine's matrix-multiply rate
 	@$(RUN) perf.dit_step
+
+GPU ?= H100
+GPUS ?= 8
+layouts: $(INSTALLED) ## predicted memory, traffic and seconds of every layout of GPUS x GPU
+	@$(RUN) stepvideo_serve.plan_layout --gpu $(GPU) --gpus $(GPUS)
 
 onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 
 verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare
 	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
 
-test: $(INSTALLED) ## all tests that need no GPU, with the real server
-	@$(RUN) pytest -q -rs -m 'not gpu' $(PYTEST_ARGS)
-
-test-fast: $(INSTALLED) ## the tests that are not marked slow
+test: $(INSTALLED) ## the tests, with the real server; no GPU needed
 	@$(RUN) pytest -q -rs -m 'not gpu and not slow' $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
+	@$(RUN) pytest -q -rs -m 'slow and not gpu' $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN)/ruff check .

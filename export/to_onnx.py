@@ -1,6 +1,9 @@
 """Checkpoint -> ONNX graphs, one at a time.
 
-    python -m export.to_onnx --model-dir DIR --out DIR [--only GLOB ...] [--precision fp32|bf16|fp16]
+    python -m export.to_onnx --model-dir DIR --out DIR [--only GLOB ...] [--precision fp32|bf16|fp16] [--layout tp4]
+
+With a layout that splits heads or tokens, the pieces of each tensor-parallel rank go to a folder of their own below
+--out (tp0of4, tp1of4, ...); everything that all ranks share stays in --out.
 
 Writes `<graph>.onnx` with its weights beside it in `<graph>.onnx.data`, and `manifest.json`. Each graph has passed
 the ONNX checker and agrees with the torch module through ONNX Runtime at two shapes. A graph is there whole or not at
@@ -33,14 +36,24 @@ import stepvideo_serve
 from export.compare import compare_with_eager
 from export.preview_fit import fit_preview
 from export.samples import SMALL_SIZES, sample_inputs
-from stepvideo_serve.components import DTYPES, Component, components
+from stepvideo_serve.components import (
+    DTYPES,
+    Component,
+    components,
+    core_component,
+    llm_part_components,
+    part_components,
+    sharded_graph_names,
+)
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest, content_key
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.errors import EngineError, ExportError, SetupError
+from stepvideo_serve.errors import ConfigError, EngineError, ExportError, SetupError
+from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
+from stepvideo_serve.sharding import TensorPart
 from stepvideo_serve.weights.checkpoint import Checkpoint
 
 OPSET = 23
-SOURCE_FOLDERS = ("dit", "text", "vae")
+SOURCES = ("dit/*.py", "text/*.py", "vae/*.py", "sharding.py")
 TOOLS = ("torch", "onnx", "onnxscript", "transformers")
 
 
@@ -50,28 +63,72 @@ def export_graphs(
     precision: str = "fp32",
     only: Sequence[str] | None = None,
     show_progress: bool = True,
+    layout: Layout = SINGLE,
+    split_llm: bool = False,
 ) -> Manifest:
-    """Brings the graphs whose names match a glob of `only` (all by default) up to date in `out`.
+    """Brings the graphs whose names match a glob of `only` (all by default) up to date in `out`, and in a folder below
+    it per tensor-parallel rank where `layout` splits heads or tokens; `split_llm`: Step-LLM there too, in slices.
 
-    Returns the manifest, which has also been saved. Raises ExportError when a graph fails its checks, and
-    CheckpointError for the weights; the graphs finished before stay.
+    Returns the manifest of `out`, which has also been saved. Raises ExportError when a graph fails its checks,
+    ConfigError when the layout does not fit the model, and CheckpointError for the weights; finished graphs stay.
     """
-    table = components(checkpoint, precision)
-    chosen = [name for name in table if only is None or any(fnmatch.fnmatch(name, glob) for glob in only)]
+    plan = export_plan(checkpoint, out, precision, layout, split_llm)
+    known = sorted({name for table in plan.values() for name in table})
+    chosen = {name for name in known if only is None or any(fnmatch.fnmatch(name, glob) for glob in only)}
     if not chosen:
-        raise ExportError(f"--only must match at least one graph, {only} matches none of {', '.join(table)}.")
+        raise ExportError(f"--only must match at least one graph, {only} matches none of {', '.join(known)}.")
+    for folder, table in plan.items():
+        wanted = {name: component for name, component in table.items() if name in chosen}
+        _export_folder(checkpoint, folder, wanted, precision, show_progress)
+    return Manifest.load(out)
+
+
+def export_plan(
+    checkpoint: Checkpoint, out: Path, precision: str, layout: Layout, split_llm: bool
+) -> dict[Path, dict[str, Component]]:
+    """Which graphs go to which folder, `out` first."""
+    config = checkpoint.dit_config
+    layout.check(config.num_heads, llm_groups=checkpoint.llm_config.num_groups if split_llm else None)
+    if split_llm and layout.tp == 1:
+        raise ConfigError(
+            f"--split-llm needs a layout with tensor parallelism, got {layout}: add tp2, or leave it out."
+        )
+    whole = components(checkpoint, precision)
+    if layout.tp == layout.sp == 1:
+        return {out: whole}
+    common, _ = sharded_graph_names(config, layout.tp, layout.sp)
+    shared = {name: part for name, part in whole.items() if not name.startswith("dit_") or name in common}
+    if layout.sp > 1:
+        core = core_component(precision, config.num_heads // (layout.tp * layout.sp))
+        shared[core.name] = core
+    parts = {
+        out / part_folder(layout, index): part_components(
+            checkpoint, precision, TensorPart(index, layout.tp), sequence=layout.sp > 1
+        )
+        for index in range(layout.tp)
+    }
+    if split_llm:
+        del shared["step_llm"]
+        for index, table in enumerate(parts.values()):
+            table |= llm_part_components(checkpoint, precision, TensorPart(index, layout.tp))
+    return {out: shared, **parts}
+
+
+def _export_folder(
+    checkpoint: Checkpoint, out: Path, table: dict[str, Component], precision: str, show_progress: bool
+) -> None:
+    chosen = list(table)
     out.mkdir(parents=True, exist_ok=True)
     manifest = _open_manifest(out, checkpoint, precision)
     keys = {name: _graph_key(table[name], checkpoint, precision) for name in chosen}
     stale = [name for name in chosen if not _is_current(manifest, out, name, keys[name])]
-    for name in tqdm(stale, desc="export", unit="graph", disable=not show_progress, file=sys.stderr):
+    for name in tqdm(stale, desc=f"export {out.name}", unit="graph", disable=not show_progress, file=sys.stderr):
         entry = _export_one(table[name], keys[name], out, precision)
         manifest = replace(manifest, graphs={**manifest.graphs, name: entry})
         manifest.save(out)
     if "preview" not in manifest.extra or "vae_encoder" in stale:
         manifest = replace(manifest, extra={**manifest.extra, "preview": fit_preview(checkpoint)})
     manifest.save(out)
-    return manifest
 
 
 def _open_manifest(out: Path, checkpoint: Checkpoint, precision: str) -> Manifest:
@@ -111,8 +168,8 @@ def _source_digest() -> str:
     """SHA-256 over the code of the networks: an edit there makes every graph stale."""
     package = Path(stepvideo_serve.__file__).parent
     digest = hashlib.sha256()
-    for folder in SOURCE_FOLDERS:
-        for path in sorted((package / folder).glob("*.py")):
+    for pattern in SOURCES:
+        for path in sorted(package.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -203,11 +260,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the graphs and their manifest")
     parser.add_argument("--only", nargs="+", metavar="GLOB", help='graphs to export, such as "dit_block_*"')
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--layout", default="single", help='how ranks share the DiT, such as "cfg2.tp4"')
+    parser.add_argument("--split-llm", action="store_true", help="cut Step-LLM for tensor parallelism too")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
     try:
         manifest = export_graphs(
-            Checkpoint(arguments.model_dir), arguments.out, arguments.precision, arguments.only, not arguments.quiet
+            Checkpoint(arguments.model_dir),
+            arguments.out,
+            arguments.precision,
+            arguments.only,
+            not arguments.quiet,
+            Layout.parse(arguments.layout),
+            arguments.split_llm,
         )
     except SetupError as error:
         print(f"export: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepvideo_serve.components import DTYPES, components, dit_graph_names
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.dit.velocity import DiTVelocity
+from stepvideo_serve.dit.velocity import DiTVelocity, Graph
 from stepvideo_serve.engine.eager import EagerRunner
 from stepvideo_serve.engine.manifest import Manifest, content_key
 from stepvideo_serve.engine.ort import OrtRunner
@@ -69,13 +69,15 @@ def compute_dtype(config: ServeConfig) -> torch.dtype:
     return dtype
 
 
-def build_text_encoder(config: ServeConfig) -> "TextEncoder":
+def build_text_encoder(config: ServeConfig, step_llm: Graph | None = None) -> "TextEncoder":
+    """Both text encoders; `step_llm` takes the place of the whole Step-LLM where it runs elsewhere."""
     from stepvideo_serve.text.encode import TextEncoder  # imports transformers, which only this stage should pay for
 
     checkpoint = Checkpoint(config.model.dir)
-    runners = load_runners(config, ("step_llm", "hunyuan_clip"), threads=0)
+    names = ("hunyuan_clip",) if step_llm else ("step_llm", "hunyuan_clip")
+    runners = load_runners(config, names, threads=0)
     return TextEncoder(
-        runners["step_llm"],
+        step_llm or runners["step_llm"],
         runners["hunyuan_clip"],
         checkpoint.step_tokenizer(),
         checkpoint.clip_tokenizer(),

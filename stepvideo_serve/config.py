@@ -32,9 +32,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoders. `cache_entries`: prompts whose states are kept; 0 keeps none."""
+    """The text encoders.
+
+    cache_entries  prompts whose states are kept; 0 keeps none
+    on_ranks       Step-LLM in slices on the ranks of the denoiser, instead of whole beside them; needs a layout with tp
+    """
 
     cache_entries: int = 64
+    on_ranks: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "cache_entries")
@@ -44,22 +49,29 @@ class TextConfig:
 class DenoiserConfig:
     """The group of ranks that runs the DiT.
 
-    threads          CPU threads per rank; 0 = all cores
-    max_queued       runs that may wait behind the one under way before QueueFull
-    start_timeout_s  from the start of the ranks until all are ready
-    arena_mib        shared memory in each direction, for the tensors of one message; only what is used costs memory
-    layout           how the ranks divide the work
+    threads               CPU threads per rank; 0 = all cores
+    max_queued            runs that may wait behind the one under way before QueueFull
+    start_timeout_s       from the start of the ranks until all are ready
+    heartbeat_s           how often each rank gives a sign of life; one that is stopped is lost after two
+    first_step_timeout_s  how long a run's first step may take; a later one: 2 s longer than the longest so far
+    max_resumes           how often a run goes on after the ranks failed, before it fails
+    arena_mib             shared memory in each direction for a message's tensors; only what is used costs memory
+    layout                how the ranks divide the work
     """
 
     threads: int = 0
     max_queued: int = 8
     start_timeout_s: float = 600.0
+    heartbeat_s: float = 0.5
+    first_step_timeout_s: float = 600.0
+    max_resumes: int = 2
     arena_mib: int = 256
     layout: str = "single"
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "threads", "max_queued")
-        _at_least(self, 1, "start_timeout_s", "arena_mib")
+        _at_least(self, 0, "threads", "max_queued", "max_resumes")
+        _at_least(self, 1, "start_timeout_s", "first_step_timeout_s", "arena_mib")
+        _at_least(self, 0.05, "heartbeat_s")
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,7 @@ def _expected(kind: Any) -> str:
     return names[kind]
 
 
-def _at_least(section: object, least: int, *names: str) -> None:
+def _at_least(section: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value < least:

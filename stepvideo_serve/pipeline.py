@@ -91,14 +91,18 @@ class Stopwatch:
     def remaining_s(self) -> float | None:
         return None if self.timeout_s is None else max(self.timeout_s - self.elapsed_s(), 0.0)
 
+    def check(self, where: str) -> None:
+        """Raises DeadlineExceeded when no time is left."""
+        if self.remaining_s() == 0.0:
+            raise DeadlineExceeded(
+                f"The video must be ready within TIMEOUT_S = {self.timeout_s:g}, which ran out {where}: "
+                "ask for fewer steps or frames, or allow more time."
+            )
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Adds the time inside to the stage. Raises DeadlineExceeded on entry when no time is left."""
-        if self.remaining_s() == 0.0:
-            raise DeadlineExceeded(
-                f"The video must be ready within TIMEOUT_S = {self.timeout_s:g}, which ran out before {name}: "
-                "ask for fewer steps or frames, or allow more time."
-            )
+        self.check(f"before {name}")
         began_s = time.monotonic()
         try:
             yield
@@ -141,6 +145,8 @@ def generate(
             latents = latents if done.latents is None else done.latents
             step_seconds.append(round(done.seconds, 6))
             yield Progress(done.step, done.total_steps, watch.elapsed_s(), done.preview)
+            if done.step < done.total_steps:
+                watch.check(f"after step {done.step} of {done.total_steps}")
     _check(cancelled)
 
     mp4, frames = _decode(request, latents, stages, video, watch, cancelled)

@@ -13,13 +13,15 @@ MAX_LINES = 400
 NOT_OURS = ("build", "out")  # besides what begins with a dot
 
 BASE = ("errors", "geometry", "request")
-READERS = ("json_file",)  # what stages may also use
+READERS = ("json_file", "communicator", "sharding")  # what stages may also use
 STAGES = ("text", "vae", "dit", "sampling", "video")
 OF_STAGES = (*BASE, *READERS, "engine.spec")
 # Part of the package -> the parts of it that it may import, besides itself. The others are free.
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(BASE, BASE),
     "json_file": ("errors",),
+    "communicator": (),
+    "sharding": ("errors",),
     **dict.fromkeys(STAGES, OF_STAGES),
     "dit": (*OF_STAGES, "text.states"),
     "sampling": (*OF_STAGES, "text.states", "dit.velocity"),

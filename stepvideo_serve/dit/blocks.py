@@ -1,7 +1,9 @@
 """One DiT block: self-attention with q/k norm and 3D RoPE, cross-attention to the text, feed-forward.
 
 Axes: B batch, N video tokens, L text tokens, H heads, D width = 128 * H.
-The number of heads is inferred from the weights, so a block holding a slice of the heads needs no edit.
+The number of heads is inferred from the weights. With `shards` > 1 a module holds one of that many equal slices of the
+heads or hidden channels (dit/sharding.py), H counts its own heads, and the attentions and the feed-forward return
+partial sums: the sum over all shards is the whole result.
 """
 
 import torch
@@ -26,29 +28,33 @@ class HeadNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Full attention among video tokens; wqkv is interleaved per head: q, k and v of head 0, then of head 1, ..."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, shards: int = 1) -> None:
         super().__init__()
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        self.wqkv = nn.Linear(width, 3 * width // shards, bias=False)
+        self.wo = nn.Linear(width // shards, width, bias=False)
         self.q_norm = HeadNorm()
         self.k_norm = HeadNorm()
 
-    def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
-        """x [B, N, D], tables [N, 128] -> [B, N, D]."""
+    def project(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, D], tables [N, 128] -> queries, keys and values, each [B, H, N, 128]."""
         q, k, v = self.wqkv(x).unflatten(-1, (-1, 3 * HEAD_DIM)).split(HEAD_DIM, dim=-1)
         q = apply_rope(self.q_norm(q), rope_cos, rope_sin)
         k = apply_rope(self.k_norm(k), rope_cos, rope_sin)
-        return self.wo(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+        """x [B, N, D], tables [N, 128] -> [B, N, D]."""
+        return self.wo(attend(*self.project(x, rope_cos, rope_sin)))
 
 
 class CrossAttention(nn.Module):
     """Attention of video tokens to the text, whose keys and values do not depend on the step and are given."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, shards: int = 1) -> None:
         super().__init__()
-        self.wq = nn.Linear(width, width, bias=False)
-        self.wkv = nn.Linear(width, 2 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        self.wq = nn.Linear(width, width // shards, bias=False)
+        self.wkv = nn.Linear(width, 2 * width // shards, bias=False)
+        self.wo = nn.Linear(width // shards, width, bias=False)
         self.q_norm = HeadNorm()
         self.k_norm = HeadNorm()
 
@@ -81,9 +87,9 @@ class ProjectedGelu(nn.Module):
 class FeedForward(nn.Module):
     """Linear to four times the width, GELU (tanh), linear back; the identity keeps the official parameter names."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, shards: int = 1) -> None:
         super().__init__()
-        hidden = FFN_MULTIPLE * width
+        hidden = FFN_MULTIPLE * width // shards
         self.net = nn.Sequential(ProjectedGelu(width, hidden), nn.Identity(), nn.Linear(hidden, width, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,15 +97,18 @@ class FeedForward(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """x += gate1 * attn1(mod(norm1(x))); x += attn2(x, text); x += gate2 * ff(mod(norm2(x)))."""
+    """x += gate1 * attn1(mod(norm1(x))); x += attn2(x, text); x += gate2 * ff(mod(norm2(x))).
 
-    def __init__(self, width: int) -> None:
+    `forward` needs the whole block; with shards, the parts run one by one with a sum over the shards after each.
+    """
+
+    def __init__(self, width: int, shards: int = 1) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=BLOCK_NORM_EPS)
-        self.attn1 = SelfAttention(width)
-        self.attn2 = CrossAttention(width)
+        self.attn1 = SelfAttention(width, shards)
+        self.attn2 = CrossAttention(width, shards)
         self.norm2 = nn.LayerNorm(width, eps=BLOCK_NORM_EPS)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, shards)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
 
     def forward(

@@ -85,8 +85,9 @@ def context_spec(config: DiTConfig, dtype: str) -> EngineSpec:
     )
 
 
-def cross_spec(config: DiTConfig, dtype: str, index: int) -> EngineSpec:
-    heads = (1, config.num_heads, "context_tokens", HEAD_DIM)
+def cross_spec(config: DiTConfig, dtype: str, index: int, tensor_parts: int = 1) -> EngineSpec:
+    """On one of `tensor_parts` ranks: keys and values of that rank's heads."""
+    heads = (1, config.num_heads // tensor_parts, "context_tokens", HEAD_DIM)
     return EngineSpec(
         f"dit_cross_{index:02d}",
         inputs=(TensorSpec("context", dtype, (1, "context_tokens", config.width)),),

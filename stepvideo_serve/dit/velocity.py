@@ -6,6 +6,7 @@ once, in `DiTVelocity.prepare`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ class PreparedRequest:
     rope_cos: Tensor
     rope_sin: Tensor
     branches: tuple[KeysValues, ...]
+
+
+class GuidedVelocity(Protocol):
+    """What the loop needs of the DiT, on one rank or on several."""
+
+    def prepare(
+        self, shape: tuple[int, ...], condition: Tensor, motion_score: float, texts: tuple[TextStates, ...]
+    ) -> PreparedRequest:
+        """Everything that stays the same over the steps."""
+        ...
+
+    def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
+        """One velocity per text."""
+        ...
 
 
 class DiTVelocity:

@@ -1,11 +1,13 @@
 """Messages between the parent and a rank: one JSON object each, preceded by its length, over a socket pair.
 
-parent -> rank   start   factory, settings, arena_bytes, job_fd, result_fd   once, first
+parent -> rank   start   factory, settings, heartbeat_s, arena_bytes, file descriptors   once, first
                  job     id, params, tensors                                 one at a time
                  ack     id                     the last report has been taken and its tensors copied out
                  cancel  id                     end the job at the next opportunity
                  shutdown
-rank -> parent   ready   info                   the factory has returned
+rank -> parent   beat                           every heartbeat_s, whatever else the rank does
+                 ready   info                   the factory has returned
+                 mark                           a step of the job has ended
                  report  id, params, tensors    leader only
                  done    id, params, tensors    end of a job; empty params and no tensors except from the leader
                  raised  error                  end of a job, or of the start
@@ -13,8 +15,8 @@ rank -> parent   ready   info                   the factory has returned
 
 import contextlib
 import json
-import select
 import socket
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +25,8 @@ from stepvideo_serve import errors
 from stepvideo_serve.errors import InvalidRequest, RequestError, StepVideoError, WorkerFailed
 
 MESSAGE_LIMIT_BYTES = 1 << 20
+LENGTH_BYTES = 4
+READ_BYTES = 1 << 16
 SENTENCE_LIMIT = 2000  # characters of an exception's message
 
 JsonObject = dict[str, Any]
@@ -40,22 +44,26 @@ def encode(message: Mapping[str, Any]) -> bytes:
             f"A message between the server and its ranks may have {MESSAGE_LIMIT_BYTES} bytes, got {len(body)}: "
             f"pass large data as tensors."
         )
-    return len(body).to_bytes(4, "big") + body
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
 class Channel:
     """One end of the socket pair. Any thread may send; one thread receives.
 
-    `transfer_timeout_s` limits one message, once it has begun; None where only the death of the other side may end it.
+    `send_timeout_s` limits a send; None where only the death of the other side may end it.
     """
 
-    def __init__(self, sock: socket.socket, transfer_timeout_s: float | None) -> None:
+    def __init__(self, sock: socket.socket, send_timeout_s: float | None) -> None:
         self._socket = sock
-        self._socket.settimeout(transfer_timeout_s)
+        self._received = bytearray()
         self._send_lock = threading.RLock()  # reentrant: a Run may be finalised, and cancel, at any point
+        if send_timeout_s is not None:  # the kernel's limit: Python's own would apply to receiving, too
+            seconds, part = divmod(send_timeout_s, 1)
+            timeval = struct.pack("ll", int(seconds), int(part * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
     def fileno(self) -> int:
-        """For poll(); readable means: a message, or the end."""
+        """For poll(); readable means: a message, a part of one, or the end."""
         return self._socket.fileno()
 
     def send(self, wire: bytes) -> None:
@@ -71,34 +79,61 @@ class Channel:
                 raise ChannelClosedError(f"a message could not be sent ({error})") from error
 
     def receive(self) -> JsonObject:
-        """Wait for the next message, without a limit until it begins; ChannelClosedError at the end of the stream."""
-        try:
-            poll = select.poll()
-            poll.register(self._socket, select.POLLIN)
-            poll.poll()
-            size = int.from_bytes(self._exactly(4), "big")
-            if size > MESSAGE_LIMIT_BYTES:
-                raise ChannelClosedError(f"a message of {size} bytes came, {MESSAGE_LIMIT_BYTES} are allowed")
-            message = json.loads(self._exactly(size))
-        except (OSError, ValueError) as error:
-            raise ChannelClosedError(f"a message could not be read ({error})") from error
-        if not isinstance(message, dict) or "kind" not in message:
-            raise ChannelClosedError(f"a message without a kind came: {message!r}")
+        """Wait for the next message, without a limit; ChannelClosedError at the end of the stream."""
+        while (message := self._next_message()) is None:
+            if not self._read(0):
+                raise ChannelClosedError("the other side closed the channel")
         return message
+
+    def drain(self) -> list[JsonObject]:
+        """The messages that are there, without waiting; ChannelClosedError at the end of the stream, once they have
+        been taken. The beginning of a message stays until its rest has come."""
+        messages = []
+        open_ = True
+        while open_:
+            try:
+                open_ = self._read(socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            while (message := self._next_message()) is not None:
+                messages.append(message)
+        if not open_ and not messages:
+            raise ChannelClosedError("the other side closed the channel")
+        return messages
 
     def close(self) -> None:
         """Close this end; calling it again does nothing."""
         with self._send_lock:
             self._socket.close()
 
-    def _exactly(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            part = self._socket.recv(size - len(data))
-            if not part:
-                raise ChannelClosedError("the other side closed the channel")
-            data += part
-        return bytes(data)
+    def _read(self, flags: int) -> bool:
+        """Take in what has come; False at the end of the stream."""
+        try:
+            part = self._socket.recv(READ_BYTES, flags)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ChannelClosedError(f"a message could not be read ({error})") from error
+        self._received += part
+        return bool(part)
+
+    def _next_message(self) -> JsonObject | None:
+        """The first message of what was received, or None while it is not complete."""
+        if len(self._received) < LENGTH_BYTES:
+            return None
+        end = LENGTH_BYTES + int.from_bytes(self._received[:LENGTH_BYTES], "big")
+        if end > LENGTH_BYTES + MESSAGE_LIMIT_BYTES:
+            raise ChannelClosedError(f"a message of {end} bytes came, {MESSAGE_LIMIT_BYTES} are allowed")
+        if len(self._received) < end:
+            return None
+        try:
+            message = json.loads(self._received[LENGTH_BYTES:end])
+        except ValueError as error:
+            raise ChannelClosedError(f"a message could not be read ({error})") from error
+        del self._received[:end]
+        if not isinstance(message, dict) or "kind" not in message:
+            raise ChannelClosedError(f"a message without a kind came: {message!r}")
+        return message
 
 
 def error_to_json(error: BaseException) -> JsonObject:

@@ -1,189 +1,66 @@
-"""The group of ranks: runs one job after another on `size` processes, and is rebuilt when one of them dies.
+"""The group of ranks: runs one job after another on `size` processes, and is rebuilt when one of them is lost.
 
 A job is broadcast to all ranks. The leader (rank 0) reports progress and returns the result; the job has ended when
 every rank has said so, so the next one never meets a rank that still works on the last.
 
 What goes wrong ends in bounded time:
-    a rank raises                 the others are cancelled; the group goes on, unless they do not end in cancel_grace_s
-    a rank dies                   WorkerFailed at once; the rest is killed; rebuilt before the next job
-    a rank says nothing           the same after silence_timeout_s, where one is set
-    a cancel is not obeyed        RequestCancelled after cancel_grace_s; killed and rebuilt
-    the parent dies               the kernel kills the ranks (worker.py)
+    a rank raises a RequestError   that is the outcome; where all raise it at the same step, the group goes on
+    a rank raises anything else    WorkerFailed; the others are cancelled, and have ERROR_GRACE_S to end
+    a rank dies                    WorkerFailed at once
+    a rank is stopped              WorkerFailed after two heartbeats; one that is only silent, after ten
+    a rank is stuck in a step      WorkerFailed 2 s after the longest step so far (first step: first_step_timeout_s)
+    a cancel is not obeyed         RequestCancelled after cancel_grace_s
+    the parent dies                the kernel kills the ranks (worker.py)
+In all these cases but the first the processes of the generation are killed, unless all have ended the job, and the
+ranks are started anew at once, whether or not a job waits for them. When that fails REBUILD_ATTEMPTS times in a row
+the group has failed: jobs are refused at once, while it goes on trying, until it succeeds.
 """
 
+import contextlib
 import logging
 import threading
 import time
-import weakref
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from stepvideo_serve.errors import RequestCancelled, RequestError, ServiceUnavailable, WorkerFailed
+from stepvideo_serve.errors import RequestError, ServiceUnavailable, WorkerFailed
 from stepvideo_serve.parallel.arena import Array
 from stepvideo_serve.parallel.channel import JsonObject, error_from_json
-from stepvideo_serve.parallel.ranks import POLL_S, Ranks, RanksLostError, RanksSpec, default_python
+from stepvideo_serve.parallel.ranks import Ranks, RanksLostError, RanksSpec, default_python
+from stepvideo_serve.parallel.run import Job, ResultEvent, Run, StepEvent
 
-RESERVED_SETTINGS = frozenset({"rank", "world_size", "generation"})
+RESERVED_SETTINGS = frozenset({"rank", "world_size", "generation", "rendezvous"})
 SHUTDOWN_GRACE_S = 5.0
+REBUILD_ATTEMPTS = 3
+LONGEST_PAUSE_S = 30.0  # between two attempts to start a group that has failed
+PROVEN_S = 10.0  # ranks that were ready for this long, or were given a job, did not fail to start
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StepEvent:
-    """A report of the leader; the arrays belong to whoever receives the event."""
+class Loss:
+    """Which generation was given up, why, and when (time.monotonic())."""
 
-    params: JsonObject
-    tensors: dict[str, Array]
-
-
-@dataclass(frozen=True)
-class ResultEvent:
-    """The result, the last event of a run; the arrays belong to whoever receives the event."""
-
-    params: JsonObject
-    tensors: dict[str, Array]
-
-
-Event = StepEvent | ResultEvent
-
-
-class Run(Iterator[Event]):
-    """One job under way: iterate over it to receive the StepEvents and, last, the ResultEvent.
-
-    One thread iterates; any thread may cancel. Leaving early (close, or dropping the object) cancels the job and waits
-    until the ranks have let go of it.
-
-    Iteration raises the RequestError that a rank raised, RequestCancelled after a cancel, and WorkerFailed when a rank
-    raised something else or died.
-    """
-
-    def __init__(self, group: "RankGroup", ranks: Ranks, job_id: int) -> None:
-        self._group = group
-        self._ranks = ranks
-        self._job_id = job_id
-        self._running = set(range(group.size))
-        self._result: ResultEvent | None = None
-        self._error: RequestError | None = None
-        self._cancelled = False
-        self._stop_asked_s: float | None = None  # time.monotonic() when the ranks were told to stop
-        self._ended = False
-
-    def __iter__(self) -> "Run":
-        return self
-
-    def __next__(self) -> Event:
-        if self._ended:
-            raise StopIteration
-        try:
-            event = self._next_event()
-        except RanksLostError as error:
-            self._end(lost=True)
-            if self._cancelled:
-                raise RequestCancelled("The request was cancelled.") from error
-            raise WorkerFailed(f"The request failed because {error}: send it again.") from error
-        except RequestError:
-            self._end(lost=False)
-            raise
-        except BaseException:
-            self._end(lost=True)  # interrupted somewhere between two messages
-            raise
-        if isinstance(event, ResultEvent):
-            self._end(lost=False)
-        return event
-
-    def cancel(self) -> None:
-        """Tell the ranks to stop; does nothing when the run has ended."""
-        self._cancelled = True
-        self._stop()
-
-    def close(self) -> None:
-        """Cancel the run if it has not ended, and wait for its end, for cancel_grace_s at most."""
-        if not self._ended:
-            self.cancel()
-            try:
-                for _ in self:
-                    continue
-            except RequestError as error:
-                _logger.info("job %d was given up: %s", self._job_id, error)
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _next_event(self) -> Event:
-        while self._running:
-            rank, message = self._receive()
-            if message["kind"] == "report":
-                event = StepEvent(message["params"], self._ranks.read(message["tensors"]))
-                self._ranks.send({"kind": "ack", "id": self._job_id}, only_rank=rank)
-                if self._stop_asked_s is None:
-                    return event
-            elif message["kind"] == "done":
-                self._running.discard(rank)
-                if rank == 0:
-                    self._result = ResultEvent(message["params"], self._ranks.read(message["tensors"]))
-            else:
-                self._running.discard(rank)
-                self._error = self._error or error_from_json(
-                    message["error"], f"Rank {rank} failed while it ran the request"
-                )
-                if self._running:
-                    self._stop()
-        if self._cancelled:
-            raise RequestCancelled("The request was cancelled.")
-        if self._error is not None:
-            raise self._error
-        if self._result is None:
-            raise RanksLostError("the leader ended without a result")
-        return self._result
-
-    def _receive(self) -> tuple[int, JsonObject]:
-        """The next message, or RanksLostError: a rank died, is silent, or does not obey a stop."""
-        began_s = time.monotonic()
-        grace_s, silence_s = self._group.cancel_grace_s, self._group.silence_timeout_s
-        while (received := self._ranks.receive(POLL_S)) is None:
-            now_s = time.monotonic()
-            who = f"ranks {sorted(self._running)}"
-            if self._stop_asked_s is not None and now_s > self._stop_asked_s + grace_s:
-                because = f" after: {self._error}" if self._error else ""
-                raise RanksLostError(f"{who} did not stop within {grace_s:g} s{because}")
-            if silence_s is not None and now_s > began_s + silence_s:
-                raise RanksLostError(f"{who} gave no sign for {silence_s:g} s")
-        return received
-
-    def _stop(self) -> None:
-        if self._ended or self._stop_asked_s is not None:
-            return
-        self._stop_asked_s = time.monotonic()
-        try:
-            self._ranks.send({"kind": "cancel", "id": self._job_id})
-        except RanksLostError as error:
-            _logger.debug("job %d: %s", self._job_id, error)  # the iteration notices it too, and acts
-
-    def _end(self, lost: bool) -> None:
-        self._ended = True
-        self._group.release(self._job_id, self._ranks if lost else None)
+    generation: int
+    reason: str
+    noticed_s: float
 
 
 class RankGroup:
     """`size` processes that each hold a worker made by `factory`, and run jobs one at a time.
 
     factory           "package.module:function", called in each rank with the settings; returns a Worker (worker.py)
-    settings          JSON object; "rank", "world_size" and "generation" are added for each rank
+    settings          JSON object; "rank", "world_size", "generation" and "rendezvous" are added for each rank
     start_timeout_s   from the start of the processes until all workers are ready
+    heartbeat_s       how often each rank gives a sign of life
+    first_step_timeout_s  how long a job may take until a rank's first mark; None: no limit
     arena_bytes       shared memory in each direction, for all tensors of one message; only what is used costs memory
     threads_per_rank  OMP_NUM_THREADS, MKL_NUM_THREADS and OPENBLAS_NUM_THREADS of the ranks; None leaves them alone
     cancel_grace_s    how long the ranks may take to stop (at least one step) before they are killed
-    silence_timeout_s how long a running job may give no report before the ranks are killed; None: no limit
     python            the interpreter, by default what `default_python` finds
     env               additions to the environment, which the ranks otherwise inherit, as they do stdout and stderr
     """
@@ -197,8 +74,9 @@ class RankGroup:
         start_timeout_s: float,
         arena_bytes: int,
         threads_per_rank: int | None,
+        heartbeat_s: float = 0.5,
+        first_step_timeout_s: float | None = None,
         cancel_grace_s: float = 60.0,
-        silence_timeout_s: float | None = None,
         python: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
@@ -207,116 +85,231 @@ class RankGroup:
         if clash := RESERVED_SETTINGS & settings.keys():
             raise ValueError(f"The settings must leave {', '.join(sorted(clash))} to the group: rename them.")
         self.size = size
-        self.cancel_grace_s = cancel_grace_s
-        self.silence_timeout_s = silence_timeout_s
         self.generation = 0
         """How many times the ranks have been started."""
+        self.last_loss: Loss | None = None
+        """The last generation that was given up, be it ready or not."""
+        self._cancel_grace_s = cancel_grace_s
         self._spec = RanksSpec(
-            factory, dict(settings), size, start_timeout_s, arena_bytes, threads_per_rank,
-            python or default_python(), dict(env or {}),
+            factory, dict(settings), size, start_timeout_s, heartbeat_s, first_step_timeout_s, arena_bytes,
+            threads_per_rank, python or default_python(), dict(env or {}),
         )  # fmt: skip
-        self._lock = threading.RLock()
-        self._spawner = ThreadPoolExecutor(1, thread_name_prefix="rank-spawner")  # lives as long as the group
-        self._ranks: Ranks | None = None
-        self._run: weakref.ref[Run] | None = None  # weak, so that a run that its consumer dropped ends by __del__
+        self._changed = threading.Condition()  # guards what follows
+        self._keeper: threading.Thread | None = None  # spawns the ranks and watches them
+        self._ranks: Ranks | None = None  # while all are ready
+        self._failure: RequestError | None = None  # why there are none, and will be none soon
+        self._info: JsonObject = {}
+        self._job: Job | None = None
         self._job_id = 0
-        self._busy = False
-        self._closed = False
+        self._closing = threading.Event()
 
     @property
     def healthy(self) -> bool:
-        """Whether the ranks are started and none has ended; does not wait, not even for a start under way."""
+        """Whether all ranks are ready and none is lost; does not wait."""
         ranks = self._ranks
         return ranks is not None and ranks.alive()
 
     @property
     def info(self) -> JsonObject:
-        """What the leader's worker said about itself; empty before the start."""
-        ranks = self._ranks
-        return dict(ranks.info) if ranks is not None else {}
+        """What the leader's worker said about itself when it was ready last; empty before the start."""
+        return dict(self._info)
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids by rank; empty while there are none."""
+        """Process ids by rank; empty while the ranks are not ready."""
         ranks = self._ranks
         return tuple(process.popen.pid for process in ranks.processes) if ranks is not None else ()
 
     def start(self) -> JsonObject:
-        """Start the ranks, wait until all are ready, and return the leader's info.
+        """Start the ranks unless they are, wait until all are ready, and return the leader's info.
 
-        Raises ServiceUnavailable or WorkerFailed (see Ranks.started); nothing is left running then.
+        Raises ServiceUnavailable for a SetupError in a rank (with its sentence), when start_timeout_s is over and when
+        the group is closed, WorkerFailed for any other exception or the loss of a rank; nothing is left running then.
+        Where the ranks were ready before, it is ServiceUnavailable once the group has failed.
         """
-        return dict(self._started().info)
+        self.wait_ready(None)
+        return self.info
 
-    def ensure_started(self) -> None:
-        """Start the ranks unless they are there and alive; raises what `start` raises."""
-        self._started()
+    def wait_ready(self, timeout_s: float | None) -> bool:
+        """Like `start`, but for timeout_s at most: whether the ranks are ready."""
+        with self._changed:
+            self._require_open()
+            if self._keeper is None:
+                self._failure = None
+                self._keeper = threading.Thread(target=self._keep, name="rank-keeper", daemon=True)
+                self._keeper.start()
+            self._changed.wait_for(lambda: self.healthy or self._failure or self._closing.is_set(), timeout_s)
+            self._require_open()
+            if self._failure is not None:
+                raise type(self._failure)(str(self._failure))
+            return self.healthy
 
     def run(self, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Run:
-        """Give a job to all ranks and return the run to iterate over; starts the ranks if need be.
+        """Give a job to all ranks and return the run to iterate over; waits for ranks that are being started.
 
         The job has begun when this returns, so a cancel that comes later is never lost.
 
         Raises InvalidRequest when the job is too large, ServiceUnavailable while another run has not ended, and what
         `start` raises.
         """
-        with self._lock:
-            if self._busy:
+        with self._changed:
+            self._changed.wait_for(lambda: self._job is None or not self._job.cancelled)
+            if self._job is None:
+                self.wait_ready(None)
+            ranks = self._ranks
+            if self._job is not None or ranks is None:
                 raise ServiceUnavailable("The ranks run one job at a time and are busy: wait until the run has ended.")
-            ranks = self._started()
             self._job_id += 1
-            try:
-                ranks.send({"kind": "job", "id": self._job_id, "params": params, "tensors": ranks.jobs.write(tensors)})
-            except RanksLostError as error:
-                self._drop(ranks)
-                raise WorkerFailed(f"The request could not begin because {error}: send it again.") from error
-            run = Run(self, ranks, self._job_id)
-            self._run = weakref.ref(run)
-            self._busy = True
-            return run
+            job = self._job = Job(self._job_id, self.size, self._cancel_grace_s, partial(_cancel, ranks, self._job_id))
+        try:
+            ranks.begin_job({"kind": "job", "id": job.id, "params": params}, tensors)
+        except RanksLostError as error:
+            _logger.debug("job %d: %s", job.id, error)  # the keeper notices it too, and ends the job
+        except BaseException:
+            self._release(job)
+            raise
+        return Run(job)
 
     def cancel(self) -> None:
         """Cancel the run under way, if there is one; does not wait."""
-        run = self._run() if self._run is not None else None
-        if run is not None:
-            run.cancel()
+        job = self._job
+        if job is not None:
+            job.cancel()
 
     def close(self) -> None:
         """End the ranks; a run under way ends with an error. Calling it again does nothing."""
-        with self._lock:
-            self._closed = True
-            ranks, self._ranks = self._ranks, None
-            if ranks is not None:
-                ranks.stop(SHUTDOWN_GRACE_S)
-            self._spawner.shutdown()
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+            keeper = self._keeper
+        if keeper is not None:
+            keeper.join()
 
-    def release(self, job_id: int, lost: Ranks | None) -> None:
-        """Called by a run when it ends, with its ranks if they are of no use any more."""
-        with self._lock:
-            if lost is not None:
-                self._drop(lost)
-            if job_id == self._job_id:
-                self._busy = False
+    def _require_open(self) -> None:
+        if self._closing.is_set():
+            raise ServiceUnavailable("The group of ranks is closed: start the model anew.")
 
-    def _started(self) -> Ranks:
-        with self._lock:
-            if self._closed:
-                raise ServiceUnavailable("The group of ranks is closed: start the model anew.")
-            if self._ranks is not None and not self._ranks.alive():
-                _logger.warning("generation %d: a rank has ended, starting anew", self._ranks.generation)
-                self._drop(self._ranks)
-            if self._ranks is None:
-                self.generation += 1
-                self._ranks = Ranks.started(self._spec, self.generation, self._spawner)
-            return self._ranks
+    def _keep(self) -> None:
+        """One generation after another: the thread of the group."""
+        setbacks = 0  # generations in a row that came to nothing
+        was_ready = False
+        while not self._closing.is_set():
+            began = self._begin()
+            if isinstance(began, Ranks):
+                was_ready = True
+                job_id, ready_s = self._job_id, time.monotonic()
+                failure: RequestError = WorkerFailed(f"The ranks were lost at once, because {self._watch(began)}.")
+                if self._job_id > job_id or time.monotonic() - ready_s > PROVEN_S:
+                    setbacks = 0
+                    continue
+            else:
+                failure = began
+                self.last_loss = Loss(self.generation, str(failure), time.monotonic())
+            setbacks += 1
+            if not was_ready:
+                self._fail(failure, last=True)
+                return
+            declared = isinstance(failure, ServiceUnavailable) or setbacks >= REBUILD_ATTEMPTS
+            if declared and not self._closing.is_set():
+                self._fail(ServiceUnavailable(str(failure)), last=False)
+                self._closing.wait(min(2.0 ** (setbacks - 1), LONGEST_PAUSE_S))
 
-    def _drop(self, ranks: Ranks) -> None:
-        ranks.stop(0.0)
-        if self._ranks is ranks:
+    def _begin(self) -> Ranks | RequestError:
+        """The next generation, ready; or why not, and nothing is left of it."""
+        self.generation += 1
+        began_s = time.monotonic()
+        try:
+            ranks = Ranks(self._spec, self.generation)
+        except OSError as error:
+            return ServiceUnavailable(f"The ranks could not be started with {self._spec.python!r}: {error}.")
+        try:
+            info = ranks.await_ready(self._closing.is_set)
+        except Exception as error:
+            ranks.stop(0.0)
+            return _start_failure(error)
+        _logger.info("generation %d: ready in %.1f s", self.generation, time.monotonic() - began_s)
+        with self._changed:
+            self._ranks, self._info, self._failure = ranks, info, None
+            self._changed.notify_all()
+        return ranks
+
+    def _watch(self, ranks: Ranks) -> str:
+        """Serve the ranks until they are lost or the group is closed, end them and the job; why, as a clause."""
+        clause = "the group was closed"
+        try:
+            while not self._closing.is_set():
+                self._look(ranks)
+        except RanksLostError as error:
+            clause = str(error)
+        except Exception as error:
+            _logger.exception("generation %d: a message of a rank makes no sense", ranks.generation)
+            clause = f"a message of a rank makes no sense ({type(error).__name__})"
+        lost = not self._closing.is_set()
+        if lost:
+            self.last_loss = Loss(ranks.generation, clause, time.monotonic())
+            _logger.warning("generation %d is lost because %s", ranks.generation, clause)
+        with self._changed:
             self._ranks = None
+        ranks.stop(0.0 if lost else SHUTDOWN_GRACE_S)
+        job = self._job
+        if job is not None:
+            closed = ServiceUnavailable("The server is shutting down: send the request to another one.")
+            self._release(job)
+            job.events.put(job.outcome_of_loss(clause) if lost else closed)
+        return clause
+
+    def _look(self, ranks: Ranks) -> None:
+        for rank, message in ranks.receive():
+            job = self._job
+            if job is None or message["id"] != job.id:
+                raise RanksLostError(f"rank {rank} works on a job that has ended")
+            if message["kind"] == "report":
+                event = StepEvent(message["params"], ranks.read(message["tensors"]))
+                ranks.send({"kind": "ack", "id": job.id}, only_rank=rank)
+                job.reported(event)
+            elif message["kind"] == "done":
+                leads = rank == 0
+                job.done(rank, ResultEvent(message["params"], ranks.read(message["tensors"])) if leads else None)
+            else:
+                job.raised(rank, error_from_json(message["error"], f"Rank {rank} failed while it ran the request"))
+            if job.ended:
+                self._release(job)
+                job.events.put(job.outcome())
+        job = self._job
+        if job is not None and (overdue := job.overdue(time.monotonic())) is not None:
+            raise RanksLostError(overdue)
+
+    def _fail(self, failure: RequestError, last: bool) -> None:
+        """There are no ranks and will be none soon; `last`: this thread gives up."""
+        if not self._closing.is_set():
+            _logger.error("%s", failure)
+        with self._changed:
+            self._failure = failure
+            self._keeper = None if last else self._keeper
+            self._changed.notify_all()
+
+    def _release(self, job: Job) -> None:
+        with self._changed:
+            if self._job is job:
+                self._job = None
+                self._changed.notify_all()
 
     def __enter__(self) -> "RankGroup":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _cancel(ranks: Ranks, job_id: int) -> None:
+    with contextlib.suppress(RanksLostError):  # the keeper notices it too, and ends the job
+        ranks.send({"kind": "cancel", "id": job_id})
+
+
+def _start_failure(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, RanksLostError):
+        return WorkerFailed(f"The ranks could not be started, because {error}: see the log for its last words.")
+    _logger.error("the ranks could not be started", exc_info=error)
+    return WorkerFailed(f"The ranks could not be started: {type(error).__name__}: {error}.")

@@ -11,20 +11,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from stepvideo_serve.errors import RequestError, ServiceUnavailable, SetupError, WorkerFailed
+from stepvideo_serve.errors import RequestError, ServiceUnavailable, SetupError
 from stepvideo_serve.parallel.arena import Arena, Array, TensorEntry
 from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonObject, encode, error_from_json
+from stepvideo_serve.parallel.vitals import DEAD_BEATS, Heartbeats, StepClock
 
-POLL_S = 0.2  # how long one look at the ranks may take: the latency of a timeout, not of a message or a death
+POLL_S = 0.1  # how long one look at the ranks may take: the latency of a timeout, not of a message or a death
 EXIT_STATUS_S = 1.0  # from the end of a rank's channel to its exit status
 TERMINATE_GRACE_S = 1.0
 REAP_TIMEOUT_S = 10.0  # after SIGKILL
-TRANSFER_TIMEOUT_S = 10.0  # for one message, once it has begun: a rank reads at all times
+SEND_TIMEOUT_S = 10.0  # a rank reads at all times
+STOPPED = ("T", "t", "core")  # beginnings of RankProcess.state()
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ class RanksSpec:
     settings: Mapping[str, Any]
     size: int
     start_timeout_s: float
+    heartbeat_s: float
+    first_step_timeout_s: float | None
     arena_bytes: int
     threads_per_rank: int | None
     python: str
@@ -84,7 +88,7 @@ class RankProcess:
             on_failure.callback(self.popen.wait)
             on_failure.callback(self.popen.kill)
             self.pidfd = os.pidfd_open(self.popen.pid)
-            self.channel = Channel(parent_end, TRANSFER_TIMEOUT_S)
+            self.channel = Channel(parent_end, SEND_TIMEOUT_S)
             on_failure.pop_all()
 
     def end_sentence(self) -> str:
@@ -99,158 +103,199 @@ class RankProcess:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
         return f"rank {self.rank} was killed by {name}"
 
+    def state(self) -> str:
+        """What the kernel says it does: "R (running)", "S (sleeping)", "T (stopped)", "core dump", ..."""
+        try:
+            lines = Path(f"/proc/{self.popen.pid}/status").read_text().splitlines()
+        except OSError:
+            return "gone"
+        fields = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return "core dump" if fields.get("CoreDumping") == "1" else fields["State"]
+
 
 class Ranks:
-    """All processes of one generation, and the two arenas they share with the parent.
+    """All processes of one generation, the two arenas they share with the parent, and the memory they meet in.
 
-    `receive` is for one thread at a time; `send`, `alive` and `stop` are for any thread.
+    The thread that makes a Ranks must outlive it (the kernel kills a child that asked for PR_SET_PDEATHSIG when the
+    *thread* that spawned it ends), and calls everything but `send`, `begin_job` and `alive`, which any thread may.
     """
 
     def __init__(self, spec: RanksSpec, generation: int) -> None:
         self.generation = generation
-        self.info: JsonObject = {}
-        self._files_lock = threading.RLock()  # nobody polls a file descriptor that is being closed
+        self._spec = spec
+        self._starting = True
+        self._steps: StepClock | None = None
+        self._jobs_lock = threading.Lock()  # nobody writes to an arena that is being closed
         self._closed = False
         self._poll = select.poll()
         with contextlib.ExitStack() as on_failure:
-            self.jobs = Arena.create("stepvideo-jobs", spec.arena_bytes)
-            on_failure.callback(self.jobs.close)
-            self.results = Arena.create("stepvideo-results", spec.arena_bytes)
-            on_failure.callback(self.results.close)
+            self._jobs = Arena.create("stepvideo-jobs", spec.arena_bytes)
+            on_failure.callback(self._jobs.close)
+            self._results = Arena.create("stepvideo-results", spec.arena_bytes)
+            on_failure.callback(self._results.close)
+            self._rendezvous_fd = os.memfd_create("stepvideo-rendezvous", os.MFD_CLOEXEC)
+            on_failure.callback(os.close, self._rendezvous_fd)
             self.processes: list[RankProcess] = []
-            on_failure.callback(self.stop, 0.0)
+            on_failure.callback(self._kill)
             for rank in range(spec.size):
-                process = RankProcess(rank, spec, (self.jobs.fd, self.results.fd))
+                process = RankProcess(rank, spec, (self._jobs.fd, self._results.fd, self._rendezvous_fd))
                 self.processes.append(process)
                 self._poll.register(process.channel, select.POLLIN)
                 self._poll.register(process.pidfd, select.POLLIN)
             on_failure.pop_all()
+        self._looked_s = time.monotonic()
+        self._beats = Heartbeats(spec.size, spec.heartbeat_s, self._looked_s)
 
-    @classmethod
-    def started(cls, spec: RanksSpec, generation: int, spawner: Executor) -> "Ranks":
-        """A generation whose ranks have all said that they are ready.
+    def await_ready(self, give_up: Callable[[], bool]) -> JsonObject:
+        """Wait until all ranks have said that they are ready, and return the leader's info.
 
-        The processes are spawned on the spawner's thread, which must outlive them: the kernel kills a child that asked
-        for PR_SET_PDEATHSIG when the *thread* that spawned it ends.
-
-        Raises ServiceUnavailable for a SetupError in a rank (with its sentence) and when start_timeout_s is over,
-        WorkerFailed for any other exception or a death in a rank.
+        Raises ServiceUnavailable for a SetupError in a rank (with its sentence), when start_timeout_s is over and when
+        give_up(), WorkerFailed for another exception in a rank, RanksLostError when a rank has ended or is stopped.
         """
-        began = time.monotonic()
-        try:
-            ranks = spawner.submit(cls, spec, generation).result()
-        except OSError as error:
-            raise ServiceUnavailable(f"The ranks could not be started with {spec.python!r}: {error}.") from error
-        try:
-            ranks._introduce(spec)
-            ranks._await_ready(spec, began + spec.start_timeout_s)
-        except RanksLostError as error:
-            ranks.stop(0.0)
-            raise WorkerFailed(
-                f"The ranks could not be started, because {error}: see the log for its last words."
-            ) from error
-        except BaseException:
-            ranks.stop(0.0)
-            raise
-        _logger.info("generation %d: %d ranks ready in %.1f s", generation, spec.size, time.monotonic() - began)
-        return ranks
+        spec = self._spec
+        for process in self.processes:
+            self.send(self._start_message(process.rank), only_rank=process.rank)
+        deadline_s = self._looked_s + spec.start_timeout_s
+        infos: dict[int, JsonObject] = {}
+        while len(infos) < spec.size:
+            for rank, message in self.receive():
+                if message["kind"] == "raised":
+                    raise _start_error(rank, message["error"])
+                infos[rank] = message["info"]
+            if give_up():
+                raise ServiceUnavailable("The group of ranks was closed while it started: start the model anew.")
+            if time.monotonic() > deadline_s:
+                raise ServiceUnavailable(
+                    f"The ranks must be ready within {spec.start_timeout_s:g} s, {spec.size - len(infos)} of "
+                    f"{spec.size} were not: see the log for what they wait for, or raise start_timeout_s."
+                )
+        self._starting = False
+        return infos[0]
 
     def alive(self) -> bool:
         """Whether no rank has ended."""
         return not self._closed and all(process.popen.poll() is None for process in self.processes)
 
+    def begin_job(self, message: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+        """Give all ranks a job, whose message is completed by the tensors' places.
+
+        Raises InvalidRequest or TypeError before anything is sent, RanksLostError when a rank is gone.
+        """
+        with self._jobs_lock:
+            if self._closed:
+                raise RanksLostError("the ranks have ended")
+            wire = encode({**message, "tensors": self._jobs.write(tensors)})
+        self._steps = StepClock(self._spec.size, self._spec.first_step_timeout_s, time.monotonic())
+        self._send(wire, self.processes)
+
     def send(self, message: Mapping[str, Any], only_rank: int | None = None) -> None:
         """Send to all ranks or to one; RanksLostError when one is gone, `encode`'s errors before anything is sent."""
-        wire = encode(message)
-        for process in self.processes if only_rank is None else [self.processes[only_rank]]:
-            try:
-                process.channel.send(wire)
-            except ChannelClosedError as error:
-                raise RanksLostError(process.end_sentence()) from error
+        self._send(encode(message), self.processes if only_rank is None else [self.processes[only_rank]])
 
-    def receive(self, timeout_s: float) -> tuple[int, JsonObject] | None:
-        """The next (rank, message), or None after timeout_s; RanksLostError when a rank has ended."""
-        with self._files_lock:
-            self._check_open()
-            ready = {fd for fd, _ in self._poll.poll(timeout_s * 1000)}
-            for process in self.processes:  # messages before deaths: a last message says more than an exit status
-                if process.channel.fileno() in ready:
-                    try:
-                        return process.rank, process.channel.receive()
-                    except ChannelClosedError as error:
-                        raise RanksLostError(process.end_sentence()) from error
-            for process in self.processes:
-                if process.pidfd in ready:
-                    raise RanksLostError(process.end_sentence())
-            return None
+    def receive(self) -> Iterator[tuple[int, JsonObject]]:
+        """The messages that come within POLL_S, as (rank, message), without the signs of life.
+
+        Raises RanksLostError, after the last messages, when a rank has ended, is silent, or is stuck in a step.
+        """
+        ready = {fd for fd, _ in self._poll.poll(POLL_S * 1000)}
+        now_s = time.monotonic()
+        self._excuse(now_s)
+        ended = [process for process in self.processes if process.pidfd in ready]
+        for process in self.processes:
+            if not {process.channel.fileno(), process.pidfd}.isdisjoint(ready):
+                try:
+                    messages = process.channel.drain()
+                except ChannelClosedError:
+                    ended.append(process)
+                    continue
+                self._beats.sign(process.rank, now_s)
+                yield from ((process.rank, message) for message in messages if self._is_news(process.rank, message))
+        if ended:
+            raise RanksLostError(ended[0].end_sentence())
+        self._check_beats(now_s)
+        if self._steps is not None and (stuck := self._steps.stuck(now_s)) is not None:
+            raise RanksLostError(stuck)
 
     def read(self, entries: list[TensorEntry]) -> dict[str, Array]:
         """Copies of the tensors of a message of the leader."""
-        with self._files_lock:
-            self._check_open()
-            return self.results.read(entries)
+        return self._results.read(entries)
 
     def stop(self, grace_s: float) -> None:
         """End all processes, politely if there is a grace period, reap them and close every file.
 
         Takes at most grace_s + TERMINATE_GRACE_S + REAP_TIMEOUT_S; calling it again does nothing.
         """
-        if grace_s > 0 and not self._closed:
+        if self._closed:
+            return
+        if grace_s > 0:
             with contextlib.suppress(RanksLostError):  # who is gone needs no request to go
                 self.send({"kind": "shutdown"})
             self._await_ends(grace_s)
             for process in self.processes:
                 process.popen.terminate()
             self._await_ends(TERMINATE_GRACE_S)
+        self._kill()
+        with self._jobs_lock:
+            self._closed = True
+            self._jobs.close()
+        self._results.close()
+        os.close(self._rendezvous_fd)
+
+    def _send(self, wire: bytes, processes: list[RankProcess]) -> None:
+        for process in processes:
+            try:
+                process.channel.send(wire)
+            except ChannelClosedError as error:
+                raise RanksLostError(process.end_sentence()) from error
+
+    def _start_message(self, rank: int) -> JsonObject:
+        place = {"rank": rank, "world_size": self._spec.size, "generation": self.generation}
+        return {
+            "kind": "start",
+            "factory": self._spec.factory,
+            "settings": {**self._spec.settings, **place},
+            "heartbeat_s": self._spec.heartbeat_s,
+            "arena_bytes": self._spec.arena_bytes,
+            "job_fd": self._jobs.fd,
+            "result_fd": self._results.fd,
+            "rendezvous_fd": self._rendezvous_fd,
+        }
+
+    def _kill(self) -> None:
         for process in self.processes:
             process.popen.kill()
         if not self._await_ends(REAP_TIMEOUT_S):
             _logger.error("generation %d: a rank is still there after SIGKILL", self.generation)
-        with self._files_lock:
-            if self._closed:
-                return
-            self._closed = True
-            for process in self.processes:
-                process.channel.close()
-                os.close(process.pidfd)
-            self.jobs.close()
-            self.results.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RanksLostError("the group of ranks was closed")
-
-    def _introduce(self, spec: RanksSpec) -> None:
         for process in self.processes:
-            place = {"rank": process.rank, "world_size": spec.size, "generation": self.generation}
-            start = {
-                "kind": "start",
-                "factory": spec.factory,
-                "settings": {**spec.settings, **place},
-                "arena_bytes": spec.arena_bytes,
-                "job_fd": self.jobs.fd,
-                "result_fd": self.results.fd,
-            }
-            self.send(start, only_rank=process.rank)
+            process.channel.close()
+            os.close(process.pidfd)
 
-    def _await_ready(self, spec: RanksSpec, deadline_s: float) -> None:
-        waiting = set(range(spec.size))
-        while waiting:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise ServiceUnavailable(
-                    f"The ranks must be ready within {spec.start_timeout_s:g} s, {len(waiting)} of {spec.size} were "
-                    f"not: see the log for what they wait for, or raise start_timeout_s."
-                )
-            received = self.receive(min(left_s, POLL_S))
-            if received is None:
-                continue
-            rank, message = received
-            if message["kind"] == "raised":
-                raise _start_error(rank, message["error"])
-            waiting.discard(rank)
-            if rank == 0:
-                self.info = message["info"]
+    def _is_news(self, rank: int, message: JsonObject) -> bool:
+        """Note what a message says about the rank's steps; whether it says more than that."""
+        kind = message["kind"]
+        if self._steps is not None:
+            if kind == "mark":
+                self._steps.mark(rank, time.monotonic())
+            elif kind in ("done", "raised"):
+                self._steps.ended(rank)
+        return kind not in ("beat", "mark")
+
+    def _excuse(self, now_s: float) -> None:
+        """A parent that did not look for long cannot tell how long the ranks were silent."""
+        pause_s = now_s - self._looked_s
+        self._looked_s = now_s
+        if pause_s > self._spec.heartbeat_s + POLL_S:
+            self._beats.excuse(pause_s)
+            if self._steps is not None:
+                self._steps.excuse(pause_s)
+
+    def _check_beats(self, now_s: float) -> None:
+        for rank, beats in self._beats.silent(now_s).items():
+            state = self.processes[rank].state()
+            # While it starts, a rank may be unable to say anything for long: loading a library keeps the interpreter.
+            if state.startswith(STOPPED) or (beats > DEAD_BEATS and not self._starting):
+                age_s = beats * self._spec.heartbeat_s
+                raise RanksLostError(f"rank {rank} gave no heartbeat for {age_s:.1f} s, its state is {state}")
 
     def _await_ends(self, limit_s: float) -> bool:
         deadline_s = time.monotonic() + limit_s

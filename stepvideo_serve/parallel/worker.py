@@ -2,7 +2,8 @@
 
 The main thread builds the worker and runs the jobs; a second thread reads the channel all the time, so that a cancel
 reaches a running job and the end of the parent ends the rank. The rank cannot outlive its parent: the kernel kills it
-(PR_SET_PDEATHSIG), and the end of the channel is a second reason to go.
+(PR_SET_PDEATHSIG), and the end of the channel is a second reason to go. A third thread sends a heartbeat, from the
+beginning on; a rank that cannot for long (it is stopped, or a call keeps the interpreter for itself) is lost.
 
 The leader (rank 0) may write its tensors into shared memory only when the parent has acknowledged that it has copied
 the previous ones out. One slot is therefore enough, and no report can be torn: the leader computes on while the parent
@@ -20,8 +21,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from stepvideo_serve.errors import RequestCancelled, RequestError, SetupError
@@ -30,10 +32,13 @@ from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonOb
 
 LEADER = 0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+BEAT = encode({"kind": "beat"})
+MARK = encode({"kind": "mark"})
 
 
 class Worker(Protocol):
-    """What a factory returns. A factory is called with the settings, which include rank, world_size, generation."""
+    """What a factory returns. A factory is called with the settings, which include rank, world_size, generation and
+    rendezvous (see rendezvous.py)."""
 
     def info(self) -> JsonObject:
         """What the parent may want to know once the worker is ready; JSON."""
@@ -63,6 +68,11 @@ class JobContext:
         self._state = threading.Condition()
         self._cancelled = False
         self._slot_free = True
+
+    def mark_step(self) -> None:
+        """Say that a step has ended, on every rank. A job is watched by its marks: a step that takes 2 s longer than
+        the longest so far is taken for stuck, so mark at least wherever a job with many steps has ended one."""
+        self._channel.send(MARK)
 
     def report(self, params: Mapping[str, object], tensors: Mapping[str, Array]) -> None:
         """Send progress to the caller; does nothing on the other ranks, or once the job is cancelled.
@@ -129,6 +139,10 @@ class RankLoop:
         """Begin to receive."""
         threading.Thread(target=self._read, name="channel", daemon=True).start()
 
+    def start_beating(self, heartbeat_s: float) -> None:
+        """Begin to send heartbeats."""
+        threading.Thread(target=self._beat, args=(heartbeat_s,), name="heartbeat", daemon=True).start()
+
     def serve(self, worker: Worker) -> None:
         """Run jobs until the parent says shutdown."""
         while (item := self._inbox.get()) is not None:
@@ -142,6 +156,12 @@ class RankLoop:
                 if not isinstance(error, RequestError):
                     traceback.print_exc()
                 self._channel.send(encode({"kind": "raised", "id": context.job_id, "error": error_to_json(error)}))
+
+    def _beat(self, heartbeat_s: float) -> None:
+        with contextlib.suppress(ChannelClosedError):  # the reading thread sees it, too, and acts
+            while True:
+                self._channel.send(BEAT)
+                time.sleep(heartbeat_s)
 
     def _read(self) -> None:
         try:
@@ -202,14 +222,15 @@ def main() -> int:
     os.set_inheritable(arguments.fd, False)
     channel = Channel(socket.socket(fileno=arguments.fd), None)  # the parent may be slow to take a message
     start = channel.receive()
-    arenas = []
-    for fd in (start["job_fd"], start["result_fd"]):
+    for fd in (start["job_fd"], start["result_fd"], start["rendezvous_fd"]):
         os.set_inheritable(fd, False)
-        arenas.append(Arena(fd, start["arena_bytes"]))
+    arenas = [Arena(fd, start["arena_bytes"]) for fd in (start["job_fd"], start["result_fd"])]
     loop = RankLoop(arguments.rank, channel, *arenas)
     loop.start_reading()
+    loop.start_beating(start["heartbeat_s"])
     try:
-        worker = build_worker(start["factory"], start["settings"])
+        settings = {**start["settings"], "rendezvous": f"/proc/self/fd/{start['rendezvous_fd']}"}
+        worker = build_worker(start["factory"], settings)
         channel.send(encode({"kind": "ready", "info": worker.info()}))
     except Exception as error:
         if not isinstance(error, SetupError):
@@ -221,11 +242,24 @@ def main() -> int:
     return 0
 
 
+def exit_status(program: Callable[[], int]) -> int:
+    """Run the program to its end, however it ends."""
+    try:
+        return program()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    return 1
+
+
 if __name__ == "__main__":
     # The module under its own name, so that a factory that imports it sees the same classes.
     from stepvideo_serve.parallel import worker as this_module
 
-    code = this_module.main()
+    code = exit_status(this_module.main)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # taking the interpreter and torch apart needs seconds of CPU time, for nothing

@@ -26,10 +26,13 @@ CANCEL_AGAIN_S = 1.0
 class BlsStages:
     """One request's way through the models of this server."""
 
-    def __init__(self, latent_channels: int, description: dict[str, Any], cancelled: Cancelled) -> None:
+    def __init__(
+        self, latent_channels: int, description: dict[str, Any], cancelled: Cancelled, ranks_decode: bool
+    ) -> None:
         self.latent_channels = latent_channels
         self._description = description
         self._cancelled = cancelled
+        self._ranks_decode = ranks_decode
 
     def encode_text(self, prompt: str) -> TextStates:
         out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, ("LLM_STATES", "CLIP_STATES"))
@@ -57,12 +60,28 @@ class BlsStages:
         yield replace(held, latents=latents)
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
-        with closing(run("vae_decoder", {"LATENTS": latents.numpy()}, self._cancelled)) as responses:
+        inputs: dict[str, np.ndarray[Any, Any]] = {"LATENTS": latents.numpy()}
+        model = "vae_decoder"
+        if self._ranks_decode:
+            model, inputs["KIND"] = "dit_denoiser", bytes_array(b"decode")
+        with closing(run(model, inputs, self._cancelled)) as responses:
             for out in responses:
                 yield out["FRAMES"]
 
     def describe(self) -> dict[str, Any]:
         return dict(self._description)
+
+
+class RanksLLM:
+    """Step-LLM on the ranks of `dit_denoiser`, called like the graph `step_llm`."""
+
+    def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """input_ids [1, L] int64 -> {"llm_states": [1, L, D]}."""
+        inputs = {"KIND": bytes_array(b"text"), "INPUT_IDS": input_ids.numpy()}
+        with closing(run("dit_denoiser", inputs, lambda: False)) as responses:
+            for out in responses:
+                return {"llm_states": torch.from_numpy(out["LLM_STATES"])}
+        raise WorkerFailed("dit_denoiser must answer with text states, it ended without: see the server's log.")
 
 
 def call(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:

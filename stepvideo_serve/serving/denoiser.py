@@ -1,24 +1,38 @@
-"""The model `dit_denoiser`: takes denoising runs, queues them, and drives the group of ranks that computes them.
+"""The model `dit_denoiser`: queues runs, and drives the group of ranks that computes them.
 
-A run is answered with a response per step, then LATENTS.
+KIND says what a run is: "denoise" (the default: a response per step, then LATENTS), and for layouts of several ranks
+"decode" (FRAMES chunk by chunk) and "text" (LLM_STATES of INPUT_IDS). Decoding and text belong to a request that is
+under way or about to be, so they go before the denoising runs that wait.
 """
 
 import json
 import os
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
 from stepvideo_serve.errors import InvalidRequest
-from stepvideo_serve.parallel.group import RankGroup, ResultEvent
+from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.parallel.run import ResultEvent, StepEvent
 from stepvideo_serve.serving.adapter import Arrays, bytes_array, clear_setup_errors
 from stepvideo_serve.serving.queued import QueuedModel
+from stepvideo_serve.serving.resume import Repeated, Resumable, ResumableDenoise, run_on
 from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
 
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
-TENSORS = ("LATENTS", "CONDITION", "POSITIVE_LLM", "POSITIVE_CLIP", "NEGATIVE_LLM", "NEGATIVE_CLIP")
-REQUIRED_SCALARS = ("STEPS", "CFG_SCALE", "TIME_SHIFT", "MOTION_SCORE")
+TENSORS = {
+    "denoise": ("LATENTS", "CONDITION", "POSITIVE_LLM", "POSITIVE_CLIP", "NEGATIVE_LLM", "NEGATIVE_CLIP"),
+    "decode": ("LATENTS",),
+    "text": ("INPUT_IDS",),
+}
+REQUIRED = {
+    "denoise": ("STEPS", "CFG_SCALE", "TIME_SHIFT", "MOTION_SCORE"),
+    "decode": ("LATENTS",),
+    "text": ("INPUT_IDS",),
+}
 
 
 class DenoiserModel(QueuedModel):
@@ -27,21 +41,43 @@ class DenoiserModel(QueuedModel):
     def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
         with clear_setup_errors():
             config = ServeConfig.from_environment()
+            ranks = Layout.parse(config.denoiser.layout).world_size
             self._max_steps = config.limits.max_steps
+            self._max_resumes = config.denoiser.max_resumes
             self._group = RankGroup(
                 RANK_FACTORY,
                 {"config": os.environ[ENVIRONMENT_VARIABLE]},
+                size=ranks,
                 start_timeout_s=config.denoiser.start_timeout_s,
+                heartbeat_s=config.denoiser.heartbeat_s,
+                first_step_timeout_s=config.denoiser.first_step_timeout_s,
                 arena_bytes=config.denoiser.arena_mib << 20,
-                threads_per_rank=config.denoiser.threads or os.cpu_count(),
+                threads_per_rank=config.denoiser.threads or max((os.cpu_count() or 1) // ranks, 1),
             )
             self._group.start()
         self.queue = RunQueue(config.denoiser.max_queued, self._serve, self._group.cancel)
 
+    def is_ready(self) -> bool:
+        """Asked by servers from 26.03 on: not while ranks that were lost are started anew."""
+        return self._group.healthy
+
     def describe_run(self, inputs: Arrays) -> dict[str, Any]:
-        missing = [name for name in REQUIRED_SCALARS if name not in inputs]
+        kind = inputs["KIND"].flat[0].decode(errors="replace") if "KIND" in inputs else "denoise"
+        if kind not in TENSORS:
+            raise InvalidRequest(f"KIND must be one of {', '.join(TENSORS)}, got {kind[:40]!r}: correct it.")
+        missing = [name for name in REQUIRED[kind] if name not in inputs]
         if missing:
             raise InvalidRequest(f"A run needs {missing[0]}, got none: call the model ti2v instead.")
+        timeout_s = _finite(inputs, "TIMEOUT_S") if "TIMEOUT_S" in inputs else None
+        common = {"kind": kind, "urgent": kind != "denoise", "timeout_s": timeout_s}
+        return {**common, **self._loop_params(inputs)} if kind == "denoise" else common
+
+    def finalize(self) -> None:
+        self.queue.close()
+        self._group.close()
+        super().finalize()
+
+    def _loop_params(self, inputs: Arrays) -> dict[str, Any]:
         steps = int(inputs["STEPS"].flat[0])
         if not 1 <= steps <= self._max_steps:
             raise InvalidRequest(f"STEPS must be 1 to {self._max_steps}, got {steps}: ask for fewer.")
@@ -51,39 +87,40 @@ class DenoiserModel(QueuedModel):
             "time_shift": _finite(inputs, "TIME_SHIFT"),
             "motion_score": _finite(inputs, "MOTION_SCORE"),
             "preview_every": int(inputs["PREVIEW_EVERY"].flat[0]) if "PREVIEW_EVERY" in inputs else 0,
-            "timeout_s": _finite(inputs, "TIMEOUT_S") if "TIMEOUT_S" in inputs else None,
         }
-
-    def finalize(self) -> None:
-        self.queue.close()
-        self._group.close()
-        super().finalize()
 
     def _serve(self, run: QueuedRun) -> None:
         try:
-            params = {**run.params, "timeout_s": run.remaining_s()}
-            tensors = {name.lower(): run.tensors[name] for name in TENSORS if name in run.tensors}
-            with self._group.run(params, tensors) as events:
-                if run.cancelled.is_set():  # before the group had a run to cancel
-                    events.cancel()
+            with closing(run_on(self._group, run, _resumable(run), self._max_resumes)) as events:
                 for event in events:
-                    if isinstance(event, ResultEvent):
-                        report = json.dumps(self._group.info).encode()
-                        run.answer.send({"LATENTS": event.tensors["latents"], "REPORT": bytes_array(report)})
-                    else:
-                        run.answer.send(_step_outputs(event.params, event.tensors))
+                    outputs = self._outputs(run.params["kind"], event)
+                    if outputs:
+                        run.answer.send(outputs)
         except Exception as error:  # every error becomes this run's response
             run.answer.fail(error)
         run.answer.close()
 
+    def _outputs(self, kind: str, event: StepEvent | ResultEvent) -> dict[str, Any]:
+        """What the caller gets to see of an event."""
+        if kind == "decode":
+            return {"FRAMES": event.tensors["frames"]} if "frames" in event.tensors else {}
+        if kind == "text":
+            return {"LLM_STATES": event.tensors["llm_states"]}
+        if isinstance(event, ResultEvent):
+            report = json.dumps(self._group.info).encode()
+            return {"LATENTS": event.tensors["latents"], "REPORT": bytes_array(report)}
+        outputs = {
+            "STEP": np.array([event.params["step"]], np.int32),
+            "TOTAL_STEPS": np.array([event.params["total_steps"]], np.int32),
+            "STEP_SECONDS": np.array([event.params["seconds"]], np.float32),
+        }
+        return {**outputs, "PREVIEW": event.tensors["preview"]} if "preview" in event.tensors else outputs
 
-def _step_outputs(params: dict[str, Any], tensors: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-    outputs: dict[str, np.ndarray[Any, Any]] = {
-        "STEP": np.array([params["step"]], np.int32),
-        "TOTAL_STEPS": np.array([params["total_steps"]], np.int32),
-        "STEP_SECONDS": np.array([params["seconds"]], np.float32),
-    }
-    return {**outputs, "PREVIEW": tensors["preview"]} if "preview" in tensors else outputs
+
+def _resumable(run: QueuedRun) -> Resumable:
+    kind = run.params["kind"]
+    tensors = {name.lower(): run.tensors[name] for name in TENSORS[kind] if name in run.tensors}
+    return ResumableDenoise(run.params, tensors) if kind == "denoise" else Repeated(run.params, tensors)
 
 
 def _finite(inputs: Arrays, name: str) -> float:

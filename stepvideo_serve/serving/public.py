@@ -13,6 +13,7 @@ import numpy as np
 from stepvideo_serve.assembly import describe, latent_channels
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import QueueFull
+from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline import Progress, Result, generate
 from stepvideo_serve.request import GenerationRequest, parse_request
 from stepvideo_serve.serving.adapter import (
@@ -39,6 +40,7 @@ class PublicModel:
         with clear_setup_errors():
             self._config = ServeConfig.from_environment()
             self._latent_channels = latent_channels(self._config)
+            self._ranks_decode = Layout.parse(self._config.denoiser.layout).world_size > 1
 
     def finalize(self) -> None:
         end_process()
@@ -47,7 +49,7 @@ class PublicModel:
         return parse_request(read_inputs(request), self._config.limits, self._latent_channels)
 
     def _events(self, request: GenerationRequest, cancelled: Any) -> Iterator[Progress | Result]:
-        stages = BlsStages(self._latent_channels, describe(self._config), cancelled)
+        stages = BlsStages(self._latent_channels, describe(self._config), cancelled, self._ranks_decode)
         return generate(request, stages, self._config.video, cancelled)
 
 

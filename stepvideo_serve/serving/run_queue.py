@@ -22,7 +22,8 @@ class Answer(Protocol):
 
 @dataclass
 class QueuedRun:
-    """One run. params["timeout_s"], absent or None without a deadline, counts from `accepted_s`."""
+    """One run. params["timeout_s"], absent or None without a deadline, counts from `accepted_s`; with params["urgent"]
+    it goes before all that wait."""
 
     run_id: str
     params: dict[str, Any]
@@ -79,12 +80,15 @@ class RunQueue:
                 raise ServiceUnavailable("The server is shutting down: send the request to another one.")
             if run.run_id in self._waiting or (self._running is not None and self._running.run_id == run.run_id):
                 raise InvalidRequest(f"RUN_ID must be new, got {run.run_id[:40]!r} of another run: choose another.")
+            urgent = bool(run.params.get("urgent"))
             busy = self._running is not None or bool(self._waiting)
-            if self._max_waiting is not None and busy and len(self._waiting) >= self._max_waiting:
+            if self._max_waiting is not None and busy and not urgent and len(self._waiting) >= self._max_waiting:
                 raise QueueFull(
                     f"At most {self._max_waiting} requests may wait, {len(self._waiting)} do: try again later."
                 )
             self._waiting[run.run_id] = run
+            if urgent:
+                self._waiting.move_to_end(run.run_id, last=False)
             if left_s is not None:
                 self._expiries[run.run_id] = expiry = threading.Timer(left_s, self._expire, (run,))
                 expiry.daemon = True

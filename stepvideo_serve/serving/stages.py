@@ -17,6 +17,7 @@ from stepvideo_serve.serving.adapter import (
     read_inputs,
     response,
 )
+from stepvideo_serve.serving.bls import RanksLLM
 from stepvideo_serve.serving.queued import QueuedModel
 from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
 
@@ -53,7 +54,7 @@ class TextEncoderModel(StageModel):
     """PROMPT -> LLM_STATES, CLIP_STATES, CACHED."""
 
     def load(self, config: ServeConfig) -> None:
-        self._encoder = build_text_encoder(config)
+        self._encoder = build_text_encoder(config, RanksLLM() if config.text.on_ranks else None)
 
     def answer(self, inputs: Arrays) -> Arrays:
         states, cached = self._encoder.encode(_text(inputs["PROMPT"]))

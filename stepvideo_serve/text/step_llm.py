@@ -5,6 +5,8 @@ Causal transformer without positions other than a bias of -slope_h * sqrt(i - j)
 Sources: Step-Video-T2V report (arXiv 2502.10248); ALiBi (arXiv 2108.12409) for the slopes; the square root is what
 the published Step-1 code computes (the official attention kernel is a closed binary).
 Axes: B batch, L tokens, D width, H query heads, G key/value groups, d channels of a head.
+With `shards` > 1 a module holds one of that many equal slices of the groups and their heads, or of the hidden channels
+(text/sharding.py), H counts its own heads, and its result is partial: the sum over all shards is the whole one.
 """
 
 import math
@@ -71,12 +73,13 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention; wqkv holds all queries, then key and value of each group side by side."""
 
-    def __init__(self, config: StepLLMConfig) -> None:
+    def __init__(self, config: StepLLMConfig, shards: int = 1) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.queries = config.width
-        self.wqkv = nn.Linear(config.width, config.width + 2 * config.head_dim * config.num_groups, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.queries = config.width // shards
+        keys_values = 2 * config.head_dim * config.num_groups // shards
+        self.wqkv = nn.Linear(config.width, self.queries + keys_values, bias=False)
+        self.wo = nn.Linear(self.queries, config.width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B, L, D], bias [H, L, L] added to the scores -> [B, L, D]."""
@@ -93,6 +96,7 @@ class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202); w1 packs gate and up."""
 
     def __init__(self, width: int, hidden: int) -> None:
+        """`hidden`: the channels of this shard."""
         super().__init__()
         self.w1 = nn.Linear(width, 2 * hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
@@ -105,10 +109,10 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: StepLLMConfig) -> None:
+    def __init__(self, config: StepLLMConfig, shards: int = 1) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config.width, config.ffn_width)
+        self.attention = Attention(config, shards)
+        self.feed_forward = FeedForward(config.width, config.ffn_width // shards)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
 
@@ -128,19 +132,19 @@ class TokenEmbeddings(nn.Module):
 class Transformer(nn.Module):
     """Holds the layers under their official name."""
 
-    def __init__(self, config: StepLLMConfig) -> None:
+    def __init__(self, config: StepLLMConfig, shards: int = 1) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, shards) for _ in range(config.num_layers))
 
 
 class StepLLM(nn.Module):
-    """Token ids -> hidden states of the last layer."""
+    """Token ids -> hidden states of the last layer. `forward` needs the whole network."""
 
-    def __init__(self, config: StepLLMConfig) -> None:
+    def __init__(self, config: StepLLMConfig, shards: int = 1) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = TokenEmbeddings(config.vocab_size, config.width)
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, shards)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, L] int64 -> [B, L, D].
@@ -148,7 +152,7 @@ class StepLLM(nn.Module):
         Attention is causal, so the states of real tokens do not depend on padding behind them: callers give the
         real tokens only.
         """
-        bias = sqrt_alibi_bias(self.config.num_heads, input_ids.shape[1], input_ids.device)
+        bias = sqrt_alibi_bias(alibi_slopes(self.config.num_heads), input_ids.shape[1], input_ids.device)
         x = self.tok_embeddings.word_embeddings(input_ids)
         for layer in self.transformer.layers:
             x = layer(x, bias)
@@ -163,10 +167,9 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + [2 ** (-4 * k / n) for k in range(1, 2 * (heads - n), 2)]
 
 
-def sqrt_alibi_bias(heads: int, length: int, device: torch.device) -> Tensor:
-    """[heads, L, L] fp32: -slope * sqrt(i - j) where key j is not after query i, minus infinity elsewhere."""
+def sqrt_alibi_bias(slopes: list[float], length: int, device: torch.device) -> Tensor:
+    """[len(slopes), L, L] fp32: -slope * sqrt(i - j) where key j is not after query i, minus infinity elsewhere."""
     positions = torch.arange(length, device=device)
     distance = (positions[:, None] - positions[None, :]).float()
-    slopes = torch.tensor(alibi_slopes(heads), device=device)
-    bias = -slopes[:, None, None] * distance.clamp(min=0).sqrt()
+    bias = -torch.tensor(slopes, device=device)[:, None, None] * distance.clamp(min=0).sqrt()
     return bias.masked_fill(distance < 0, float("-inf"))

@@ -6,11 +6,12 @@
     hunyuan_clip/ clip_text_encoder/{config.json, model.safetensors | pytorch_model.bin}, tokenizer/vocab.txt
 
 Networks are built on the meta device, their keys and shapes compared with the files' headers, and only then are
-tensors mapped in. The DiT can be had block by block, so that nothing ever needs all of it.
+tensors mapped in. The DiT can be had block by block and Step-LLM layer by layer, both in slices for tensor parallelism,
+so that nothing ever needs all of a network, and a rank reads its slices only.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -21,13 +22,17 @@ from torch import nn
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
+from stepvideo_serve.dit.sharding import dit_plan
 from stepvideo_serve.errors import CheckpointError
+from stepvideo_serve.sharding import WHOLE, Cut, Shape, ShardPlan, TensorPart
+from stepvideo_serve.text.segments import LlmAttention, LlmEmbed, LlmFeedForward
+from stepvideo_serve.text.sharding import llm_plan
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
 from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.decoder import VideoDecoder
 from stepvideo_serve.vae.encoder import VideoEncoder
 from stepvideo_serve.vae.model import VideoVAE
-from stepvideo_serve.weights.files import WeightFiles, file_digest, open_weights
+from stepvideo_serve.weights.files import NO_CUTS, WeightFiles, file_digest, open_weights
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and most of the server's processes need no text encoder
     from transformers import BertConfig
@@ -37,6 +42,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and most of the serve
 
 M = TypeVar("M", bound=nn.Module)
 BLOCKS_PREFIX = "transformer_blocks."
+LAYERS_PREFIX = "transformer.layers."
+LLM_EMBED_PREFIX = "tok_embeddings."
 
 
 class Checkpoint:
@@ -89,12 +96,40 @@ class Checkpoint:
 
         return load_module(build, self._dit_files, dtype, ignore=BLOCKS_PREFIX)
 
-    def dit_block(self, index: int, dtype: torch.dtype = torch.float32) -> DiTBlock:
+    def dit_block(self, index: int, dtype: torch.dtype = torch.float32, part: TensorPart = WHOLE) -> DiTBlock:
+        """Block `index`, or a slice of its heads and hidden channels. Raises SetupError when they do not divide."""
         prefix = f"{BLOCKS_PREFIX}{index}."
-        return load_module(lambda: DiTBlock(self.dit_config.width), self._dit_files, dtype, prefix=prefix)
+        cuts = cuts_below(prefix, self._dit_files, self._dit_plan, part)
+        width = self.dit_config.width
+        return load_module(lambda: DiTBlock(width, part.count), self._dit_files, dtype, prefix=prefix, cuts=cuts)
 
-    def step_llm(self, dtype: torch.dtype = torch.float32) -> StepLLM:
-        return load_module(lambda: StepLLM(self.llm_config), self._llm_files, dtype)
+    def step_llm(self, dtype: torch.dtype = torch.float32, part: TensorPart = WHOLE) -> StepLLM:
+        """All of it, or a slice of every layer's groups and hidden channels. Raises SetupError when they do not
+        divide."""
+        cuts = cuts_below("", self._llm_files, self._llm_plan, part)
+        return load_module(lambda: StepLLM(self.llm_config, part.count), self._llm_files, dtype, cuts=cuts)
+
+    def llm_embed(self, dtype: torch.dtype = torch.float32) -> LlmEmbed:
+        """Step-LLM's token embeddings."""
+        return load_module(lambda: LlmEmbed(self.llm_config), self._llm_files, dtype, only=(LLM_EMBED_PREFIX,))
+
+    def llm_attention(self, index: int, dtype: torch.dtype = torch.float32, part: TensorPart = WHOLE) -> LlmAttention:
+        """Attention of layer `index`, or a slice of its groups."""
+        prefix, names = f"{LAYERS_PREFIX}{index}.", ("attention_norm.", "attention.")
+        cuts = cuts_below(prefix, self._llm_files, self._llm_plan, part)
+        config, files = self.llm_config, self._llm_files
+        return load_module(lambda: LlmAttention(config, part), files, dtype, prefix=prefix, only=names, cuts=cuts)
+
+    def llm_feed_forward(
+        self, index: int, dtype: torch.dtype = torch.float32, part: TensorPart = WHOLE
+    ) -> LlmFeedForward:
+        """Feed-forward of layer `index`, or a slice of its hidden channels."""
+        prefix, names = f"{LAYERS_PREFIX}{index}.", ("ffn_norm.", "feed_forward.")
+        cuts = cuts_below(prefix, self._llm_files, self._llm_plan, part)
+        config, files = self.llm_config, self._llm_files
+        return load_module(
+            lambda: LlmFeedForward(config, part.count), files, dtype, prefix=prefix, only=names, cuts=cuts
+        )
 
     def clip(self, dtype: torch.dtype = torch.float32) -> "HunyuanClip":
         from stepvideo_serve.text.hunyuan_clip import HunyuanClip
@@ -133,7 +168,17 @@ class Checkpoint:
 
     @cached_property
     def _llm_files(self) -> WeightFiles:
-        return open_weights(self.folder / "step_llm", rename=lambda key: key)
+        files = open_weights(self.folder / "step_llm", rename=lambda key: key)
+        compare_keys(meta_shapes(lambda: StepLLM(self.llm_config)), files, files.shapes)
+        return files
+
+    @cached_property
+    def _dit_plan(self) -> ShardPlan:
+        return checked(dit_plan(self.dit_config), self._dit_files)
+
+    @cached_property
+    def _llm_plan(self) -> ShardPlan:
+        return checked(llm_plan(self.llm_config), self._llm_files)
 
     @cached_property
     def _clip_files(self) -> WeightFiles:
@@ -154,27 +199,45 @@ def load_module(
     prefix: str = "",
     ignore: str | None = None,
     into: str = "",
+    only: tuple[str, ...] = ("",),
+    cuts: Mapping[str, Cut] = NO_CUTS,
 ) -> M:
-    """Builds on the meta device and maps in the keys that start with `prefix` (but not with `ignore`), under their
-    names without it and with `into` in front. Evaluation mode, no gradients. Raises CheckpointError."""
+    """Builds on the meta device and maps in the keys that start with `prefix` and then one of `only` (but not with
+    `ignore`), under their names without the prefix and with `into` in front; of those in `cuts` the part that is
+    wanted. Evaluation mode, no gradients. Raises CheckpointError."""
     with torch.device("meta"):
         module = build()
-    keys = [key for key in files.shapes if key.startswith(prefix) and (ignore is None or not key.startswith(ignore))]
+    starts = tuple(prefix + name for name in only)
+    keys = [key for key in files.shapes if key.startswith(starts) and (ignore is None or not key.startswith(ignore))]
     expected = {prefix + name.removeprefix(into): tuple(t.shape) for name, t in module.state_dict().items()}
-    compare_keys(expected, files, keys)
-    state = {into + key.removeprefix(prefix): tensor for key, tensor in files.read(keys, dtype)}
+    compare_keys(expected, files, keys, cuts)
+    state = {into + key.removeprefix(prefix): tensor for key, tensor in files.read(keys, dtype, cuts)}
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def meta_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+def checked(plan: ShardPlan, files: WeightFiles) -> ShardPlan:
+    """The plan. Raises SetupError when it does not cover exactly the keys of `files`."""
+    plan.check(files.shapes)
+    return plan
+
+
+def cuts_below(prefix: str, files: WeightFiles, plan: ShardPlan, part: TensorPart) -> dict[str, Cut]:
+    """How `part` is cut from the tensors whose keys start with `prefix`. Raises SetupError."""
+    return plan.cuts({key: shape for key, shape in files.shapes.items() if key.startswith(prefix)}, part)
+
+
+def meta_shapes(build: Callable[[], nn.Module]) -> dict[str, Shape]:
     """Keys and shapes of a network, without its memory."""
     with torch.device("meta"):
         return {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
 
 
-def compare_keys(expected: dict[str, tuple[int, ...]], files: WeightFiles, keys: Iterable[str]) -> None:
-    """Raises CheckpointError naming the first missing, unexpected or misshapen key, and its file."""
+def compare_keys(
+    expected: dict[str, Shape], files: WeightFiles, keys: Iterable[str], cuts: Mapping[str, Cut] = NO_CUTS
+) -> None:
+    """Raises CheckpointError naming the first missing, unexpected or misshapen key, and its file; `expected` shapes are
+    those after the cuts."""
     present = set(keys)
     where = ", ".join(sorted({str(path) for path in files.file_of.values()}))
     if missing := sorted(expected.keys() - present):
@@ -184,9 +247,10 @@ def compare_keys(expected: dict[str, tuple[int, ...]], files: WeightFiles, keys:
             f"{files.file_of[extra[0]]} holds {extra[0]}, which is not part of the model ({len(extra)} keys are not)."
         )
     for key, shape in expected.items():
-        if files.shapes[key] != shape:
+        found = cuts[key].shape(files.shapes[key]) if key in cuts else files.shapes[key]
+        if found != shape:
             raise CheckpointError(
-                f"{files.file_of[key]} must hold {key} with shape {list(shape)}, found {list(files.shapes[key])}: "
+                f"{files.file_of[key]} must hold {key} with shape {list(shape)}, found {list(found)}: "
                 "the weights and the configuration belong to different models."
             )
 

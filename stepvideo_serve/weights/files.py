@@ -2,12 +2,16 @@
 
 Nothing is read but headers until tensors are asked for, and then memory-mapped. Where a conversion makes private
 copies, the mapping is dropped every so often, so that converted and mapped pages do not add up.
+
+Of a tensor of which only a part is wanted, rows in one run stay mapped; what has to be put together from several runs
+(columns, several sections) is copied block by block.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -17,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepvideo_serve.errors import CheckpointError
+from stepvideo_serve.sharding import Cut, Shape
 
 INDEX_SUFFIX = ".safetensors.index.json"
 STATE_DICT = "pytorch_model.bin"
@@ -24,7 +29,9 @@ WEIGHT_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
 REMAP_BYTES = 64 << 20
+CUT_BLOCK_BYTES = 8 << 20
 HASH_BLOCK_BYTES = 4 << 20
+NO_CUTS: Mapping[str, Cut] = MappingProxyType({})
 
 Rename = Callable[[str], str | None]
 """Key in the file -> key in the module, or None for a key that is not part of the model."""
@@ -34,13 +41,16 @@ class WeightFiles(Protocol):
     """Named tensors in files. `shapes` and `file_of` use the module's key names."""
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, Shape]: ...
 
     @property
     def file_of(self) -> Mapping[str, Path]: ...
 
-    def read(self, keys: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yields the tensors in `dtype`; those stored in it stay memory-mapped."""
+    def read(
+        self, keys: Iterable[str], dtype: torch.dtype, cuts: Mapping[str, Cut] = NO_CUTS
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors in `dtype`, in any order, of those in `cuts` only the part that is wanted; nothing else is
+        read. What is stored in `dtype` and contiguous stays memory-mapped."""
         ...
 
 
@@ -48,7 +58,7 @@ class WeightFiles(Protocol):
 class SafetensorsFiles:
     """One or several safetensors files."""
 
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
     file_of: dict[str, Path] = field(default_factory=dict)
     stored_key: dict[str, str] = field(default_factory=dict)
 
@@ -71,12 +81,17 @@ class SafetensorsFiles:
                     table.file_of[key], table.stored_key[key] = path, stored
         return table
 
-    def read(self, keys: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, keys: Iterable[str], dtype: torch.dtype, cuts: Mapping[str, Cut] = NO_CUTS
+    ) -> Iterator[tuple[str, Tensor]]:
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.file_of[key], []).append(key)
         for path, members in by_file.items():
-            yield from self._read_file(path, members, dtype)
+            yield from self._read_file(path, [key for key in members if key not in cuts], dtype)
+            for key in members:
+                if key in cuts:
+                    yield key, self._read_cut(path, key, dtype, cuts[key])
 
     def _read_file(self, path: Path, keys: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         pending = list(reversed(keys))
@@ -90,13 +105,29 @@ class SafetensorsFiles:
                         converted += stored.nbytes
                     yield key, stored.to(dtype)
 
+    def _read_cut(self, path: Path, key: str, dtype: torch.dtype, cut: Cut) -> Tensor:
+        name, whole = self.stored_key[key], self.shapes[key]
+        with open_safetensors(path) as file:
+            header = file.get_slice(name)
+            stored = WEIGHT_DTYPES[header.get_dtype()]
+            if cut.is_contiguous and stored == dtype:
+                begin, end = cut.ranges[0]
+                rows: Tensor = header[begin:end]
+                return rows
+        row_bytes = prod(whole[1:]) * stored.itemsize
+        part = torch.empty(cut.shape(whole), dtype=dtype)
+        for source, target in cut.blocks(whole, rows=max(1, CUT_BLOCK_BYTES // row_bytes)):
+            with open_safetensors(path) as file:  # anew, so that the pages of the last block are no longer mapped
+                part[target] = file.get_slice(name)[source]
+        return part
+
 
 @dataclass
 class StateDictFile:
     """A `pytorch_model.bin`: a pickled state dict of which only tensors are accepted."""
 
     tensors: dict[str, Tensor]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     file_of: dict[str, Path]
 
     @classmethod
@@ -126,9 +157,15 @@ class StateDictFile:
             tensors[key] = tensor
         return cls(tensors, {k: tuple(t.shape) for k, t in tensors.items()}, dict.fromkeys(tensors, path))
 
-    def read(self, keys: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, keys: Iterable[str], dtype: torch.dtype, cuts: Mapping[str, Cut] = NO_CUTS
+    ) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
-            yield key, self.tensors[key].to(dtype)
+            tensor = self.tensors[key]
+            if key in cuts:
+                dim, ranges = cuts[key].dim, cuts[key].ranges
+                tensor = torch.cat([tensor.narrow(dim, begin, end - begin) for begin, end in ranges], dim)
+            yield key, tensor.to(dtype)
 
 
 def open_weights(folder: Path, rename: Rename, single: str | None = None) -> WeightFiles:

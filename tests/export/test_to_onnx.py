@@ -68,7 +68,7 @@ def test_run_again_it_builds_only_what_is_missing_or_stale(checkpoint: Path, exp
     Manifest.load(out).verify(out, hashes=True)
 
 
-def test_changed_weights_make_their_graphs_stale(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+def test_changed_weights_make_their_graphs_stale(exported: Path, tmp_path: Path) -> None:
     out, changed = tmp_path / "onnx", tmp_path / "model"
     shutil.copytree(exported, out)
     write_checkpoint(changed, seed=8)

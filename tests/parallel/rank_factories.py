@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +53,13 @@ class ScriptedWorker:
             job.context.report({"step": step}, {"latent": np.full(job.params["values"], step, np.float32)})
         return {"steps": job.params["steps"]}, {}
 
+    def marks(self, job: Job) -> Result:
+        """Marks steps that take no time at all, and says how long a mark takes."""
+        began_s = time.perf_counter()
+        for _ in range(job.params["steps"]):
+            job.context.mark_step()
+        return {"mark_s": (time.perf_counter() - began_s) / job.params["steps"]}, {}
+
     def until_cancelled(self, job: Job) -> Result:
         job.context.report({"step": 0}, {})
         while not job.context.cancelled():
@@ -94,6 +103,19 @@ def buggy(_settings: dict[str, Any]) -> ScriptedWorker:
 def killed_while_loading(settings: dict[str, Any]) -> ScriptedWorker:
     if settings["rank"] == settings["world_size"] - 1:
         os.kill(os.getpid(), 9)
+    return ScriptedWorker(settings)
+
+
+def stopped_in_generation_2(settings: dict[str, Any]) -> ScriptedWorker:
+    if settings["generation"] == 2 and settings["rank"] == settings["world_size"] - 1:
+        Path(settings["log"]).write_text(str(time.monotonic()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return ScriptedWorker(settings)
+
+
+def while_the_file_exists(settings: dict[str, Any]) -> ScriptedWorker:
+    if not Path(settings["file"]).exists():
+        raise CheckpointError("The checkpoint must be there, it is not: mount the disk.")
     return ScriptedWorker(settings)
 
 

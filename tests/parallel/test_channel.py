@@ -71,11 +71,18 @@ def test_whatever_else_comes_ends_the_channel(pair: tuple[Channel, socket.socket
         channel.receive()
 
 
-def test_half_a_message_is_not_waited_for_for_ever(pair: tuple[Channel, socket.socket]) -> None:
+def test_drain_takes_what_is_there_and_keeps_half_a_message_for_later(pair: tuple[Channel, socket.socket]) -> None:
     channel, other_end = pair
-    other_end.sendall(b"\0\0")
-    with pytest.raises(ChannelClosedError, match="timed out"):
-        channel.receive()
+    assert channel.drain() == []
+    first, second = encode({"kind": "a"}), encode({"kind": "b", "text": "x" * 100})
+    other_end.sendall(first + first + second[:50])
+    assert channel.drain() == [{"kind": "a"}] * 2
+    assert channel.drain() == []
+    other_end.sendall(second[50:])
+    other_end.close()
+    assert channel.drain() == [{"kind": "b", "text": "x" * 100}], "the end comes after the last message"
+    with pytest.raises(ChannelClosedError, match="closed the channel"):
+        channel.drain()
 
 
 def test_a_side_that_does_not_read_is_given_up_and_sees_the_end(pair: tuple[Channel, socket.socket]) -> None:

@@ -41,7 +41,7 @@ def test_slopes_of_six_heads() -> None:
 
 
 def test_bias_falls_with_the_root_of_the_distance() -> None:
-    bias = sqrt_alibi_bias(2, 5, torch.device("cpu"))
+    bias = sqrt_alibi_bias(alibi_slopes(2), 5, torch.device("cpu"))
     never = -math.inf
     root2, root3 = math.sqrt(2), math.sqrt(3)
     steps = torch.tensor(
@@ -61,7 +61,8 @@ def test_attention_heads_share_keys_and_values_in_groups() -> None:
     """All queries come first, then key and value of each group side by side; head h uses group h // 3."""
     layer = with_random_weights(Attention(CONFIG))
     length, size = 9, CONFIG.head_dim
-    x, bias = normal(length, CONFIG.width), sqrt_alibi_bias(CONFIG.num_heads, 9, torch.device("cpu"))
+    x = normal(length, CONFIG.width)
+    bias = sqrt_alibi_bias(alibi_slopes(CONFIG.num_heads), 9, torch.device("cpu"))
     packed = x @ layer.wqkv.weight.T
     heads = []
     for head in range(CONFIG.num_heads):

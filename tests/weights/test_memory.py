@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from export.tiny_checkpoint import save_weights
-from tests.weights.load_in_child import SIDE
+from tests.weights.load_in_child import PART, SIDE
 
 LAYERS = 12  # 384 MiB
 
@@ -23,9 +23,20 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_peak_memory_while_loading(folder: Path, root: Path, dtype: str) -> None:
-    command = [sys.executable, "-m", "tests.weights.load_in_child", str(folder), dtype]
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        ("bfloat16", "whole"),
+        ("float32", "whole"),
+        ("bfloat16", "rows"),
+        ("bfloat16", "sections"),
+        ("bfloat16", "columns"),
+        ("float32", "columns"),
+    ],
+)
+def test_peak_memory_while_loading(folder: Path, root: Path, dtype: str, how: str) -> None:
+    command = [sys.executable, "-m", "tests.weights.load_in_child", str(folder), dtype, how]
     answer = json.loads(subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120).stdout)
-    assert answer["loaded"] == LAYERS * SIDE * SIDE * getattr(torch, dtype).itemsize
+    whole = LAYERS * SIDE * SIDE * getattr(torch, dtype).itemsize
+    assert answer["loaded"] == (whole if how == "whole" else whole // PART.count)
     assert 0.9 * answer["loaded"] < answer["growth"] < 1.2 * answer["loaded"]

@@ -1,0 +1,124 @@
+"""Layouts against one rank on this machine's CPU, and how long the group needs to heal.
+
+    python -m perf.parallel [--steps 4] [--ranks 2]
+
+Each layout runs with one thread per rank; it is compared with one rank that has as many threads, in the same run.
+Bytes are those counted by the ranks, checked against the planner's. On GPUs other things decide (links, kernels).
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.tiny_checkpoint import write_checkpoint
+from export.tiny_config import TINY_DIT, TinyConfig
+from stepvideo_serve.model_size import ModelConfigs, model_size
+from stepvideo_serve.parallel.cost import exchanges
+from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.parallel.run import ResultEvent, StepEvent
+
+LAYOUTS = {2: ("cfg2", "tp2", "sp2"), 4: ("tp4", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")}
+LATENTS = (9, 8, 12, 18)
+TEXT_TOKENS = (120, 48)
+RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
+ARENA_BYTES = 64 << 20
+START_TIMEOUT_S = 300.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.parallel", description="Layouts against one rank, on CPUs.")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--ranks", type=int, choices=sorted(LAYOUTS), default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder / "model", TinyConfig(dit=replace(TINY_DIT, num_heads=8, num_layers=4), dit_shards=1))
+        print(f"one rank with {options.ranks} threads, then layouts with one thread a rank", file=sys.stderr)
+        base = seconds_per_step(folder, "single", options.ranks, options.steps)
+        print(f"{'layout':<10} {'s/step':>8} {'speed-up':>9} {'MB sent per rank and step':>27}")
+        print(f"{'single':<10} {base:>8.3f} {'1.00':>9} {0.0:>27.1f}")
+        for layout in LAYOUTS[options.ranks]:
+            seconds = seconds_per_step(folder, layout, 1, options.steps)
+            print(f"{layout:<10} {seconds:>8.3f} {base / seconds:>9.2f} {predicted_mb(folder, layout):>27.1f}")
+        print(
+            f"\nfrom SIGKILL of a rank to the next step (layout {LAYOUTS[options.ranks][0]}): {heal(folder, options)}"
+        )
+    return 0
+
+
+def make_group(folder: Path, layout: str, threads: int) -> RankGroup:
+    config = folder / f"{layout}.{threads}.toml"
+    model = f'[model]\ndir = "{folder / "model"}"\nengines_dir = "{folder}"\nbackend = "eager"\n'
+    config.write_text(f'{model}[denoiser]\nlayout = "{layout}"\nthreads = {threads}\n')
+    return RankGroup(
+        RANK_FACTORY,
+        {"config": str(config)},
+        size=Layout.parse(layout).world_size,
+        start_timeout_s=START_TIMEOUT_S,
+        arena_bytes=ARENA_BYTES,
+        threads_per_rank=threads,
+    )
+
+
+def make_job(steps: int) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Parameters and tensors of a guided job, as `dit_denoiser` hands them to its ranks."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray[Any, Any]:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    tensors = {"latents": normal(*LATENTS), "condition": normal(*LATENTS[1:])}
+    for branch, tokens in zip(("positive", "negative"), TEXT_TOKENS, strict=True):
+        tensors |= {f"{branch}_llm": normal(tokens, 96), f"{branch}_clip": normal(77, 64)}
+    scalars = {"cfg_scale": 4.0, "time_shift": 7.0, "motion_score": 5.0, "preview_every": 0, "timeout_s": None}
+    return {"kind": "denoise", "steps": steps, **scalars}, tensors
+
+
+def seconds_per_step(folder: Path, layout: str, threads: int, steps: int) -> float:
+    """Median over the steps after the first."""
+    with make_group(folder, layout, threads) as group:
+        events = list(group.run(*make_job(steps + 1)))
+    seconds = [event.params["seconds"] for event in events if isinstance(event, StepEvent)]
+    return float(statistics.median(seconds[1:]))
+
+
+def predicted_mb(folder: Path, layout: str) -> float:
+    """Payload of one rank in one step; that it is what ranks send is a test (tests/parallel/test_sharded.py)."""
+    size = model_size(ModelConfigs.load(folder / "model"))
+    tokens = LATENTS[0] * LATENTS[2] * LATENTS[3]
+    return sum(e.payload_bytes for e in exchanges(size, Layout.parse(layout), tokens, itemsize=4)) / 1e6
+
+
+def heal(folder: Path, options: argparse.Namespace) -> str:
+    """Kills the last rank in the middle of a job and runs the next one."""
+    with make_group(folder, LAYOUTS[options.ranks][0], 1) as group:
+        run = group.run(*make_job(options.steps + 2))
+        next(run)
+        os.kill(group.pids[-1], signal.SIGKILL)
+        killed_s = time.perf_counter()
+        try:
+            for _ in run:
+                continue
+            raise RuntimeError("the run outlived its rank")
+        except Exception as error:
+            noticed_s = time.perf_counter()
+            reason = str(error)
+        events = iter(group.run(*make_job(1)))
+        next(events)
+        served_s = time.perf_counter()
+        assert any(isinstance(event, ResultEvent) for event in events)
+    return f"noticed after {noticed_s - killed_s:.2f} s, serving again after {served_s - killed_s:.2f} s\n  ({reason})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The communicator over torch.distributed: NCCL between GPUs, gloo between CPUs, the same code.
+
+Groups of one rank cost nothing: no collective is called for an axis of size 1. Payload bytes handed to the collectives
+are counted by kind, for comparison with the planner's prediction.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stepvideo_serve.parallel.layout import SIZES, Layout
+
+LEADER = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """A result that needs no waiting."""
+
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        return self.result
+
+
+@dataclass(frozen=True)
+class Summing:
+    """A sum under way."""
+
+    work: dist.Work
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        """Raises RuntimeError when a rank of the group is gone, or its part does not come within the timeout."""
+        self.work.wait()
+        return self.result
+
+
+class Collectives:
+    """One rank's communicator for a layout. The default process group must be initialised with layout.world_size."""
+
+    def __init__(self, layout: Layout, rank: int) -> None:
+        own = layout.coordinates(rank)
+        self.cfg, self.tp, self.sp = layout.cfg, layout.tp, layout.sp
+        self.cfg_index, self.tp_index, self.sp_index = own.cfg, own.tp, own.sp
+        self.sent_bytes: Counter[str] = Counter()
+        self._groups = {axis: _make_groups(layout, axis, rank) for axis in SIZES if getattr(layout, axis) > 1}
+
+    def sum_tp(self, partial: Tensor) -> Done | Summing:
+        """See Communicator."""
+        if self.tp == 1:
+            return Done(partial)
+        partial = partial.contiguous()
+        self._count("sum_tp", partial)
+        work = dist.all_reduce(partial, group=self._groups["tp"], async_op=True)
+        if work is None:
+            raise RuntimeError("this rank is not part of its tensor-parallel group")
+        return Summing(work, partial)
+
+    def to_heads(self, qkv: Tensor, counts: list[int]) -> Tensor:
+        """See Communicator. To each rank go its heads of our tokens."""
+        heads, head_dim = qkv.shape[1] // self.sp, qkv.shape[3]
+        sent = qkv.unflatten(1, (self.sp, heads)).transpose(0, 1).contiguous()
+        sizes = [3 * heads * n * head_dim for n in counts]
+        received = self._all_to_all("to_heads", [part.flatten() for part in sent], sizes)
+        parts = [part.view(3, heads, n, head_dim) for part, n in zip(received, counts, strict=True)]
+        return torch.cat(parts, dim=2)
+
+    def to_tokens(self, out: Tensor, counts: list[int]) -> Tensor:
+        """See Communicator. To each rank go its tokens of our heads."""
+        own, channels = counts[self.sp_index], out.shape[1]
+        sent = [part.flatten() for part in out.split(counts)]
+        received = self._all_to_all("to_tokens", sent, [own * channels] * self.sp)
+        return torch.cat([part.view(own, channels) for part in received], dim=1)
+
+    def gather_tokens(self, own: Tensor, counts: list[int]) -> Tensor:
+        """See Communicator. An all-to-all in which everyone gets the same, since counts may differ."""
+        sent = [own.flatten()] * self.sp
+        received = self._all_to_all("gather_tokens", sent, [n * own.shape[1] for n in counts])
+        return torch.cat([part.view(-1, own.shape[1]) for part in received])
+
+    def exchange_branches(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """See Communicator."""
+        own = own.contiguous()
+        self._count("exchange_branches", own)
+        both = own.new_empty((2, *own.shape))
+        dist.all_gather_single(both.flatten(0, 1), own, group=self._groups["cfg"])
+        return both[0], both[1]
+
+    def agree(self, code: int) -> int:
+        """The leader's code, on every rank: how all ranks take the same decision at a step boundary."""
+        decision = torch.tensor([code])
+        dist.broadcast(decision, src=LEADER)
+        return int(decision)
+
+    def collect(self, own: Tensor | None, like: Tensor, owners: Sequence[int]) -> list[Tensor]:
+        """On the leader, one tensor of the shape and dtype of `like` from each owner, in that order; on other ranks an
+        empty list. `own` is what this rank gives, or None."""
+        rank = dist.get_rank()
+        if rank != LEADER:
+            if own is not None:
+                dist.send(own.contiguous(), dst=LEADER)
+            return []
+        received = []
+        for owner in owners:
+            if owner == LEADER and own is not None:
+                received.append(own)
+            else:
+                received.append(torch.empty_like(like))
+                dist.recv(received[-1], src=owner)
+        return received
+
+    def _all_to_all(self, kind: str, sent: list[Tensor], received_sizes: list[int]) -> list[Tensor]:
+        outgoing = torch.cat(sent)
+        incoming = outgoing.new_empty(sum(received_sizes))
+        self._count(kind, outgoing)
+        sizes = [part.numel() for part in sent]
+        dist.all_to_all_single(incoming, outgoing, received_sizes, sizes, group=self._groups["sp"])
+        return list(incoming.split(received_sizes))
+
+    def _count(self, kind: str, payload: Tensor) -> None:
+        self.sent_bytes[kind] += payload.nbytes
+
+
+def _make_groups(layout: Layout, axis: str, rank: int) -> dist.ProcessGroup:
+    """Every rank must create every group, in the same order; returns the one that `rank` is in."""
+    mine = None
+    for ranks in sorted({layout.group(axis, r) for r in range(layout.world_size)}):
+        group = dist.new_group(list(ranks))
+        if rank in ranks:
+            mine = group
+    if not isinstance(mine, dist.ProcessGroup):
+        raise RuntimeError(f"rank {rank} is in no group along {axis}")
+    return mine

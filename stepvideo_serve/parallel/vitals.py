@@ -1,0 +1,74 @@
+"""Whether the ranks are well, told from the times of their signs alone.
+
+Times are those of time.monotonic() in the parent. When the parent itself was held up (a paused virtual machine, a
+debugger), the ranks are excused for as long.
+"""
+
+MISSED_BEATS = 1.5  # a rank is silent after this many heartbeats without a sign: lost, if the kernel says it is stopped
+DEAD_BEATS = 10  # a rank is lost after this many, whatever the kernel says; it may only have been kept from sending
+STEP_SLACK_S = 2.0  # how much longer than the longest step so far a step may take
+
+
+class Heartbeats:
+    """When each rank last gave a sign of life: a beat or any other message."""
+
+    def __init__(self, size: int, heartbeat_s: float, now_s: float) -> None:
+        self._heartbeat_s = heartbeat_s
+        self._signs_s = [now_s] * size
+
+    def sign(self, rank: int, now_s: float) -> None:
+        self._signs_s[rank] = now_s
+
+    def excuse(self, pause_s: float) -> None:
+        self._signs_s = [sign_s + pause_s for sign_s in self._signs_s]
+
+    def silent(self, now_s: float) -> dict[int, float]:
+        """The ranks that are silent, and for how many heartbeats they have been."""
+        beats = {rank: (now_s - sign_s) / self._heartbeat_s for rank, sign_s in enumerate(self._signs_s)}
+        return {rank: missed for rank, missed in beats.items() if missed > MISSED_BEATS}
+
+
+class StepClock:
+    """How long the steps of one job take. A step ends when its rank marks it; the first one begins with the job.
+
+    Ranks that work in lock-step wait for each other, so the one that is stuck is behind the others, or all are.
+    """
+
+    def __init__(self, size: int, first_step_timeout_s: float | None, now_s: float) -> None:
+        self._first_step_timeout_s = first_step_timeout_s
+        self._marked_s = dict.fromkeys(range(size), now_s)  # of the ranks that still run
+        self._steps = [0] * size
+        self._longest_s = 0.0
+
+    def mark(self, rank: int, now_s: float) -> None:
+        if rank in self._marked_s:
+            self._longest_s = max(self._longest_s, now_s - self._marked_s[rank])
+            self._marked_s[rank] = now_s
+            self._steps[rank] += 1
+
+    def ended(self, rank: int) -> None:
+        """The rank's part of the job is over."""
+        self._marked_s.pop(rank, None)
+
+    def excuse(self, pause_s: float) -> None:
+        for rank in self._marked_s:
+            self._marked_s[rank] += pause_s
+
+    def stuck(self, now_s: float) -> str | None:
+        """Who is stuck, as a clause; None when all is well."""
+        if not any(self._is_late(rank, now_s) for rank in self._marked_s):
+            return None
+        step = min(self._steps[rank] for rank in self._marked_s)
+        behind = [rank for rank in sorted(self._marked_s) if self._steps[rank] == step]
+        who = f"rank {behind[0]} has" if len(behind) == 1 else f"ranks {', '.join(map(str, behind))} have"
+        age_s = max(now_s - self._marked_s[rank] for rank in behind)
+        limit = f"the longest step so far took {self._longest_s:.1f} s"
+        if self._longest_s == 0.0:
+            limit = f"{self._first_step_timeout_s:g} s are allowed for the first step"
+        return f"{who} been in step {step + 1} for {age_s:.1f} s, when {limit}"
+
+    def _is_late(self, rank: int, now_s: float) -> bool:
+        age_s = now_s - self._marked_s[rank]
+        if self._steps[rank] > 0:
+            return age_s > self._longest_s + STEP_SLACK_S
+        return self._first_step_timeout_s is not None and age_s > self._first_step_timeout_s

@@ -1,0 +1,236 @@
+"""Faults in real ranks that sum over gloo: what is done, how soon it is noticed, how the request ends.
+
+python -m tests.parallel.faults     the whole matrix, as a table
+"""
+
+import os
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.run import ResultEvent
+from stepvideo_serve.serving.resume import ResumableDenoise, run_on
+from stepvideo_serve.serving.run_queue import QueuedRun
+from tests.parallel.gloo_ranks import SIGNALS
+
+FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")
+STEPS = 6
+MOMENTS = {"first step": 0, "middle step": STEPS // 2, "last step": STEPS - 1}
+IDLE, REBUILD = "idle", "rebuild"
+STUCK, MUTE = "stuck", "no heartbeat"  # for more than an hour
+HEARTBEAT_S = 0.5
+FIRST_STEP_S = 8.0
+PATIENCE_S = 90.0  # the machine may be busy
+
+LATENTS = np.random.default_rng(1).standard_normal((3, 4, 5, 6)).astype(np.float32)
+HERE = Path(__file__)
+
+
+class Case(NamedTuple):
+    how: str
+    rank: int
+    moment: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`noticed_s`: from the fault until the group gave the ranks up (None: it did not); `ready_s`: until all are ready
+    again; `steps`: as they were reported."""
+
+    steps: list[int]
+    latents: NDArray[np.float32]
+    noticed_s: float | None
+    ready_s: float
+
+
+class NoAnswer:
+    """Where the responses of a run go, which nobody reads."""
+
+    def send(self, outputs: dict[str, NDArray[Any]]) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Bench:
+    """A group of gloo ranks, and the traces of all its processes. `when`: (rank, generation, "start") of a fault."""
+
+    size: int = 2
+    how: str = ""
+    when: tuple[tuple[int, int, str], ...] = ()
+    marker: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="stepvideo-faults-")
+        self.log = Path(self.folder.name, "fault")
+        self._scratch = Path(self.folder.name, "scratch")
+        self._scratch.mkdir()
+        self._files = len(os.listdir("/proc/self/fd"))
+        self.group = RankGroup(
+            "gloo_ranks:gloo",
+            {"fault": {"how": self.how, "when": self.when, "log": str(self.log)}},
+            size=self.size,
+            start_timeout_s=PATIENCE_S,
+            heartbeat_s=HEARTBEAT_S,
+            first_step_timeout_s=FIRST_STEP_S,
+            arena_bytes=1 << 20,
+            threads_per_rank=1,
+            env={
+                "PYTHONPATH": os.pathsep.join((str(HERE.parents[2]), str(HERE.parent))),
+                "TMPDIR": str(self._scratch),
+                "FAULT_BENCH": self.marker,
+            },
+        )
+
+    def queued(self, **params: Any) -> QueuedRun:
+        params = {"steps": STEPS, "timeout_s": None, **params}
+        return QueuedRun("run", params, {"latents": LATENTS}, NoAnswer())
+
+    def run(self, max_resumes: int = 2, **params: Any) -> tuple[list[int], NDArray[np.float32]]:
+        """A request: the steps that were reported, and the result."""
+        run = self.queued(**params)
+        *steps, result = run_on(self.group, run, ResumableDenoise(run.params, run.tensors), max_resumes)
+        assert isinstance(result, ResultEvent)
+        return [step.params["step"] for step in steps], result.tensors["latents"]
+
+    def fault(self, how: str, rank: int, *steps: int, generations: int = 1) -> dict[str, Any]:
+        """The parameter of a run that makes a rank fail at the beginning of these steps (from 0)."""
+        first = self.group.generation
+        when = [(rank, generation, step) for generation in range(first, first + generations) for step in steps]
+        return {"how": how, "when": when, "log": str(self.log)}
+
+    def fail_while_idle(self, how: str, rank: int) -> float:
+        """Make a rank fail between two requests; when that was (time.monotonic())."""
+        number = SIGNALS.get(how) or signal.Signals[how]
+        at_s = time.monotonic()
+        os.kill(self.group.pids[rank], number)
+        return at_s
+
+    def until_lost(self, generation: int) -> None:
+        """Wait until the group has noticed that this generation is lost."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while self.group.last_loss is None or self.group.last_loss.generation < generation:
+            assert time.monotonic() < deadline_s, f"nobody noticed the loss of generation {generation}"
+            time.sleep(0.005)
+
+    def processes(self) -> set[int]:
+        """All processes of this bench that there are, whoever their parent is."""
+        return {pid for pid, environment in _environments() if self.marker.encode() in environment}
+
+    def check_nothing_is_left(self) -> None:
+        """Besides the ranks that are ready; after `close`, nothing at all."""
+        assert self.processes() == set(self.group.pids)
+        assert not list(self._scratch.iterdir())
+        for pid in self.group.pids:  # other programs use this folder, too: what ours never open they cannot leave
+            assert "/dev/shm/" not in Path(f"/proc/{pid}/maps").read_text()
+
+    def close(self) -> None:
+        self.group.close()
+        self.check_nothing_is_left()
+        assert len(os.listdir("/proc/self/fd")) == self._files
+        self.folder.cleanup()
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run_case(bench: Bench, case: Case) -> Outcome:
+    """One case on a group that is ready, whose bench was made for it in case of REBUILD."""
+    group = bench.group
+    group.start()
+    generation = group.generation
+    bench.log.unlink(missing_ok=True)
+    if case.moment == IDLE:
+        at_s = bench.fail_while_idle(case.how, case.rank)
+        if case.how != "late heartbeat":
+            bench.until_lost(generation)
+        loss = group.last_loss
+        steps, latents = bench.run()
+    else:
+        fault = bench.fault(case.how, case.rank, MOMENTS.get(case.moment, 0))
+        if case.moment == REBUILD:
+            fault = bench.fault("SIGKILL", 1 - case.rank, MOMENTS["middle step"])
+        steps, latents = bench.run(fault=fault)
+        at_s = float(bench.log.read_text())
+        loss = group.last_loss
+    group.start()
+    noticed_s = loss.noticed_s - at_s if loss is not None and loss.noticed_s > at_s else None
+    return Outcome(steps, latents, noticed_s, time.monotonic() - at_s)
+
+
+def matrix() -> Iterator[Case]:
+    for how in FAULTS:
+        for rank in (0, 1):
+            for moment in (IDLE, *MOMENTS, REBUILD):
+                yield Case(how, rank, moment)
+    for rank in (0, 1):  # that a rank may be mute or busy for long while it starts is no fault
+        yield from (Case(MUTE, rank, moment) for moment in (IDLE, *MOMENTS))
+        yield from (Case(STUCK, rank, moment) for moment in MOMENTS)
+
+
+def bench_for(case: Case) -> Bench:
+    return Bench(how=case.how, when=((case.rank, 2, "start"),)) if case.moment == REBUILD else Bench()
+
+
+def verify(bench: Bench, outcome: Outcome, expected: NDArray[np.float32]) -> None:
+    """The request ended right, the next one does, and nothing else is there."""
+    assert outcome.steps == list(range(1, STEPS + 1))
+    assert outcome.latents.tobytes() == expected.tobytes()
+    assert bench.run()[1].tobytes() == expected.tobytes()
+    bench.check_nothing_is_left()
+
+
+def row(case: Case, outcome: Outcome) -> str:
+    rank = "leader" if case.rank == 0 else "other"
+    noticed, request = "-", "went on"
+    if outcome.noticed_s is not None:
+        noticed, request = f"{outcome.noticed_s:.2f} s", "resumed"
+    if case.moment == IDLE:
+        request = "the next one"
+    elif case.moment == REBUILD:
+        request = "resumed"
+    return f"| {case.how} | {rank} | {case.moment} | {noticed} | {outcome.ready_s:.1f} s | {request}: same bits |"
+
+
+HEADER = "| fault | rank | moment | noticed after | ready again after | request |\n|---|---|---|---|---|---|"
+
+
+def undisturbed() -> NDArray[np.float32]:
+    """The result that every request must have."""
+    with Bench() as bench:
+        return bench.run()[1]
+
+
+def main() -> None:
+    expected = undisturbed()
+    print(HEADER)
+    for case in matrix():
+        with bench_for(case) as bench:
+            outcome = run_case(bench, case)
+            verify(bench, outcome, expected)
+        print(row(case, outcome), flush=True)
+
+
+def _environments() -> Iterator[tuple[int, bytes]]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                yield int(name), Path("/proc", name, "environ").read_bytes()
+            except OSError:
+                continue  # it has ended
+
+
+if __name__ == "__main__":
+    main()

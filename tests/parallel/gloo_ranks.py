@@ -1,0 +1,101 @@
+"""A worker whose ranks sum over gloo in each step, and can be made to fail; imported by the rank processes."""
+
+import ctypes
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
+from stepvideo_serve.parallel.arena import Array
+from stepvideo_serve.parallel.rendezvous import init_process_group
+from stepvideo_serve.parallel.worker import JobContext
+
+LATE_S = 4
+SIGNALS = {
+    "exception": signal.SIGUSR1,
+    "out of memory": signal.SIGUSR2,
+    "late heartbeat": signal.SIGHUP,
+    "no heartbeat": signal.SIGVTALRM,
+}
+HOLD_THE_INTERPRETER = ctypes.PyDLL(None).sleep  # unlike CDLL, PyDLL does not let other threads run meanwhile
+Tensors = dict[str, Array]
+
+
+def fail(how: str) -> None:
+    """One of the faults of tests/parallel/faults.py, in this process."""
+    if how == "SIGSEGV":
+        ctypes.string_at(0)
+    elif how.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[how])
+    elif how == "exception":
+        raise ValueError("a bug")
+    elif how == "out of memory":
+        use_up_the_memory()
+    elif how == "late heartbeat":
+        HOLD_THE_INTERPRETER(LATE_S)
+    elif how == "no heartbeat":
+        HOLD_THE_INTERPRETER(3600)
+    elif how == "stuck":
+        time.sleep(3600)
+    else:
+        raise KeyError(how)
+
+
+def use_up_the_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), resource.RLIM_INFINITY))
+    taken = []
+    while True:
+        taken.append(np.ones(1 << 20))
+
+
+class GlooWorker:
+    """latents + sum over ranks of sin(latents * (rank + 1) + step) / 8, step by step, in fp32."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._rank, self._generation = settings["rank"], settings["generation"]
+        torch.set_num_threads(1)
+        for how, number in SIGNALS.items():
+            signal.signal(number, lambda *_, how=how: fail(how))
+        self._fail_if_due(settings.get("fault"), "start")
+        init_process_group(settings, "gloo", timeout_s=120.0)
+
+    def info(self) -> dict[str, Any]:
+        return {"generation": self._generation}
+
+    def run(self, params: dict[str, Any], tensors: Tensors, context: JobContext) -> tuple[dict[str, Any], Tensors]:
+        began_s = time.monotonic()
+        latents = torch.from_numpy(tensors["latents"])
+        for step in range(params["start_step"], params["steps"]):
+            self._fail_if_due(params.get("fault"), step)
+            velocity = torch.sin(latents * (self._rank + 1) + step)
+            time.sleep(params.get("step_s", 0.0))
+            dist.all_reduce(velocity)
+            latents = latents + velocity / 8
+            context.mark_step()
+            report = {"step": step + 1, "total_steps": params["steps"], "seconds": 0.0}
+            context.report(report, {"latents": latents.numpy()})
+            too_late = params["timeout_s"] is not None and time.monotonic() > began_s + params["timeout_s"]
+            verdict = torch.tensor([context.cancelled(), too_late])
+            dist.broadcast(verdict, 0)
+            if verdict[0]:
+                raise RequestCancelled("The request was cancelled.")
+            if verdict[1]:
+                raise DeadlineExceeded("The time is over.")
+        return {}, {"latents": latents.numpy()}
+
+    def _fail_if_due(self, fault: dict[str, Any] | None, moment: int | str) -> None:
+        if fault and (self._rank, self._generation, moment) in map(tuple, fault["when"]):
+            Path(fault["log"]).write_text(str(time.monotonic()))
+            fail(fault["how"])
+
+
+def gloo(settings: dict[str, Any]) -> GlooWorker:
+    return GlooWorker(settings)
