@@ -55,7 +55,9 @@ def test_values(tmp_path: Path) -> None:
         pytest.param("", r"\[model\] .* needs dir, engines_dir, got \[\]", id="no required section"),
         pytest.param('[model]\ndir = "x"', r"\[model\] .* needs engines_dir, got \['dir'\]", id="no required key"),
         pytest.param(MODEL + "[modle]", "the file .* may have decoder, .*, got 'modle'", id="unknown section"),
-        pytest.param(MODEL + "[text]\ncache = 1", r"\[text\] .* may have cache_entries, on_ranks, got 'cache'", id="unknown key"),
+        pytest.param(
+            MODEL + "[text]\ncache = 1", r"\[text\] .* may have cache_entries, on_ranks, got 'cache'", id="unknown key"
+        ),
         pytest.param(
             MODEL + "[limits]\nmax_seed = 1", r"\[limits\] .* may have .*max_steps.*, got 'max_seed'", id="limit"
         ),

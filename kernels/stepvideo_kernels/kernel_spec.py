@@ -137,6 +137,7 @@ class KernelSpec:
     """What an op's kernel accepts. Nothing is permitted by default: every field is given.
 
     dtypes         of the main input, with the lowest SM for each, e.g. {"bf16": 80, "fp8": 89}
+    outputs        of the main output, likewise
     size_name      what `size` means for this op: "head size" or "width"
     size_multiple  accepted sizes are multiples of this one ...
     size_max       ... up to this one; equal values accept exactly one size
@@ -147,6 +148,7 @@ class KernelSpec:
 
     op: str
     dtypes: Mapping[str, int]
+    outputs: Mapping[str, int]
     size_name: str
     size_multiple: int
     size_max: int
@@ -156,7 +158,14 @@ class KernelSpec:
     requires: str
 
     def refuse(
-        self, *, dtype: str, size: int, sm: int, layout: str | None = None, tokens: int | None = None
+        self,
+        *,
+        dtype: str,
+        output: str,
+        size: int,
+        sm: int,
+        layout: str | None = None,
+        tokens: int | None = None,
     ) -> str | None:
         """Why the kernel does not take these operands on this architecture, as one sentence; None when it does."""
         if sm not in self.sms:
@@ -165,6 +174,10 @@ class KernelSpec:
             return f"{self.op} takes {_listed(self.dtypes)}, got {dtype}: cast before it."
         if sm < self.dtypes[dtype]:
             return f"{self.op} takes {dtype} from SM {self.dtypes[dtype]} on, got SM {sm}: use another type."
+        if output not in self.outputs:
+            return f"{self.op} gives {_listed(self.outputs)}, got {output}: cast behind it."
+        if sm < self.outputs[output]:
+            return f"{self.op} gives {output} from SM {self.outputs[output]} on, got SM {sm}: use another type."
         if size % self.size_multiple or not 0 < size <= self.size_max:
             return f"{self.op} takes a {self.size_name} of {self._sizes()}, got {size}: use the reference for it."
         if layout is not None and layout not in self.layouts:

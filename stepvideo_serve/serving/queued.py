@@ -31,6 +31,7 @@ class QueuedModel(ABC):
                     sender.close()
                 else:
                     run_id = _identity(inputs, "RUN_ID")
+                    sender.send({})  # a caller by BLS holds one of the server's 32 threads until the first response
                     self.queue.put(QueuedRun(run_id, self.describe_run(inputs), inputs, sender))
             except Exception as error:  # every error becomes this request's response
                 sender.fail(error)
