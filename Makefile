@@ -45,8 +45,8 @@ $(INSTALLED):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and none was found: pass PYTHON=PATH." >&2; exit 1; }
 	$(SAY) "environment in .venv: $(PYTHON), $(TORCH), extras $(EXTRAS); the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(RUN) pip install -qq --no-compile --disable-pip-version-check $(PIP_ARGS) '$(TORCH)'
-	@$(RUN) pip install -qq --no-compile --disable-pip-version-check $(PIP_ARGS) --editable '.[$(EXTRAS)]' --editable client
+	@$(RUN) pip install -qq --disable-pip-version-check $(PIP_ARGS) '$(TORCH)'
+	@$(RUN) pip install -qq --disable-pip-version-check $(PIP_ARGS) --editable '.[$(EXTRAS)]' --editable client
 	@rm -f .venv/.installed-*
 	@touch $@
 

@@ -189,6 +189,7 @@ class TritonServer:
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
             f"--exit-timeout-secs={options.exit_timeout_s}",
+            "--model-load-thread-count=2",  # more at once starve each other where cores are few
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *options.server_arguments,
         ]

@@ -33,8 +33,10 @@ max_steps = 100000
 max_image_bytes = 2000000
 
 [denoiser]
-max_queued = 2
+max_queued = {max_queued}
+max_resumes = 1
 """
+MAX_QUEUED = 36  # more than the 32 threads that the server has for one model's calls of others
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def engines(root: Path) -> Engines:
 
 @pytest.fixture(scope="session")
 def config_text(engines: Engines) -> str:
-    return CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir)
+    return CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=MAX_QUEUED)
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +97,7 @@ def triton(root: Path, config_text: str, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def server(triton: TritonServer) -> Server:
-    """The server of most tests: requests up to 102 frames of 512x512, two of them may wait."""
+    """The server of most tests: requests up to 102 frames of 512x512, MAX_QUEUED of them may wait."""
     return Server(triton.grpc_url, triton.http_url, triton.pid)
 
 

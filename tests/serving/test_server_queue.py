@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from stepvideo_serve.config import ServeConfig
 from tests.serving.calls import Refused, Server, Stream, Values, until
 
 AT_ONCE_S = 20.0
@@ -42,37 +43,37 @@ def timeout(seconds: float) -> Values:
 
 
 def test_more_than_may_wait_are_refused_at_once_and_a_cancelled_one_makes_room(
-    server: Server, long: Values, small: Values
+    server: Server, config: ServeConfig, long: Values, small: Values
 ) -> None:
+    most = config.denoiser.max_queued
     with ExitStack() as stack:
         running = stack.enter_context(server.open(long))
         running.wait_for_step(1)
-        second, third = (taken(server, small, stack) for _ in range(2))
-        assert second is not None
-        assert third is not None
+        before = server.executions("dit_denoiser")
+        waiting = [stack.enter_context(server.open(small)) for _ in range(most)]
+        until(lambda: server.executions("dit_denoiser") >= before + most, "all to wait")
 
         began_s = time.monotonic()
         with server.open(small) as stream:
-            refused = stream.refusal()
-        assert refused.text.startswith("RESOURCE_EXHAUSTED: At most 3 requests may run or wait, 3 do")
-        with pytest.raises(Refused, match="RESOURCE_EXHAUSTED: At most 2 requests may wait, 2 do") as caught:
+            text = stream.refusal().text
+        assert text.startswith(f"RESOURCE_EXHAUSTED: At most {most + 1} requests may run or wait, {most + 1} do")
+        with pytest.raises(Refused) as caught:
             server.grpc(small)
+        assert caught.value.text.startswith(f"RESOURCE_EXHAUSTED: At most {most} requests may wait, {most} do")
         assert caught.value.status == "UNAVAILABLE"
         assert time.monotonic() - began_s < AT_ONCE_S
 
-        assert second.silent()
-        second.cancel()
-        fourth = accepted(server, small, stack)  # a cancel is noticed within a fraction of a second
+        cancelled = waiting.pop(most // 2)
+        assert cancelled.silent()
+        cancelled.cancel()
+        waiting.append(accepted(server, small, stack))
 
-        before = int(running.next()[0]["STEP"][0])
-        running.wait_for_step(before + 2)  # was not disturbed
-        assert third.silent()
-        assert fourth.silent()
+        assert all(stream.silent() for stream in waiting)
+        running.wait_for_step(int(running.next()[0]["STEP"][0]) + 2)  # was not disturbed
         running.cancel()
-        for waited in (third, fourth):
-            answer = waited.collect()
-            assert [int(step["STEP"][0]) for step in answer.progress] == [1, 2]
-            assert answer.result["SEED"] == [7]
+        answers = [stream.collect() for stream in waiting]
+    assert all([int(step["STEP"][0]) for step in answer.progress] == [1, 2] for answer in answers)
+    assert all(answer.result["SEED"] == [7] for answer in answers)
 
 
 def test_a_deadline_ends_a_run_at_a_step(server: Server, long: Values) -> None:
