@@ -27,7 +27,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify test test-slow lint format clean
+.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify test test-slow test-kernels kernels lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -106,10 +106,22 @@ verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare
 	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
 
 test: $(INSTALLED) ## the tests, with the real server; no GPU needed
-	@$(RUN) pytest -q -rs -m 'not gpu and not slow' $(PYTEST_ARGS)
+	@$(RUN) pytest -q -rs --ignore=tests/kernels -m 'not gpu and not slow' $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
-	@$(RUN) pytest -q -rs -m 'slow and not gpu' $(PYTEST_ARGS)
+	@$(RUN) pytest -q -rs --ignore=tests/kernels -m 'slow and not gpu' $(PYTEST_ARGS)
+
+KERNELS_INSTALLED := .venv/.kernels-$(PINS)
+$(KERNELS_INSTALLED): $(INSTALLED)
+	$(SAY) "the Triton language and TensorRT-RTX, for the kernels"
+	@$(RUN) pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[kernels]'
+	@touch $@
+
+kernels: $(KERNELS_INSTALLED) ## compile every fused kernel for every GPU generation: build/kernels
+	@PYTHONPATH=kernels:. $(RUN) stepvideo_kernels.compile --out build/kernels
+
+test-kernels: $(KERNELS_INSTALLED) ## the tests of the fused kernels, in the interpreter
+	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/kernels $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN)/ruff check .

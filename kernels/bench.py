@@ -1,0 +1,157 @@
+"""Times every kernel at full size against torch and against the GPU's peaks. Needs an NVIDIA GPU.
+
+    PYTHONPATH=kernels:. python kernels/bench.py [--only GLOB ...] [--repeats N] [--json FILE]
+
+For each kernel: first it must be right (error at most twice that of torch's own operations in the same precision,
+against fp64). Then every tiling for this GPU is timed, and what torch offers for the same work. A time is the median
+of CUDA-event timings; before each run the L2 cache is overwritten, and runs alternate between two sets of inputs.
+Ends with status 1 when a kernel is wrong or there is no GPU.
+"""
+
+import argparse
+import fnmatch
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepvideo_kernels.benchmarks import Case, Tensors, cases
+from stepvideo_kernels.hardware import GPUS, roofline
+from stepvideo_kernels.kernel_spec import FullSize, KernelBuild, TileConfig
+from stepvideo_kernels.ops import builds_of
+from stepvideo_kernels.tensors import sm_of
+
+INPUT_SETS = 2
+FLUSH_BYTES = 256 << 20  # more than any L2 cache
+WARM_UP_RUNS = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: kernels/bench.py needs an NVIDIA GPU, torch sees none.", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    sm, full = sm_of(device), FullSize()
+    print(f"{torch.cuda.get_device_name(device)} (SM {sm}), torch {torch.__version__}")
+    results = []
+    for case in cases(full, device):
+        if any(fnmatch.fnmatch(f"{case.op}.{case.variant}", glob) for glob in options.only):
+            results.append(measure(case, full, sm, options.repeats))
+            print("\n".join(lines(results[-1])), flush=True)
+            torch.cuda.empty_cache()
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return int(any(result["wrong"] for result in results))
+
+
+def measure(case: Case, full: FullSize, sm: int, repeats: int) -> dict[str, Any]:
+    """Times of all tilings and baselines of a case in milliseconds, JSON values; `wrong` says what is not right."""
+    sets = [case.inputs(torch.Generator("cuda").manual_seed(seed)) for seed in range(INPUT_SETS)]
+    builds = [b for b in builds_of(case.op, full) if (b.variant, b.sm) == (case.variant, sm)]
+    wrong = [fault for build in builds for fault in errors(case, sets[0], build.tile)]
+    tilings = {build.tile.label: median_ms(_bound(case, build.tile), sets, repeats) for build in builds}
+    baselines: dict[str, float | str] = {}
+    for name, baseline in case.baselines.items():
+        try:
+            baselines[name] = median_ms(baseline, sets, repeats)
+        except RuntimeError as error:  # a backend that does not take these shapes, or not enough memory
+            baselines[name] = f"not to be had: {str(error).splitlines()[0]}"
+    return {
+        "op": case.op,
+        "variant": case.variant,
+        "shape": builds[0].shape,
+        "goal": case.goal,
+        "wrong": wrong,
+        "tilings_ms": tilings,
+        "chosen": next(build.tile.label for build in builds if build.chosen),
+        "baselines_ms": baselines,
+        **_against_peaks(builds[0], min(tilings.values())),
+    }
+
+
+def errors(case: Case, given: Tensors, tile: TileConfig) -> list[str]:
+    """What is wrong with the kernel's outputs: largest and root-mean-square error, each output."""
+    results, own, exact = case.rows(case.kernel(given, tile)), case.own(given), case.exact(given)
+    found = []
+    for name, result in results.items():
+        truth = exact[name].double()
+        error, torch_error = (result.double() - truth).abs(), (own[name].double() - truth).abs()
+        unit = torch.finfo(result.dtype).eps / 2
+        bounds = {
+            "largest": (error.max(), 2 * torch_error.max() + unit * truth.abs().max()),
+            "RMS": (_rms(error), 2 * _rms(torch_error) + unit / 8 * _rms(truth)),
+        }
+        found += [
+            f"{name} with {tile.label}: {kind} error {got:.3e}, allowed {allowed:.3e}"
+            for kind, (got, allowed) in bounds.items()
+            if not got <= allowed
+        ]
+    return found
+
+
+def median_ms(run: Callable[[Tensors], object], sets: list[Tensors], repeats: int) -> float:
+    """Milliseconds of one run on the GPU."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for index in range(WARM_UP_RUNS + repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(sets[index % len(sets)])
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)))
+    return statistics.median(times[WARM_UP_RUNS:])
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The report of one case."""
+    best = min(result["tilings_ms"].values())
+    report = [f"\n{result['op']}.{result['variant']}  {result['shape']}  goal on an H100: {result['goal']}"]
+    report += [f"  WRONG: {fault}" for fault in result["wrong"]]
+    for label, time in sorted(result["tilings_ms"].items(), key=lambda pair: pair[1]):
+        report.append(f"  {time:9.3f} ms  ours {label}{'  (production)' if label == result['chosen'] else ''}")
+    for name, time in result["baselines_ms"].items():
+        if isinstance(time, str):
+            report.append(f"  {'-':>9}     {name} {time}")
+        else:
+            report.append(f"  {time:9.3f} ms  {name}: ours is {time / best:.2f} times as fast")
+    for name, share in result["share_of_peak"].items():
+        report.append(f"  {share:9.1%}  of the data-sheet peak of an {name} ({result['limit']})")
+    return report
+
+
+def _against_peaks(build: KernelBuild, best_ms: float) -> dict[str, Any]:
+    """Share of each peak table that may be this GPU's: several GPUs have one architecture."""
+    name = torch.cuda.get_device_name()
+    predictions = roofline(build.full_work, build.sm)
+    here = [one for one in predictions if one.gpu in name] or predictions
+    return {
+        "share_of_peak": {one.gpu: one.milliseconds / best_ms for one in here},
+        "limit": here[0].limit if here else f"unknown: {', '.join(gpu.name for gpu in GPUS)} are listed",
+    }
+
+
+def _bound(case: Case, tile: TileConfig) -> Callable[[Tensors], object]:
+    return lambda given: case.kernel(given, tile)
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x.double().square().mean().sqrt()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python kernels/bench.py", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help='e.g. "attention.*"')
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""LayerNorm and adaLN modulation, with the gated residual that precedes them."""

@@ -1,0 +1,1 @@
+"""softmax(q k^T / sqrt(128)) v without a mask: self-attention of the DiT, and with key lengths its cross-attention."""

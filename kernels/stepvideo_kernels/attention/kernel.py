@@ -1,0 +1,167 @@
+"""Flash attention forward in the Triton language (arXiv 2205.14135; arXiv 2407.08608 for Hopper).
+
+A program owns BLOCK_M queries of one head and walks over all keys, BLOCK_N at a time. Programs of one head run side by
+side, so that its keys and values are read from device memory once and from L2 afterwards.
+
+TMA            q, k, v and out come as tensor maps, so that one thread starts the copy of a whole tile into shared
+               memory (SM 90 and newer); otherwise they are pointers
+WARP_SPECIALIZE  copies get a warp of their own, and so does tensor-core work on Blackwell; every tile is masked, since
+               the compiler takes one loop only
+CUT_ROWS       on Hopper, the specialised rows are cut between two groups of warps. For that q and out stay pointers,
+               and the tensor map of q is made here, in global scratch
+FRESH          each tile's P v is summed in an accumulator of its own (FP8: see online_softmax.fresh_dot)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from stepvideo_kernels.attention import spec
+from stepvideo_kernels.kernel_spec import TileConfig
+from stepvideo_kernels.online_softmax import dot, fresh_dot, softmax_step
+
+HEAD = tl.constexpr(128)
+SHIFT = tl.constexpr(8)
+
+
+@triton.jit
+def load_rows(tensor, plane, size, start, limit, BLOCK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
+    """[BLOCK, 128]: rows from `start` on of one [size, 128] plane; zeros from row `limit` on (from `size` with TMA)."""
+    if TMA:
+        tile = tensor.load([plane, start, 0]).reshape(BLOCK, HEAD)
+    else:
+        rows = start + tl.arange(0, BLOCK)
+        pointers = tensor + plane.to(tl.int64) * size * HEAD + rows[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
+        tile = tl.load(pointers, mask=rows[:, None] < limit, other=0.0) if MASK else tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_columns(tensor, plane, padded, start, BLOCK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
+    """[BLOCK, 128]: columns from `start` on of one [128, padded] plane, turned; zeros from column `padded` on."""
+    if TMA:
+        tile = tensor.load([plane, 0, start]).reshape(HEAD, BLOCK)
+    else:
+        columns = start + tl.arange(0, BLOCK)
+        rows = tl.arange(0, HEAD)[:, None] * padded
+        pointers = tensor + plane.to(tl.int64) * HEAD * padded + rows + columns[None, :]
+        tile = tl.load(pointers, mask=columns[None, :] < padded, other=0.0) if MASK else tl.load(pointers)
+    return tile.T
+
+
+@triton.jit
+def attend_tiles(
+    q_tile, k, v, plane, keys, padded, first, end, to_log2, row_max, row_sum, acc,
+    FP8: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys first .. end - 1; only with MASK may `end` lie inside a tile."""
+    for start_n in tl.range(first, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+        start_n = tl.multiple_of(start_n, BLOCK_N)
+        k_tile = load_rows(k, plane, keys, start_n, end, BLOCK_N, TMA, MASK)
+        scores = dot(q_tile, k_tile.T, tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32), INTERPRET)
+        if MASK:
+            inside = start_n + tl.arange(0, BLOCK_N) < end
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, to_log2, SHIFT if FP8 else 0)
+        if FP8:
+            v_tile = load_columns(v, plane, padded, start_n, BLOCK_N, TMA, MASK)
+        else:
+            v_tile = load_rows(v, plane, keys, start_n, end, BLOCK_N, TMA, MASK)
+        if FRESH:
+            acc = acc * rescale[:, None] + fresh_dot(weights.to(v_tile.dtype), v_tile, INTERPRET)
+        else:
+            acc = dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], INTERPRET)
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def attention_kernel(
+    q, k, v, out, lengths, q_scale, k_scale, v_scale, heads, queries, keys, padded, to_log2,
+    FP8: tl.constexpr, LENGTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    CUT_ROWS: tl.constexpr, FRESH: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """q [B, H, N, 128], k [B, H, L, 128], v alike or (FP8) [B, H, 128, padded] -> out [B, N, 128 H].
+
+    Grid: (ceil(N / BLOCK_M), B * H). lengths [B] int32 is read with LENGTHS only, the scales [H] with FP8 only.
+    to_log2 = log2(e) / sqrt(128).
+    """
+    start_m = tl.program_id(0) * BLOCK_M
+    plane = tl.program_id(1)
+    batch, head = plane // heads, plane % heads
+    end = keys
+    if LENGTHS:
+        end = tl.minimum(tl.load(lengths + batch), keys)
+    if FP8:
+        to_log2 *= tl.load(q_scale + head) * tl.load(k_scale + head)
+    if CUT_ROWS:
+        base = q + plane.to(tl.int64) * queries * HEAD
+        q_tile = tl.make_tensor_descriptor(base, [queries, HEAD], [HEAD, 1], [BLOCK_M, HEAD]).load([start_m, 0])
+    else:
+        q_tile = load_rows(q, plane, queries, start_m, queries, BLOCK_M, TMA, True)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
+    whole = 0
+    if not WARP_SPECIALIZE:
+        whole = end // BLOCK_N * BLOCK_N
+        row_max, row_sum, acc = attend_tiles(
+            q_tile, k, v, plane, keys, padded, 0, whole, to_log2, row_max, row_sum, acc,
+            FP8, BLOCK_N, TMA, FRESH, False, False, INTERPRET,
+        )  # fmt: skip
+    row_max, row_sum, acc = attend_tiles(
+        q_tile, k, v, plane, keys, padded, whole, end, to_log2, row_max, row_sum, acc,
+        FP8, BLOCK_N, TMA, FRESH, True, WARP_SPECIALIZE, INTERPRET,
+    )  # fmt: skip
+    inverse = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)  # without any key the accumulator is 0, and so is the result
+    if FP8:
+        inverse *= tl.load(v_scale + head)
+    result = (acc * inverse[:, None]).to(tl.bfloat16 if FP8 else q_tile.dtype)
+    if TMA and not CUT_ROWS:
+        out.store([batch, start_m, head * HEAD], result.reshape(1, BLOCK_M, HEAD))
+    else:
+        rows = start_m + tl.arange(0, BLOCK_M)
+        row_offsets = (batch.to(tl.int64) * queries + rows) * heads * HEAD
+        offsets = row_offsets[:, None] + head * HEAD + tl.arange(0, HEAD)[None, :]
+        tl.store(out + offsets, result, mask=rows[:, None] < queries)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    tile: TileConfig,
+    *,
+    lengths: Tensor | None = None,
+    scales: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Writes the attention of q to k and v into `out`; with `scales` all three are FP8, and v is transposed.
+
+    Compiles at the first call on a GPU, or runs in the interpreter: production uses the binaries instead.
+    """
+    batch, heads, queries, _ = q.shape
+    keys, fp8 = k.shape[2], scales is not None
+    constexprs = spec.constexprs(tile, fp8=fp8, lengths=lengths is not None)
+    operands: list[Tensor | TensorDescriptor] = [q, k, v, out]
+    if tile.extra["TMA"]:
+        shapes = spec.boxes(tile, fp8=fp8)
+        planes = [q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out]
+        operands = [TensorDescriptor.from_tensor(*pair) for pair in zip(planes, map(list, shapes), strict=True)]
+    if tile.extra["CUT_ROWS"]:
+        operands[0], operands[3] = q, out
+        triton.set_allocator(_scratch)
+    attention_kernel[spec.grid(batch, heads, queries, tile)](
+        *operands, lengths if lengths is not None else q, *(scales or (q, q, q)),
+        heads, queries, keys, v.shape[3] if fp8 else 0, spec.TO_LOG2,
+        **{**constexprs, "INTERPRET": not q.is_cuda},
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Global memory for the tensor maps that the kernel makes itself; torch aligns to 512 bytes."""
+    del alignment, stream
+    return torch.empty(size, dtype=torch.int8, device="cuda")

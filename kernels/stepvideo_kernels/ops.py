@@ -1,0 +1,151 @@
+"""The ops, and which implementation of each an engine gets.
+
+reference  the formula in torch operations, exported as ordinary ONNX operators
+native     what TensorRT has itself for it (its fused attention, its rotary embedding); the graph of the plain model
+plugin     our kernel behind a TensorRT plugin: one node of the domain "stepvideo"
+
+The choice is made once, at export, from the specs, and written into the manifest with its reason.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any, Literal, cast
+
+from stepvideo_kernels.kernel_spec import SMS, FullSize, KernelBuild, KernelSpec
+from stepvideo_serve.errors import ExportError
+
+Implementation = Literal["reference", "native", "plugin"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "native", "plugin")
+
+OPS = ("qkv_norm_rope", "attention", "alibi_attention", "vae_attention", "adaln_modulate")
+
+# What TensorRT fuses by itself, so that "native" is worth having: op -> types of its main input.
+NATIVE_DTYPES: Mapping[str, tuple[str, ...]] = {"attention": ("bf16", "fp16"), "vae_attention": ("bf16", "fp16")}
+NATIVE_MAX_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine is built for. `toolkit` is the builder: "tensorrt" or "tensorrt_rtx"."""
+
+    sm: int
+    toolkit: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a graph uses an op: types of its main input and output, the size in question, and its longest sequence."""
+
+    op: str
+    dtype: str
+    output: str
+    size: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """reason: why this one, or why nothing faster."""
+
+    op: str
+    implementation: Implementation
+    reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def spec_of(op: str) -> KernelSpec:
+    """Raises ExportError for an unknown op."""
+    return cast(KernelSpec, _spec_module(op).SPEC)
+
+
+def builds_of(op: str, full: FullSize) -> tuple[KernelBuild, ...]:
+    """Every binary of an op; raises ExportError for an unknown op."""
+    return cast(tuple[KernelBuild, ...], _spec_module(op).builds(full))
+
+
+def choose(use: Use, target: Target, wanted: Implementation | None = None) -> Choice:
+    """The implementation of one op for one target; `wanted` insists on one.
+
+    By itself the choice is the plugin wherever its kernel takes the operands, then TensorRT's own, then the
+    reference. On TensorRT-RTX, whose maker does not support plugins, TensorRT's own comes first.
+    Raises ExportError when what is wanted is not to be had; its message carries the reason.
+    """
+    spec = spec_of(use.op)
+    refusals = {
+        "plugin": spec.refuse(dtype=use.dtype, output=use.output, size=use.size, sm=target.sm, tokens=use.tokens),
+        "native": _refuse_native(use),
+        "reference": _refuse_reference(use),
+    }
+    if wanted is not None:
+        if refusals[wanted] is not None:
+            raise ExportError(f"--ops {wanted} cannot be had: {refusals[wanted]}")
+        return Choice(use.op, wanted, "asked for")
+    on_rtx = target.toolkit == "tensorrt_rtx"
+    order: tuple[Implementation, ...] = ("native", "plugin") if on_rtx else ("plugin", "native")
+    passed_over: list[str] = []
+    for implementation in order:
+        refusal = refusals[implementation]
+        if refusal is None:
+            return Choice(use.op, implementation, " ".join([*passed_over, _REASONS[implementation]]))
+        passed_over.append(f"Not {implementation}: {refusal}")
+    return Choice(use.op, "reference", " ".join(passed_over))
+
+
+def choices(uses: tuple[Use, ...], target: Target, wanted: Implementation | None = None) -> dict[str, Any]:
+    """Op -> its choice, as JSON values for a manifest."""
+    return {use.op: choose(use, target, wanted).to_json() for use in uses}
+
+
+def full_size_uses(precision: str, full: FullSize | None = None) -> tuple[Use, ...]:
+    """How the full-size graphs use the ops; precision "bf16", "fp16" or "fp8" (FP8 for the DiT's attention only)."""
+    sizes = full or FullSize()
+    base = "bf16" if precision == "fp8" else precision
+    return (
+        Use("qkv_norm_rope", base, precision, sizes.head_dim, sizes.video_tokens),
+        Use("attention", precision, base, sizes.head_dim, sizes.video_tokens),
+        Use("alibi_attention", base, base, sizes.head_dim, sizes.llm_tokens),
+        Use("vae_attention", base, base, sizes.vae_channels, sizes.vae_tokens),
+        Use("adaln_modulate", base, precision, sizes.width, sizes.video_tokens),
+    )
+
+
+def table(precision: str) -> dict[str, dict[str, dict[str, str]]]:
+    """ "tensorrt sm90" -> op -> choice, for the toolkits and architectures there are."""
+    targets = [Target(sm, "tensorrt") for sm in SMS] + [Target(sm, "tensorrt_rtx") for sm in (80, 89, 120)]
+    uses = full_size_uses(precision)
+    return {f"{target.toolkit} sm{target.sm}": choices(uses, target) for target in targets}
+
+
+_REASONS: Mapping[str, str] = {
+    "plugin": "The kernel takes these operands.",
+    "native": "TensorRT fuses it by itself.",
+}
+
+
+def _refuse_native(use: Use) -> str | None:
+    types = NATIVE_DTYPES.get(use.op)
+    if types is None:
+        return f"TensorRT has no fused {use.op}."
+    if use.dtype not in types:
+        return f"TensorRT's fused {use.op} takes {' or '.join(types)}, got {use.dtype}."
+    if use.size > NATIVE_MAX_HEAD:
+        return f"TensorRT's fused {use.op} takes a head size up to {NATIVE_MAX_HEAD}, got {use.size}."
+    return None
+
+
+def _refuse_reference(use: Use) -> str | None:
+    if use.dtype == "fp8" or use.output == "fp8":
+        return (
+            f"the reference of {use.op} computes in bf16, fp16 or fp32, got FP8: use the plugin, or another precision."
+        )
+    return None
+
+
+def _spec_module(op: str) -> Any:
+    if op not in OPS:
+        raise ExportError(f"An op must be one of {', '.join(OPS)}, got {op!r}: correct the name.")
+    return import_module(f"stepvideo_kernels.{op}.spec")
