@@ -14,7 +14,7 @@ from stepvideo_serve.engine.eager import EagerRunner
 from stepvideo_serve.engine.manifest import Manifest, content_key
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EngineRunner
-from stepvideo_serve.errors import ConfigError, EngineError, RequestCancelled
+from stepvideo_serve.errors import ConfigError, EngineError, InvalidRequest, RequestCancelled
 from stepvideo_serve.pipeline import Cancelled, Frames
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.text.states import TextStates
@@ -96,6 +96,8 @@ class ImageEncoder:
         """pixels [3, H, W] in [-1, 1], noise [C, h, w] -> latent [C, h, w] fp32."""
         out = self._graph(pixels=pixels[None, None].to(self._graph.device, self._dtype))
         mean, logvar = (out[name][0, 0].float().cpu() for name in ("latent_mean", "latent_logvar"))
+        if noise.shape != mean.shape:
+            raise InvalidRequest(f"NOISE must be {list(mean.shape)} for this picture, got {list(noise.shape)}.")
         return sample_posterior(mean, logvar, noise)
 
 
