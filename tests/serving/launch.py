@@ -1,0 +1,66 @@
+"""Starting the real server on graphs that are made when they are not there."""
+
+import fcntl
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepvideo_serve.tritonserver import ServerOptions, TritonServer
+
+READY_S = 300.0
+
+CONFIG = """
+[model]
+dir = "{model}"
+engines_dir = "{engines}"
+
+[limits]
+max_frames = 102
+max_height = 512
+max_width = 512
+max_steps = 100000
+max_image_bytes = 2000000
+
+[denoiser]
+max_queued = {max_queued}
+max_resumes = 1
+"""
+MAX_QUEUED = 36  # more than the 32 threads that the server has for one model's calls of others
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A checkpoint and the graphs made from it."""
+
+    model_dir: Path
+    graphs_dir: Path
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One test session at a time builds there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def export_graphs(root: Path, model_dir: Path, graphs_dir: Path) -> Engines:
+    """Brings the graphs up to date; in a process of its own, because the exporter warns and keeps memory."""
+    command = [sys.executable, "-m", "export.to_onnx", "--quiet"]
+    subprocess.run([*command, "--model-dir", str(model_dir), "--out", str(graphs_dir)], cwd=root, check=True)
+    return Engines(model_dir, graphs_dir)
+
+
+@contextmanager
+def serving(root: Path, folder: Path, config: str) -> Iterator[TritonServer]:
+    """A server on free ports, ready, with its configuration and its log in `folder`."""
+    path = folder / "serve.toml"
+    path.write_text(config, encoding="utf-8")
+    options = ServerOptions(root / "model_repository", config=path, log=folder / "server.log", exit_timeout_s=2)
+    with TritonServer(options) as server:
+        server.wait_ready(READY_S)
+        yield server
