@@ -107,6 +107,7 @@ def assert_same(events: list[Event], undisturbed: list[Event]) -> None:
             np.testing.assert_array_equal(tensor, expected.tensors[name], strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one_rank", "two_ranks"])
 def test_denoising_goes_on_after_the_last_completed_step(layout: str, request: pytest.FixtureRequest) -> None:
     group: RankGroup = request.getfixturevalue(layout)
@@ -116,11 +117,13 @@ def test_denoising_goes_on_after_the_last_completed_step(layout: str, request: p
     assert_same(events_of(group, ResumableDenoise(PARAMS, TENSORS), kill_after=1), undisturbed)
 
 
+@pytest.mark.slow
 def test_after_the_last_step_no_rank_is_needed(two_ranks: RankGroup) -> None:
     undisturbed = events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS))
     assert_same(events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS), kill_after=STEPS), undisturbed)
 
 
+@pytest.mark.slow
 def test_decoding_goes_on_after_the_last_chunk(two_ranks: RankGroup) -> None:
     latents = {"latents": NORMAL((12, 4, 2, 2)).astype(np.float32)}
     undisturbed = events_of(two_ranks, Repeated({"kind": "decode"}, latents))
