@@ -53,7 +53,8 @@ class DenoiserConfig:
     max_queued            runs that may wait behind the one under way before QueueFull
     start_timeout_s       from the start of the ranks until all are ready
     heartbeat_s           how often each rank gives a sign of life; one that is stopped is lost after two
-    first_step_timeout_s  how long a run's first step may take; a later one: 2 s longer than the longest so far
+    first_step_timeout_s  how long a run's first step may take
+    step_slack_s          how much longer than the longest step so far a later one may take; then its rank is lost
     max_resumes           how often a run goes on after the ranks failed, before it fails
     arena_mib             shared memory in each direction for a message's tensors; only what is used costs memory
     layout                how the ranks divide the work
@@ -64,6 +65,7 @@ class DenoiserConfig:
     start_timeout_s: float = 600.0
     heartbeat_s: float = 0.5
     first_step_timeout_s: float = 600.0
+    step_slack_s: float = 2.0
     max_resumes: int = 2
     arena_mib: int = 256
     layout: str = "single"
@@ -71,7 +73,7 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         _at_least(self, 0, "threads", "max_queued", "max_resumes")
         _at_least(self, 1, "start_timeout_s", "first_step_timeout_s", "arena_mib")
-        _at_least(self, 0.05, "heartbeat_s")
+        _at_least(self, 0.05, "heartbeat_s", "step_slack_s")
 
 
 @dataclass(frozen=True)

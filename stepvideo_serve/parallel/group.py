@@ -8,7 +8,7 @@ What goes wrong ends in bounded time:
     a rank raises anything else    WorkerFailed; the others are cancelled, and have ERROR_GRACE_S to end
     a rank dies                    WorkerFailed at once
     a rank is stopped              WorkerFailed after two heartbeats; one that is only silent, after ten
-    a rank is stuck in a step      WorkerFailed 2 s after the longest step so far (first step: first_step_timeout_s)
+    a rank is stuck in a step      WorkerFailed step_slack_s after the longest step so far (first step: first_step_timeout_s)
     a cancel is not obeyed         RequestCancelled after cancel_grace_s
     the parent dies                the kernel kills the ranks (worker.py)
 In all these cases but the first the processes of the generation are killed, unless all have ended the job, and the
@@ -58,6 +58,7 @@ class RankGroup:
     start_timeout_s   from the start of the processes until all workers are ready
     heartbeat_s       how often each rank gives a sign of life
     first_step_timeout_s  how long a job may take until a rank's first mark; None: no limit
+    step_slack_s      how much longer than the longest step so far a later one may take
     arena_bytes       shared memory in each direction, for all tensors of one message; only what is used costs memory
     threads_per_rank  OMP_NUM_THREADS, MKL_NUM_THREADS and OPENBLAS_NUM_THREADS of the ranks; None leaves them alone
     cancel_grace_s    how long the ranks may take to stop (at least one step) before they are killed
@@ -76,6 +77,7 @@ class RankGroup:
         threads_per_rank: int | None,
         heartbeat_s: float = 0.5,
         first_step_timeout_s: float | None = None,
+        step_slack_s: float = 2.0,
         cancel_grace_s: float = 60.0,
         python: str | None = None,
         env: Mapping[str, str] | None = None,
@@ -91,8 +93,8 @@ class RankGroup:
         """The last generation that was given up, be it ready or not."""
         self._cancel_grace_s = cancel_grace_s
         self._spec = RanksSpec(
-            factory, dict(settings), size, start_timeout_s, heartbeat_s, first_step_timeout_s, arena_bytes,
-            threads_per_rank, python or default_python(), dict(env or {}),
+            factory, dict(settings), size, start_timeout_s, heartbeat_s, first_step_timeout_s, step_slack_s,
+            arena_bytes, threads_per_rank, python or default_python(), dict(env or {}),
         )  # fmt: skip
         self._changed = threading.Condition()  # guards what follows
         self._keeper: threading.Thread | None = None  # spawns the ranks and watches them

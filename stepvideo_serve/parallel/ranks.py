@@ -46,6 +46,7 @@ class RanksSpec:
     start_timeout_s: float
     heartbeat_s: float
     first_step_timeout_s: float | None
+    step_slack_s: float
     arena_bytes: int
     threads_per_rank: int | None
     python: str
@@ -185,7 +186,8 @@ class Ranks:
             if self._closed:
                 raise RanksLostError("the ranks have ended")
             wire = encode({**message, "tensors": self._jobs.write(tensors)})
-        self._steps = StepClock(self._spec.size, self._spec.first_step_timeout_s, time.monotonic())
+        spec = self._spec
+        self._steps = StepClock(spec.size, spec.first_step_timeout_s, spec.step_slack_s, time.monotonic())
         self._send(wire, self.processes)
 
     def send(self, message: Mapping[str, Any], only_rank: int | None = None) -> None:

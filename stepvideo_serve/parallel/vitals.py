@@ -6,7 +6,6 @@ debugger), the ranks are excused for as long.
 
 MISSED_BEATS = 1.5  # a rank is silent after this many heartbeats without a sign: lost, if the kernel says it is stopped
 DEAD_BEATS = 10  # a rank is lost after this many, whatever the kernel says; it may only have been kept from sending
-STEP_SLACK_S = 2.0  # how much longer than the longest step so far a step may take
 
 
 class Heartbeats:
@@ -31,11 +30,14 @@ class Heartbeats:
 class StepClock:
     """How long the steps of one job take. A step ends when its rank marks it; the first one begins with the job.
 
+    first_step_timeout_s  how long the first step may take; None: no limit
+    step_slack_s          how much longer than the longest so far a later step may take
     Ranks that work in lock-step wait for each other, so the one that is stuck is behind the others, or all are.
     """
 
-    def __init__(self, size: int, first_step_timeout_s: float | None, now_s: float) -> None:
+    def __init__(self, size: int, first_step_timeout_s: float | None, step_slack_s: float, now_s: float) -> None:
         self._first_step_timeout_s = first_step_timeout_s
+        self._step_slack_s = step_slack_s
         self._marked_s = dict.fromkeys(range(size), now_s)  # of the ranks that still run
         self._steps = [0] * size
         self._longest_s = 0.0
@@ -70,5 +72,5 @@ class StepClock:
     def _is_late(self, rank: int, now_s: float) -> bool:
         age_s = now_s - self._marked_s[rank]
         if self._steps[rank] > 0:
-            return age_s > self._longest_s + STEP_SLACK_S
+            return age_s > self._longest_s + self._step_slack_s
         return self._first_step_timeout_s is not None and age_s > self._first_step_timeout_s

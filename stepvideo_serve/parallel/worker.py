@@ -70,8 +70,8 @@ class JobContext:
         self._slot_free = True
 
     def mark_step(self) -> None:
-        """Say that a step has ended, on every rank. A job is watched by its marks: a step that takes 2 s longer than
-        the longest so far is taken for stuck, so mark at least wherever a job with many steps has ended one."""
+        """Say that a step has ended, on every rank. A job is watched by its marks: a step that takes step_slack_s
+        longer than the longest so far is taken for stuck, so mark at least wherever a job with many steps has ended one."""
         self._channel.send(MARK)
 
     def report(self, params: Mapping[str, object], tensors: Mapping[str, Array]) -> None:

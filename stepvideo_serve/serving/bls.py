@@ -44,7 +44,7 @@ class BlsStages:
 
     def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:
         """The last step is held back until its latents are there."""
-        held: StepDone | None = None
+        last: StepDone | None = None
         latents: Tensor | None = None
         with closing(run("dit_denoiser", _job_inputs(job), cancelled)) as responses:
             for out in responses:
@@ -52,12 +52,14 @@ class BlsStages:
                     latents = torch.from_numpy(out["LATENTS"])
                     self._description |= json.loads(out["REPORT"].flat[0])
                     continue
-                if held is not None:
-                    yield held
-                held = _step_done(out)
-        if held is None or latents is None:
+                step = _step_done(out)
+                if step.step < step.total_steps:
+                    yield step
+                else:
+                    last = step
+        if last is None or latents is None:
             raise WorkerFailed("dit_denoiser must answer with latents, it ended without them: see the server's log.")
-        yield replace(held, latents=latents)
+        yield replace(last, latents=latents)
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
         inputs: dict[str, np.ndarray[Any, Any]] = {"LATENTS": latents.numpy()}

@@ -51,6 +51,7 @@ class DenoiserModel(QueuedModel):
                 start_timeout_s=config.denoiser.start_timeout_s,
                 heartbeat_s=config.denoiser.heartbeat_s,
                 first_step_timeout_s=config.denoiser.first_step_timeout_s,
+                step_slack_s=config.denoiser.step_slack_s,
                 arena_bytes=config.denoiser.arena_mib << 20,
                 threads_per_rank=config.denoiser.threads or max((os.cpu_count() or 1) // ranks, 1),
             )

@@ -21,7 +21,7 @@ from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.run import ResultEvent
 from stepvideo_serve.serving.resume import ResumableDenoise, run_on
 from stepvideo_serve.serving.run_queue import QueuedRun
-from tests.parallel.gloo_ranks import SIGNALS
+from tests.parallel.failing import SIGNALS
 
 FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")
 STEPS = 6
@@ -30,6 +30,7 @@ IDLE, REBUILD = "idle", "rebuild"
 STUCK, MUTE = "stuck", "no heartbeat"  # for more than an hour
 HEARTBEAT_S = 0.5
 FIRST_STEP_S = 8.0
+STEP_SLACK_S = 2.0
 PATIENCE_S = 300.0  # the machine may be busy
 
 LATENTS = np.random.default_rng(1).standard_normal((3, 4, 5, 6)).astype(np.float32)
@@ -83,6 +84,7 @@ class Bench:
             start_timeout_s=PATIENCE_S,
             heartbeat_s=HEARTBEAT_S,
             first_step_timeout_s=FIRST_STEP_S,
+            step_slack_s=STEP_SLACK_S,
             arena_bytes=1 << 20,
             threads_per_rank=1,
             env={

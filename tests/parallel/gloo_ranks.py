@@ -1,14 +1,9 @@
 """A worker whose ranks sum over gloo in each step, and can be made to fail; imported by the rank processes."""
 
-import ctypes
-import os
-import resource
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -16,44 +11,9 @@ from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
 from stepvideo_serve.parallel.arena import Array
 from stepvideo_serve.parallel.rendezvous import init_process_group
 from stepvideo_serve.parallel.worker import JobContext
+from tests.parallel.failing import fail, fail_at_signals
 
-LATE_S = 4
-SIGNALS = {
-    "exception": signal.SIGUSR1,
-    "out of memory": signal.SIGUSR2,
-    "late heartbeat": signal.SIGHUP,
-    "no heartbeat": signal.SIGVTALRM,
-}
-HOLD_THE_INTERPRETER = ctypes.PyDLL(None).sleep  # unlike CDLL, PyDLL does not let other threads run meanwhile
 Tensors = dict[str, Array]
-
-
-def fail(how: str) -> None:
-    """One of the faults of tests/parallel/faults.py, in this process."""
-    if how == "SIGSEGV":
-        ctypes.string_at(0)
-    elif how.startswith("SIG"):
-        os.kill(os.getpid(), signal.Signals[how])
-    elif how == "exception":
-        raise ValueError("a bug")
-    elif how == "out of memory":
-        use_up_the_memory()
-    elif how == "late heartbeat":
-        HOLD_THE_INTERPRETER(LATE_S)
-    elif how == "no heartbeat":
-        HOLD_THE_INTERPRETER(3600)
-    elif how == "stuck":
-        time.sleep(3600)
-    else:
-        raise KeyError(how)
-
-
-def use_up_the_memory() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), resource.RLIM_INFINITY))
-    taken = []
-    while True:
-        taken.append(np.ones(1 << 20))
 
 
 class GlooWorker:
@@ -62,8 +22,7 @@ class GlooWorker:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._rank, self._generation = settings["rank"], settings["generation"]
         torch.set_num_threads(1)
-        for how, number in SIGNALS.items():
-            signal.signal(number, lambda *_, how=how: fail(how))
+        fail_at_signals()
         self._fail_if_due(settings.get("fault"), "start")
         init_process_group(settings, "gloo", timeout_s=120.0)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled, ServiceUnavailable, WorkerFailed
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.run import ERROR_GRACE_S, StepEvent
-from stepvideo_serve.parallel.vitals import DEAD_BEATS, STEP_SLACK_S
+from stepvideo_serve.parallel.vitals import DEAD_BEATS
 from stepvideo_serve.serving.resume import ResumableDenoise, run_on
 from tests.parallel.faults import (
     FAULTS,
@@ -31,6 +31,7 @@ from tests.parallel.faults import (
     MUTE,
     PATIENCE_S,
     REBUILD,
+    STEP_SLACK_S,
     STUCK,
     Bench,
     Case,

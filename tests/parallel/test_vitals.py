@@ -2,7 +2,9 @@
 
 import pytest
 
-from stepvideo_serve.parallel.vitals import STEP_SLACK_S, Heartbeats, StepClock
+from stepvideo_serve.parallel.vitals import Heartbeats, StepClock
+
+STEP_SLACK_S = 2.0
 
 
 def test_a_rank_is_silent_when_a_beat_is_overdue() -> None:
@@ -17,7 +19,7 @@ def test_a_rank_is_silent_when_a_beat_is_overdue() -> None:
 
 def test_a_parent_that_was_away_excuses_all_ranks() -> None:
     beats = Heartbeats(2, 0.5, now_s=0.0)
-    clock = StepClock(2, None, now_s=0.0)
+    clock = StepClock(2, None, STEP_SLACK_S, now_s=0.0)
     for rank in (0, 1):
         clock.mark(rank, 0.1)
     beats.excuse(60.0)
@@ -30,18 +32,18 @@ def test_a_parent_that_was_away_excuses_all_ranks() -> None:
 
 
 def test_the_first_step_has_a_limit_of_its_own() -> None:
-    assert StepClock(2, None, now_s=0.0).stuck(1e6) is None
-    clock = StepClock(2, 5.0, now_s=0.0)
+    assert StepClock(2, None, STEP_SLACK_S, now_s=0.0).stuck(1e6) is None
+    clock = StepClock(2, 5.0, STEP_SLACK_S, now_s=0.0)
     clock.mark(1, 4.0)
     assert clock.stuck(4.9) is None
     assert clock.stuck(5.1) == "rank 0 has been in step 1 for 5.1 s, when the longest step so far took 4.0 s"
-    assert StepClock(1, 5.0, now_s=0.0).stuck(5.1) == (
+    assert StepClock(1, 5.0, STEP_SLACK_S, now_s=0.0).stuck(5.1) == (
         "rank 0 has been in step 1 for 5.1 s, when 5 s are allowed for the first step"
     )
 
 
 def test_a_step_may_take_a_little_longer_than_the_longest_so_far() -> None:
-    clock = StepClock(2, 60.0, now_s=0.0)
+    clock = StepClock(2, 60.0, STEP_SLACK_S, now_s=0.0)
     for now_s in (3.0, 4.0, 5.0):
         clock.mark(0, now_s)
         clock.mark(1, now_s)
@@ -55,7 +57,7 @@ def test_a_step_may_take_a_little_longer_than_the_longest_so_far() -> None:
 
 
 def test_who_has_ended_the_job_is_not_stuck() -> None:
-    clock = StepClock(2, 1.0, now_s=0.0)
+    clock = StepClock(2, 1.0, STEP_SLACK_S, now_s=0.0)
     clock.ended(0)
     clock.ended(1)
     clock.mark(1, 50.0)

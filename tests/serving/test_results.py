@@ -134,6 +134,13 @@ def test_one_progress_response_per_step_in_order(streamed: Answer) -> None:
     assert 0 < elapsed[-1] <= report_of(streamed.result)["seconds"]["total"]
 
 
+def test_a_step_is_reported_when_it_ends_and_not_with_the_next_one(server: Server, long: Values) -> None:
+    answer = server.stream({**long, "STEPS": np.array([4], np.int32)})
+    elapsed = [float(step["ELAPSED_S"][0]) for step in answer.progress]
+    last_step_s = report_of(answer.result)["step_seconds"][-1]
+    assert elapsed[-1] - elapsed[-2] > last_step_s / 4
+
+
 def test_previews_come_when_asked_for(server: Server, streamed: Answer, small: Values) -> None:
     previews = {int(step["STEP"][0]): step.get("PREVIEW") for step in streamed.progress}
     assert {step for step, preview in previews.items() if preview is not None} == {2, 4}

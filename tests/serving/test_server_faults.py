@@ -1,0 +1,67 @@
+"""Every fault, in either rank, at every moment of a request to the real server: the request ends right all the same."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stepvideo_serve.parallel.run import ERROR_GRACE_S
+from stepvideo_serve.tritonserver import SHARED_MEMORY
+from tests.parallel.failing import LATE_S
+from tests.serving.calls import Outputs
+from tests.serving.launch import Engines
+from tests.serving.server_faults import (
+    FAULTS,
+    HEADER,
+    HEARTBEAT_S,
+    STEP_SLACK_S,
+    FaultyServer,
+    expected_results,
+    faulty_server,
+    matrix,
+    row,
+    verify,
+)
+
+SLACK_S = 2.0  # for a machine that is busy with something else, and for the processes to end
+LOST_WITHIN_S = {
+    "SIGKILL": 2 * HEARTBEAT_S,
+    "SIGSEGV": 2 * HEARTBEAT_S,
+    "SIGSTOP": 2 * HEARTBEAT_S,
+    "exception": ERROR_GRACE_S,
+    "out of memory": ERROR_GRACE_S,
+    "late heartbeat": LATE_S,  # where it is taken for stuck, and not excused as late
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    root: Path, engines: Engines, picture: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FaultyServer]:
+    with faulty_server(root, tmp_path_factory.mktemp("faults"), engines, picture) as faulty:
+        yield faulty
+
+
+@pytest.fixture(scope="module")
+def expected(faulty: FaultyServer) -> dict[str, Outputs]:
+    return expected_results(faulty)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", FAULTS)
+def test_every_fault_at_every_moment(faulty: FaultyServer, expected: dict[str, Outputs], how: str) -> None:
+    at_start = {path.name for path in SHARED_MEMORY.iterdir()}
+    print(HEADER)
+    for case in matrix():
+        if case.how != how:
+            continue
+        outcome = faulty.run(case)
+        print(row(case, outcome))
+        verify(faulty, case, outcome, expected, at_start)
+        if how != "late heartbeat":
+            assert outcome.lost_s is not None
+        if outcome.lost_s is not None:
+            longest_step_s = max(outcome.step_seconds)
+            assert outcome.lost_s < max(LOST_WITHIN_S[how], longest_step_s + STEP_SLACK_S) + SLACK_S
+        if case.moment in ("first step", "middle step", "last step") and outcome.lost_s is not None:
+            assert outcome.ended_s > outcome.lost_s, "the request was over before its ranks were lost"
