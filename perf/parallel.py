@@ -3,7 +3,7 @@
     python -m perf.parallel [--steps 4] [--ranks 2]
 
 Each layout runs with one thread per rank; it is compared with one rank that has as many threads, in the same run.
-Bytes are those counted by the ranks, checked against the planner's. On GPUs other things decide (links, kernels).
+Bytes are the planner's; that ranks send just as many is a test. On GPUs other things decide (links, kernels).
 """
 
 import argparse
@@ -31,6 +31,10 @@ LAYOUTS = {2: ("cfg2", "tp2", "sp2"), 4: ("tp4", "sp4", "cfg2.tp2", "cfg2.sp2", 
 LATENTS = (9, 8, 12, 18)
 TEXT_TOKENS = (120, 48)
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
+SIGNS_FACTORY = "perf.signs_of_life:build_worker"
+FULL_SIZE_LATENTS = (18, 64, 34, 62)  # 102 frames of 544x992
+SIGNS_STEPS = 50
+PREDICTED_STEP_S = 0.28  # cfg2.tp4 on eight H100, see make layouts
 ARENA_BYTES = 64 << 20
 START_TIMEOUT_S = 300.0
 
@@ -53,6 +57,7 @@ def main() -> int:
         print(
             f"\nfrom SIGKILL of a rank to the next step (layout {LAYOUTS[options.ranks][0]}): {heal(folder, options)}"
         )
+        print(f"signs of life: {signs_of_life()}")
     return 0
 
 
@@ -97,6 +102,25 @@ def predicted_mb(folder: Path, layout: str) -> float:
     size = model_size(ModelConfigs.load(folder / "model"))
     tokens = LATENTS[0] * LATENTS[2] * LATENTS[3]
     return sum(e.payload_bytes for e in exchanges(size, Layout.parse(layout), tokens, itemsize=4)) / 1e6
+
+
+def signs_of_life() -> str:
+    """What the mark and the report of a step cost a rank, for a full-size latent and beside a full-size step."""
+    with RankGroup(
+        SIGNS_FACTORY,
+        {},
+        size=2,
+        start_timeout_s=START_TIMEOUT_S,
+        arena_bytes=ARENA_BYTES,
+        threads_per_rank=1,
+    ) as group:
+        latents = np.zeros(FULL_SIZE_LATENTS, np.float32)
+        *_, result = group.run({"steps": SIGNS_STEPS, "step_s": PREDICTED_STEP_S / 2}, {"latents": latents})
+    seconds = result.params["seconds"]
+    return (
+        f"mark and report of a full-size latent ({latents.nbytes / 1e6:.1f} MB) take {seconds * 1e3:.2f} ms a step, "
+        f"{seconds / PREDICTED_STEP_S:.2%} of a step of {PREDICTED_STEP_S} s (goal: below 1 %)"
+    )
 
 
 def heal(folder: Path, options: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ What goes wrong ends in bounded time:
     a rank raises anything else    WorkerFailed; the others are cancelled, and have ERROR_GRACE_S to end
     a rank dies                    WorkerFailed at once
     a rank is stopped              WorkerFailed after two heartbeats; one that is only silent, after ten
-    a rank is stuck in a step      WorkerFailed step_slack_s after the longest step so far (first step: first_step_timeout_s)
+    a rank is stuck in a step      WorkerFailed step_slack_s after the longest step so far, or first_step_timeout_s
     a cancel is not obeyed         RequestCancelled after cancel_grace_s
     the parent dies                the kernel kills the ranks (worker.py)
 In all these cases but the first the processes of the generation are killed, unless all have ended the job, and the

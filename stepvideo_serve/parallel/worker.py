@@ -71,7 +71,7 @@ class JobContext:
 
     def mark_step(self) -> None:
         """Say that a step has ended, on every rank. A job is watched by its marks: a step that takes step_slack_s
-        longer than the longest so far is taken for stuck, so mark at least wherever a job with many steps has ended one."""
+        longer than the longest so far is taken for stuck, so a job of many steps must mark each of them."""
         self._channel.send(MARK)
 
     def report(self, params: Mapping[str, object], tensors: Mapping[str, Array]) -> None:
