@@ -55,6 +55,8 @@ class DenoiserConfig:
     heartbeat_s           how often each rank gives a sign of life; one that is stopped is lost after two
     first_step_timeout_s  how long a run's first step may take
     step_slack_s          how much longer than the longest step so far a later one may take; then its rank is lost
+    max_parks             how often a run gives way at a step to one of higher priority
+    aging_s               seconds of waiting that raise a run by one priority, so that none waits for ever
     max_resumes           how often a run goes on after the ranks failed, before it fails
     arena_mib             shared memory in each direction for a message's tensors; only what is used costs memory
     layout                how the ranks divide the work
@@ -66,13 +68,15 @@ class DenoiserConfig:
     heartbeat_s: float = 0.5
     first_step_timeout_s: float = 600.0
     step_slack_s: float = 2.0
+    max_parks: int = 2
+    aging_s: float = 600.0
     max_resumes: int = 2
     arena_mib: int = 256
     layout: str = "single"
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "threads", "max_queued", "max_resumes")
-        _at_least(self, 1, "start_timeout_s", "first_step_timeout_s", "arena_mib")
+        _at_least(self, 0, "threads", "max_queued", "max_parks", "max_resumes")
+        _at_least(self, 1, "aging_s", "start_timeout_s", "first_step_timeout_s", "arena_mib")
         _at_least(self, 0.05, "heartbeat_s", "step_slack_s")
 
 

@@ -30,6 +30,14 @@ Frames = NDArray[np.uint8]
 Cancelled = Callable[[], bool]
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A job waits, to begin or to go on: its place (1: next), and the estimated seconds until then, if known."""
+
+    position: int
+    start_in_s: float | None
+
+
 class Stages(Protocol):
     """What a request passes through. Each may raise a RequestError. `latent_channels` is the C of the shapes."""
 
@@ -43,8 +51,9 @@ class Stages(Protocol):
         """pixels [3, H, W] in [-1, 1], noise [C, h, w] -> latent [C, h, w]."""
         ...
 
-    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:
-        """One StepDone per step, the last with the latents; stops within a step once `cancelled()` is true."""
+    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone | Waiting]:
+        """One StepDone per step, the last with the latents, and a Waiting while it must wait; stops within a step once
+        `cancelled()` is true."""
         ...
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
@@ -58,12 +67,13 @@ class Stages(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """A step is done; `elapsed_s` counts from the acceptance of the request."""
+    """A step is done, or the request waits; `elapsed_s` counts from the acceptance of the request."""
 
     step: int
     total_steps: int
     elapsed_s: float
     preview: NDArray[np.uint8] | None
+    waiting: Waiting | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,9 @@ def generate(
     step_seconds: list[float] = []
     with watch.stage("denoise"):
         for done in stages.denoise(job, cancelled):
+            if isinstance(done, Waiting):
+                yield Progress(len(step_seconds), request.steps, watch.elapsed_s(), None, done)
+                continue
             latents = latents if done.latents is None else done.latents
             step_seconds.append(round(done.seconds, 6))
             yield Progress(done.step, done.total_steps, watch.elapsed_s(), done.preview)

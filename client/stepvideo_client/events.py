@@ -21,13 +21,16 @@ class StepEvent:
     """One denoising step is done. `elapsed_s` counts seconds from when the server accepted the request.
 
     `preview` is a JPEG of this step, where one was asked for and due. A server that wants to say only that it is
-    alive repeats a step (step 0: none is done yet).
+    alive repeats a step (step 0: none is done yet). While the request waits, `queue_position` is its place (1: next)
+    and `start_in_s` the estimated seconds until it begins or goes on, where the server knows.
     """
 
     step: int
     total_steps: int
     elapsed_s: float
     preview: bytes | None = None
+    queue_position: int | None = None
+    start_in_s: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +90,8 @@ def _step_event(outputs: InferResult, names: set[str]) -> StepEvent:
         total_steps=_scalar(outputs, "TOTAL_STEPS", int),
         elapsed_s=_scalar(outputs, "ELAPSED_S", float),
         preview=_scalar(outputs, "PREVIEW", bytes) if "PREVIEW" in names else None,
+        queue_position=_scalar(outputs, "QUEUE_POSITION", int) if "QUEUE_POSITION" in names else None,
+        start_in_s=_scalar(outputs, "START_IN_S", float) if "START_IN_S" in names else None,
     )
 
 

@@ -47,6 +47,9 @@ class Progress:
             filled = _BAR_CELLS * min(event.step, event.total_steps) // max(event.total_steps, 1)
             parts.append(f"[{'#' * filled}{'.' * (_BAR_CELLS - filled)}]")
         pace_s = self._seconds_per_step()
+        if event.queue_position is not None:
+            soon = "" if event.start_in_s is None else f", in about {_clock(event.start_in_s)}"
+            return "  ".join([*parts, f"waiting at place {event.queue_position}{soon}"])
         if event.step <= 0:
             parts.append("waiting for the first step")
         elif pace_s is not None:

@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 from torch import Tensor
 
 from stepvideo_serve.errors import RequestError, WorkerFailed
-from stepvideo_serve.pipeline import Cancelled, Frames
+from stepvideo_serve.pipeline import Cancelled, Frames, Waiting
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
 from stepvideo_serve.text.states import TextStates
@@ -27,12 +27,13 @@ class BlsStages:
     """One request's way through the models of this server."""
 
     def __init__(
-        self, latent_channels: int, description: dict[str, Any], cancelled: Cancelled, ranks_decode: bool
+        self, latent_channels: int, description: dict[str, Any], cancelled: Cancelled, ranks_decode: bool, priority: int
     ) -> None:
         self.latent_channels = latent_channels
         self._description = description
         self._cancelled = cancelled
         self._ranks_decode = ranks_decode
+        self._priority = priority
 
     def encode_text(self, prompt: str) -> TextStates:
         out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, ("LLM_STATES", "CLIP_STATES"))
@@ -42,15 +43,20 @@ class BlsStages:
         out = call("vae_encoder", {"PIXELS": pixels.numpy(), "NOISE": noise.numpy()}, ("LATENT",))
         return torch.from_numpy(out["LATENT"])
 
-    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:
+    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone | Waiting]:
         """The last step is held back until its latents are there."""
         last: StepDone | None = None
         latents: Tensor | None = None
-        with closing(run("dit_denoiser", _job_inputs(job), cancelled)) as responses:
+        with closing(
+            run("dit_denoiser", {**_job_inputs(job), "PRIORITY": np.array([self._priority], np.int32)}, cancelled)
+        ) as responses:
             for out in responses:
                 if "LATENTS" in out:
                     latents = torch.from_numpy(out["LATENTS"])
                     self._description |= json.loads(out["REPORT"].flat[0])
+                    continue
+                if "QUEUE_POSITION" in out:
+                    yield _waiting(out)
                     continue
                 step = _step_done(out)
                 if step.step < step.total_steps:
@@ -182,6 +188,11 @@ def _job_inputs(job: DenoiseJob) -> dict[str, np.ndarray[Any, Any]]:
     if job.timeout_s is not None:
         inputs["TIMEOUT_S"] = np.array([job.timeout_s], np.float32)
     return inputs
+
+
+def _waiting(out: Arrays) -> Waiting:
+    start_in_s = float(out["START_IN_S"].flat[0])
+    return Waiting(int(out["QUEUE_POSITION"].flat[0]), start_in_s if start_in_s >= 0 else None)
 
 
 def _step_done(out: Arrays) -> StepDone:

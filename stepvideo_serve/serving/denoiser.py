@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
-from stepvideo_serve.errors import InvalidRequest
+from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.run import ResultEvent, StepEvent
+from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
 from stepvideo_serve.serving.adapter import Arrays, bytes_array, clear_setup_errors
+from stepvideo_serve.serving.pace import Pace
 from stepvideo_serve.serving.queued import QueuedModel
 from stepvideo_serve.serving.resume import Repeated, Resumable, ResumableDenoise, run_on
-from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
+from stepvideo_serve.serving.run_queue import URGENT, QueuedRun, QueueRules, RunQueue
+from stepvideo_serve.weights.checkpoint import Checkpoint
 
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
 TENSORS = {
@@ -56,7 +59,9 @@ class DenoiserModel(QueuedModel):
                 threads_per_rank=config.denoiser.threads or max((os.cpu_count() or 1) // ranks, 1),
             )
             self._group.start()
-        self.queue = RunQueue(config.denoiser.max_queued, self._serve, self._group.cancel)
+        self._pace = Pace(Checkpoint(config.model.dir).dit_config)
+        rules = QueueRules(config.denoiser.max_queued, config.denoiser.max_parks, config.denoiser.aging_s)
+        self.queue = RunQueue(rules, self._serve, self._group.cancel, self._seconds_of)
 
     def is_ready(self) -> bool:
         """Asked by servers from 26.03 on: not while ranks that were lost are started anew."""
@@ -70,8 +75,9 @@ class DenoiserModel(QueuedModel):
         if missing:
             raise InvalidRequest(f"A run needs {missing[0]}, got none: call the model ti2v instead.")
         timeout_s = _finite(inputs, "TIMEOUT_S") if "TIMEOUT_S" in inputs else None
-        common = {"kind": kind, "urgent": kind != "denoise", "timeout_s": timeout_s}
-        return {**common, **self._loop_params(inputs)} if kind == "denoise" else common
+        if kind != "denoise":
+            return {"kind": kind, "priority": URGENT, "timeout_s": timeout_s}
+        return {"kind": kind, "parkable": True, "timeout_s": timeout_s, **self._loop_params(inputs)}
 
     def finalize(self) -> None:
         self.queue.close()
@@ -82,7 +88,11 @@ class DenoiserModel(QueuedModel):
         steps = int(inputs["STEPS"].flat[0])
         if not 1 <= steps <= self._max_steps:
             raise InvalidRequest(f"STEPS must be 1 to {self._max_steps}, got {steps}: ask for fewer.")
+        priority = int(inputs["PRIORITY"].flat[0]) if "PRIORITY" in inputs else PRIORITY_NORMAL
+        if not PRIORITY_HIGH <= priority <= PRIORITY_LOW:
+            raise InvalidRequest(f"PRIORITY must be {PRIORITY_HIGH} to {PRIORITY_LOW}, got {priority}: correct it.")
         return {
+            "priority": priority,
             "steps": steps,
             "cfg_scale": _finite(inputs, "CFG_SCALE"),
             "time_shift": _finite(inputs, "TIME_SHIFT"),
@@ -90,16 +100,30 @@ class DenoiserModel(QueuedModel):
             "preview_every": int(inputs["PREVIEW_EVERY"].flat[0]) if "PREVIEW_EVERY" in inputs else 0,
         }
 
-    def _serve(self, run: QueuedRun) -> None:
+    def _serve(self, run: QueuedRun) -> bool:
+        run.job = run.job or _resumable(run)
         try:
-            with closing(run_on(self._group, run, _resumable(run), self._max_resumes)) as events:
+            with closing(run_on(self._group, run, run.job, self._max_resumes)) as events:
                 for event in events:
+                    if isinstance(event, StepEvent) and "seconds" in event.params:
+                        self._pace.note(run.params, run.tensors, event.params["seconds"])
                     outputs = self._outputs(run.params["kind"], event)
                     if outputs:
                         run.answer.send(outputs)
         except Exception as error:  # every error becomes this run's response
+            if isinstance(error, RequestCancelled) and run.gives_way:
+                return False
             run.answer.fail(error)
         run.answer.close()
+        return True
+
+    def _seconds_of(self, run: QueuedRun) -> float | None:
+        """Of the steps that are left; decoding and text are short beside them."""
+        if run.params["kind"] != "denoise":
+            return 0.0
+        left = run.params["steps"] if run.job is None else run.job.steps_left
+        step_s = self._pace.step_seconds(run.params, run.tensors)
+        return None if step_s is None else float(left * step_s)
 
     def _outputs(self, kind: str, event: StepEvent | ResultEvent) -> dict[str, Any]:
         """What the caller gets to see of an event."""

@@ -49,7 +49,8 @@ class PublicModel:
         return parse_request(read_inputs(request), self._config.limits, self._latent_channels)
 
     def _events(self, request: GenerationRequest, cancelled: Any) -> Iterator[Progress | Result]:
-        stages = BlsStages(self._latent_channels, describe(self._config), cancelled, self._ranks_decode)
+        description = describe(self._config)
+        stages = BlsStages(self._latent_channels, description, cancelled, self._ranks_decode, request.priority)
         return generate(request, stages, self._config.video, cancelled)
 
 
@@ -167,12 +168,17 @@ class Heartbeat:
 
 
 def progress_outputs(progress: Progress) -> Outputs:
-    """STEP, TOTAL_STEPS, ELAPSED_S."""
-    return {
+    """STEP, TOTAL_STEPS, ELAPSED_S; while the request waits also QUEUE_POSITION and, if it is known, START_IN_S."""
+    outputs: Outputs = {
         "STEP": np.array([progress.step], np.int32),
         "TOTAL_STEPS": np.array([progress.total_steps], np.int32),
         "ELAPSED_S": np.array([progress.elapsed_s], np.float32),
     }
+    if progress.waiting is not None:
+        outputs["QUEUE_POSITION"] = np.array([progress.waiting.position], np.int32)
+        if progress.waiting.start_in_s is not None:
+            outputs["START_IN_S"] = np.array([progress.waiting.start_in_s], np.float32)
+    return outputs
 
 
 def result_outputs(result: Result) -> Outputs:

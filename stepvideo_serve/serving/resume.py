@@ -34,6 +34,11 @@ class Resumable(Protocol):
         """The result, where nothing is left to be computed."""
         ...
 
+    @property
+    def steps_left(self) -> int:
+        """Denoising steps that are still to be computed."""
+        ...
+
 
 class ResumableDenoise:
     """Stands after the last step whose latents were reported. tensors["latents"] is fp32 [F, C, h, w]."""
@@ -49,6 +54,10 @@ class ResumableDenoise:
         self._step = event.params["step"]
         self._tensors = {**self._tensors, "latents": event.tensors["latents"]}
         return True
+
+    @property
+    def steps_left(self) -> int:
+        return int(self._params["steps"]) - self._step
 
     def result(self) -> ResultEvent | None:
         if self._step < self._params["steps"]:
@@ -73,6 +82,10 @@ class Repeated:
         self._seen = max(self._seen, self._at)
         return news
 
+    @property
+    def steps_left(self) -> int:
+        return 0
+
     def result(self) -> ResultEvent | None:
         return None
 
@@ -81,11 +94,15 @@ def run_on(group: RankGroup, run: QueuedRun, job: Resumable, max_resumes: int) -
     """The job's events, each once and in order, then its result.
 
     When the ranks fail, the job goes on from where it stands once they are ready again, `max_resumes` times at most.
+    A run that gives way ends with RequestCancelled too; called again with the same job, it goes on.
 
     Raises the RequestError that ends the run: WorkerFailed with the last reason after too many failures,
     ServiceUnavailable when the ranks cannot be started anew, RequestCancelled and DeadlineExceeded also while it waits
     for them.
     """
+    if (result := job.result()) is not None:
+        yield result
+        return
     for failures in range(1, max_resumes + 2):
         try:
             with closing(_attempt(group, run, job)) as events:
@@ -102,12 +119,12 @@ def run_on(group: RankGroup, run: QueuedRun, job: Resumable, max_resumes: int) -
 
 def _attempt(group: RankGroup, run: QueuedRun, job: Resumable) -> Generator[Event, None, None]:
     while not group.wait_ready(LOOK_S):
-        if run.cancelled.is_set():
+        if run.cancelled.is_set() or run.parked.is_set():
             raise RequestCancelled("The request was cancelled by its caller.")
         run.remaining_s()
     params, tensors = job.begin()
     with group.run({**params, "timeout_s": run.remaining_s()}, tensors) as events:
-        if run.cancelled.is_set():  # before the group had a run to cancel
+        if run.cancelled.is_set() or run.parked.is_set():  # before the group had a run to cancel
             events.cancel()
         for event in events:
             if isinstance(event, ResultEvent) or job.is_news(event):

@@ -1,12 +1,17 @@
-"""A bounded queue of runs, first in first out, in front of something that does one at a time."""
+"""A bounded queue of runs in front of something that does one at a time.
+
+Order: runs that others depend on (URGENT), then by priority, then by arrival. A run that waits moves up one priority
+every `aging_s`, so that none starves. A run that comes in with a higher priority than the one under way has that one
+parked at its next step; it takes its old place in the queue and goes on later where it was.
+"""
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from stepvideo_serve.errors import DeadlineExceeded, InvalidRequest, QueueFull, RequestCancelled, ServiceUnavailable
@@ -20,10 +25,20 @@ class Answer(Protocol):
     def close(self) -> None: ...
 
 
+URGENT, HIGH, NORMAL, LOW = range(4)
+"""Values of params["priority"]. URGENT: a request that has begun waits for it, so it is never refused for lack of room,
+and parks any other as often as need be."""
+
+
 @dataclass
 class QueuedRun:
-    """One run. params["timeout_s"], absent or None without a deadline, counts from `accepted_s`; with params["urgent"]
-    it goes before all that wait."""
+    """One run.
+
+    params["timeout_s"], absent or None without a deadline, counts from `accepted_s`; params["priority"] is NORMAL where
+    absent; params["parkable"] says whether `serve` can stop it at a step and go on later.
+    job: whatever `serve` keeps of it between two turns. arrival: its place, given by the queue.
+    parked: it is to give way; parks: how often it has, to runs that were not URGENT.
+    """
 
     run_id: str
     params: dict[str, Any]
@@ -31,6 +46,19 @@ class QueuedRun:
     answer: Answer
     accepted_s: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    parked: threading.Event = field(default_factory=threading.Event)
+    parks: int = 0
+    arrival: int = 0
+    job: Any = None
+
+    @property
+    def priority(self) -> int:
+        return int(self.params.get("priority", NORMAL))
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether it must stop at its next step, but not end."""
+        return self.parked.is_set() and not self.cancelled.is_set()
 
     def remaining_s(self) -> float | None:
         """Seconds left, or None without a deadline. Raises DeadlineExceeded when none are."""
@@ -50,49 +78,59 @@ def waited_too_long() -> DeadlineExceeded:
     )
 
 
+@dataclass(frozen=True)
+class QueueRules:
+    """max_waiting: how many may wait behind the one under way, None: any number. max_parks: how often one run may be
+    parked. aging_s: seconds of waiting that raise a run by one priority."""
+
+    max_waiting: int | None
+    max_parks: int = 0
+    aging_s: float = 600.0
+
+
 class RunQueue:
     """Runs `serve(run)` for one run after another on a thread of its own.
 
-    `serve` answers the run, errors included. A run whose time is over while it waits is answered then. To end the one
-    under way, `run.cancelled` is set and then `interrupt` called, which may find that it has not begun: `serve` looks
-    at `run.cancelled` once it has. `max_waiting` is how many may wait behind the one under way; None: any number.
+    `serve` answers the run, errors included, and returns True; or, because of `run.gives_way`, it stops at a step and
+    returns False. A run whose time is over while it waits is answered then. To end or park the one under way, its
+    `cancelled` or `parked` is set and then `interrupt` called, which may find that it has not begun: `serve` looks at
+    both once it has. `seconds_of(run)`: how long a run will still take, None where that is not known.
     """
 
     def __init__(
-        self, max_waiting: int | None, serve: Callable[[QueuedRun], None], interrupt: Callable[[], None]
+        self,
+        rules: QueueRules,
+        serve: Callable[[QueuedRun], bool],
+        interrupt: Callable[[], None],
+        seconds_of: Callable[[QueuedRun], float | None],
     ) -> None:
-        self._max_waiting = max_waiting
-        self._serve, self._interrupt = serve, interrupt
-        self._waiting: OrderedDict[str, QueuedRun] = OrderedDict()
+        self._rules, self._serve, self._interrupt, self._seconds_of = rules, serve, interrupt, seconds_of
+        self._waiting: dict[str, QueuedRun] = {}
         self._expiries: dict[str, threading.Timer] = {}
         self._running: QueuedRun | None = None
+        self._arrivals = 0
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="runs")
         self._thread.start()
 
     def put(self, run: QueuedRun) -> None:
-        """Raises, at once, QueueFull when as many runs wait as may, DeadlineExceeded when the run has no time left,
-        InvalidRequest when another run has its id, ServiceUnavailable once closed."""
-        left_s = run.remaining_s()
+        """Raises, at once, QueueFull when as many runs wait as may, DeadlineExceeded when the run has no time left or
+        too little for what is ahead of it, InvalidRequest when another run has its id, ServiceUnavailable once closed.
+        """
+        run.remaining_s()
         with self._changed:
             if self._closed:
-                raise ServiceUnavailable("The server is shutting down: send the request to another one.")
+                raise _shutting_down()
             if run.run_id in self._waiting or (self._running is not None and self._running.run_id == run.run_id):
                 raise InvalidRequest(f"RUN_ID must be new, got {run.run_id[:40]!r} of another run: choose another.")
-            urgent = bool(run.params.get("urgent"))
-            busy = self._running is not None or bool(self._waiting)
-            if self._max_waiting is not None and busy and not urgent and len(self._waiting) >= self._max_waiting:
-                raise QueueFull(
-                    f"At most {self._max_waiting} requests may wait, {len(self._waiting)} do: try again later."
-                )
-            self._waiting[run.run_id] = run
-            if urgent:
-                self._waiting.move_to_end(run.run_id, last=False)
-            if left_s is not None:
-                self._expiries[run.run_id] = expiry = threading.Timer(left_s, self._expire, (run,))
-                expiry.daemon = True
-                expiry.start()
+            self._arrivals += 1
+            run.arrival = self._arrivals
+            if run.priority != URGENT:
+                self._check_room(run)
+                self._check_deadline(run)
+            self._add(run)
+            self._make_way(run)
             self._changed.notify_all()
 
     def cancel(self, run_id: str) -> None:
@@ -101,8 +139,9 @@ class RunQueue:
             waiting = self._take(run_id)
             if waiting is None and self._running is not None and self._running.run_id == run_id:
                 self._end_running()
+            self._tell_positions()
         if waiting is not None:
-            waiting.answer.fail(RequestCancelled("The request was cancelled by its caller."))
+            waiting.answer.fail(_cancelled())
 
     def close(self) -> None:
         """Ends all runs and the thread."""
@@ -113,8 +152,70 @@ class RunQueue:
             self._changed.notify_all()
         for run in left:
             if run is not None:
-                run.answer.fail(ServiceUnavailable("The server is shutting down: send the request to another one."))
+                run.answer.fail(_shutting_down())
         self._thread.join()
+
+    def _check_room(self, run: QueuedRun) -> None:
+        most = self._rules.max_waiting
+        busy = self._running is not None or bool(self._waiting)
+        if most is None or not busy or len(self._waiting) < most:
+            return
+        wait_s = self._wait_s(run)
+        expected = "" if wait_s is None else f", which would take about {wait_s:.0f} s"
+        raise QueueFull(f"At most {most} requests may wait, {len(self._waiting)} do{expected}: try again later.")
+
+    def _check_deadline(self, run: QueuedRun) -> None:
+        left_s, wait_s, own_s = run.remaining_s(), self._wait_s(run), self._seconds_of(run)
+        if left_s is not None and wait_s is not None and own_s is not None and wait_s + own_s > left_s:
+            raise DeadlineExceeded(
+                f"The video must be ready within TIMEOUT_S, of which {left_s:.1f} s are left, but about {wait_s:.1f} s "
+                f"of waiting and {own_s:.1f} s of denoising are ahead: allow more time, or try again later."
+            )
+
+    def _wait_s(self, run: QueuedRun) -> float | None:
+        """Until the run begins, as far as is known now."""
+        running = self._running
+        ahead = [other for other in self._waiting.values() if self._order(other) < self._order(run)]
+        if running is not None and not self._must_give_way(running, run):
+            ahead.append(running)
+        seconds = [self._seconds_of(other) for other in ahead]
+        known = [value for value in seconds if value is not None]
+        return sum(known) if len(known) == len(seconds) else None
+
+    def _order(self, run: QueuedRun) -> tuple[int, int]:
+        """Sorts by who is next."""
+        if run.priority == URGENT:
+            return URGENT, run.arrival
+        raised = int((time.monotonic() - run.accepted_s) / self._rules.aging_s)
+        return max(run.priority - raised, HIGH), run.arrival
+
+    def _must_give_way(self, running: QueuedRun, run: QueuedRun) -> bool:
+        if not running.params.get("parkable") or run.priority >= running.priority:
+            return False
+        return run.priority == URGENT or self._order(run) < self._order(running)
+
+    def _make_way(self, run: QueuedRun) -> None:
+        """Has the run under way parked, if this one must go first."""
+        running = self._running
+        if running is None or running.parked.is_set() or not self._must_give_way(running, run):
+            return
+        if run.priority != URGENT:
+            if running.parks >= self._rules.max_parks:
+                return
+            running.parks += 1
+        running.parked.set()
+        self._interrupt()
+
+    def _add(self, run: QueuedRun) -> None:
+        """Among those that wait; the caller holds the lock, and so on below."""
+        self._waiting[run.run_id] = run
+        timeout_s = run.params.get("timeout_s")
+        if timeout_s is not None:
+            left_s = max(run.accepted_s + float(timeout_s) - time.monotonic(), 0.0)
+            self._expiries[run.run_id] = expiry = threading.Timer(left_s, self._expire, (run,))
+            expiry.daemon = True
+            expiry.start()
+        self._tell_positions()
 
     def _take(self, run_id: str) -> QueuedRun | None:
         """Takes a run out of the queue; None when it is not there (any more)."""
@@ -124,12 +225,25 @@ class RunQueue:
             expiry.cancel()
         return run
 
+    def _tell_positions(self) -> None:
+        """Every run that waits and can be parked hears its place (1: next) and its estimated start, -1 if unknown."""
+        if self._running is None:
+            return  # the first of them is about to begin
+        for place, run in enumerate(sorted(self._waiting.values(), key=self._order), start=1):
+            if run.params.get("parkable"):
+                wait_s = self._wait_s(run)
+                start_in_s = -1.0 if wait_s is None else wait_s
+                run.answer.send(
+                    {"QUEUE_POSITION": np.array([place], np.int32), "START_IN_S": np.array([start_in_s], np.float32)}
+                )
+
     def _expire(self, run: QueuedRun) -> None:
         """Called when the run's time is over. Another run may have its id by now."""
         with self._changed:
             if self._waiting.get(run.run_id) is not run:
                 return
             self._take(run.run_id)
+            self._tell_positions()
         run.answer.fail(waited_too_long())
 
     def _end_running(self) -> None:
@@ -139,13 +253,39 @@ class RunQueue:
             self._interrupt()
 
     def _loop(self) -> None:
-        while True:
-            with self._changed:
-                self._running = None
-                while not self._waiting and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                self._running = run = self._take(next(iter(self._waiting)))
-            if run is not None:
-                self._serve(run)
+        while (run := self._next()) is not None:
+            if not self._serve(run):
+                self._park(run)
+
+    def _next(self) -> QueuedRun | None:
+        """Waits for a run and makes it the one under way; None once closed."""
+        with self._changed:
+            self._running = None
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return None
+            run = min(self._waiting.values(), key=self._order)
+            self._take(run.run_id)
+            run.parked.clear()
+            self._running = run
+            self._tell_positions()
+            return run
+
+    def _park(self, run: QueuedRun) -> None:
+        """Back into the queue, unless it was ended meanwhile."""
+        with self._changed:
+            ended = _shutting_down() if self._closed else _cancelled() if run.cancelled.is_set() else None
+            self._running = None
+            if ended is None:
+                self._add(run)
+        if ended is not None:
+            run.answer.fail(ended)
+
+
+def _shutting_down() -> ServiceUnavailable:
+    return ServiceUnavailable("The server is shutting down: send the request to another one.")
+
+
+def _cancelled() -> RequestCancelled:
+    return RequestCancelled("The request was cancelled by its caller.")

@@ -19,7 +19,7 @@ from stepvideo_serve.serving.adapter import (
 )
 from stepvideo_serve.serving.bls import RanksLLM
 from stepvideo_serve.serving.queued import QueuedModel
-from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
+from stepvideo_serve.serving.run_queue import QueuedRun, QueueRules, RunQueue
 
 
 class StageModel(ABC):
@@ -81,14 +81,14 @@ class VaeDecoderModel(QueuedModel):
         with clear_setup_errors():
             self._decoder = FrameDecoder(ServeConfig.from_environment())
         # No bound: who comes here has been let in by the queue of the denoiser.
-        self.queue = RunQueue(None, self._serve, lambda: None)
+        self.queue = RunQueue(QueueRules(None), self._serve, lambda: None, lambda _: None)
 
     def describe_run(self, inputs: Arrays) -> dict[str, Any]:
         if "LATENTS" not in inputs:
             raise InvalidRequest("A run needs LATENTS, got none: call the model ti2v instead.")
         return {}
 
-    def _serve(self, run: QueuedRun) -> None:
+    def _serve(self, run: QueuedRun) -> bool:
         try:
             for frames in self._decoder.decode(torch.from_numpy(run.tensors["LATENTS"])):
                 if run.cancelled.is_set():
@@ -97,6 +97,7 @@ class VaeDecoderModel(QueuedModel):
         except Exception as error:  # as in StageModel
             run.answer.fail(error)
         run.answer.close()
+        return True
 
 
 def _text(array: Any) -> str:

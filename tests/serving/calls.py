@@ -44,9 +44,11 @@ class Refused(Exception):
 
 @dataclass
 class Answer:
-    """A whole stream: its progress responses in order, the result (empty after an error), and what came last."""
+    """A whole stream: its progress responses in order, those that told of its place in the queue, the result (empty
+    after an error), and what came last."""
 
     progress: list[Outputs] = field(default_factory=list)
+    waits: list[Outputs] = field(default_factory=list)
     result: Outputs = field(default_factory=dict)
     ended_empty: bool = False
 
@@ -108,7 +110,9 @@ class Stream:
         answer = Answer()
         while True:
             outputs, final = self.next()
-            if "STEP" in outputs:
+            if "QUEUE_POSITION" in outputs:
+                answer.waits.append(outputs)
+            elif "STEP" in outputs:
                 answer.progress.append(outputs)
             elif outputs:
                 assert not answer.result, "a second result"

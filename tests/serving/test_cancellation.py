@@ -112,12 +112,12 @@ def test_decoding_stops_within_a_chunk(server: Server, small: Values) -> None:
     server.stream(one_chunk)
     chunk_s = cpu_s(decoder) - began_s
 
-    with server.open({**one_chunk, "NUM_FRAMES": np.array([204], np.int32)}) as stream:
+    with server.open({**one_chunk, "NUM_FRAMES": np.array([102], np.int32)}) as stream:
         began_s = cpu_s(decoder)
         until(lambda: cpu_s(decoder) > began_s + chunk_s / 4, "the decoder to begin")
         stream.cancel()
         cancelled_s = cpu_s(decoder)
     server.stream(one_chunk)  # waits until the decoder is free
-    # Of 13 chunks: the one under way, one that may begin before the cancel has arrived, and its own. CPU seconds of
-    # equal work differ on a shared machine, so the bound is twice that.
-    assert cpu_s(decoder) - cancelled_s < 6 * chunk_s
+    # Of 7 chunks: the one under way, one that may begin before the cancel has arrived, and its own. CPU seconds of
+    # equal work differ on a shared machine, so two more are allowed.
+    assert cpu_s(decoder) - cancelled_s < 5 * chunk_s

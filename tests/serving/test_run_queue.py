@@ -17,7 +17,7 @@ from stepvideo_serve.errors import (
     RequestError,
     ServiceUnavailable,
 )
-from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
+from stepvideo_serve.serving.run_queue import HIGH, LOW, URGENT, QueuedRun, QueueRules, RunQueue
 
 PATIENCE_S = 60.0
 
@@ -28,8 +28,13 @@ class Mailbox:
     def __init__(self) -> None:
         self._answers: queue.SimpleQueue[BaseException | str] = queue.SimpleQueue()
 
+        self.places: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
+
     def send(self, outputs: dict[str, NDArray[Any]]) -> None:
-        self._answers.put(outputs["DONE"].item())
+        if "QUEUE_POSITION" in outputs:
+            self.places.put((outputs["QUEUE_POSITION"].item(), outputs["START_IN_S"].item()))
+        else:
+            self._answers.put(outputs["DONE"].item())
 
     def fail(self, error: BaseException) -> None:
         self._answers.put(error)
@@ -39,6 +44,10 @@ class Mailbox:
 
     def answer(self) -> BaseException | str:
         return self._answers.get(timeout=PATIENCE_S)
+
+    def place(self) -> tuple[int, float]:
+        """The next place in the queue that the run was told, and when it may begin."""
+        return self.places.get(timeout=PATIENCE_S)
 
     @property
     def empty(self) -> bool:
@@ -53,18 +62,25 @@ class Ranks:
         self.turn = threading.Semaphore(0)
         self.current: QueuedRun | None = None
 
-    def serve(self, run: QueuedRun) -> None:
+    def serve(self, run: QueuedRun) -> bool:
         self.current = run
         self.started.put(run.run_id)
         self.turn.acquire()
+        if run.gives_way:
+            return False
         if run.cancelled.is_set():
             run.answer.fail(RequestCancelled("cancelled"))
         else:
             run.answer.send({"DONE": np.array(run.run_id)})
+        return True
+
+    def seconds_of(self, run: QueuedRun) -> float | None:
+        """As the test says."""
+        return run.params.get("seconds")
 
     def interrupt(self) -> None:
         assert self.current is not None
-        assert self.current.cancelled.is_set(), "the mark comes first"
+        assert self.current.cancelled.is_set() or self.current.parked.is_set(), "the mark comes first"
         self.turn.release()
 
     def next_started(self) -> str:
@@ -76,6 +92,10 @@ def new_run(run_id: str, timeout_s: float | None = None, **params: object) -> tu
     return QueuedRun(run_id, {"timeout_s": timeout_s, **params}, {}, mailbox), mailbox
 
 
+def new_queue(ranks: Ranks, max_waiting: int | None, max_parks: int = 0, aging_s: float = 600.0) -> RunQueue:
+    return RunQueue(QueueRules(max_waiting, max_parks, aging_s), ranks.serve, ranks.interrupt, ranks.seconds_of)
+
+
 @pytest.fixture
 def ranks() -> Ranks:
     return Ranks()
@@ -84,7 +104,7 @@ def ranks() -> Ranks:
 @pytest.fixture
 def runs(ranks: Ranks) -> Iterator[RunQueue]:
     """Two may wait."""
-    created = RunQueue(2, ranks.serve, ranks.interrupt)
+    created = new_queue(ranks, 2)
     yield created
     for _ in range(10):
         ranks.turn.release()
@@ -118,7 +138,7 @@ def test_first_in_first_out(runs: RunQueue, ranks: Ranks) -> None:
 def test_an_urgent_run_goes_before_those_that_wait_and_is_not_refused(runs: RunQueue, ranks: Ranks) -> None:
     occupy(runs, ranks)
     put(runs, "second", "third")
-    runs.put(new_run("urgent", urgent=True)[0])
+    runs.put(new_run("urgent", priority=URGENT)[0])
     for _ in range(3):
         ranks.turn.release()
     assert [ranks.next_started() for _ in range(3)] == ["urgent", "second", "third"]
@@ -135,7 +155,7 @@ def test_more_than_may_wait_are_refused(runs: RunQueue, ranks: Ranks) -> None:
 
 
 def test_with_no_room_to_wait_one_may_run(ranks: Ranks) -> None:
-    runs = RunQueue(0, ranks.serve, ranks.interrupt)
+    runs = new_queue(ranks, 0)
     mailbox = occupy(runs, ranks)
     with pytest.raises(QueueFull):
         put(runs, "second")
@@ -145,7 +165,7 @@ def test_with_no_room_to_wait_one_may_run(ranks: Ranks) -> None:
 
 
 def test_without_a_bound_any_number_waits(ranks: Ranks) -> None:
-    runs = RunQueue(None, ranks.serve, ranks.interrupt)
+    runs = new_queue(ranks, None)
     occupy(runs, ranks)
     mailboxes = put(runs, *map(str, range(100)))
     for _ in range(101):
@@ -226,7 +246,7 @@ def test_a_name_is_given_once(runs: RunQueue, ranks: Ranks, taken: str) -> None:
 
 
 def test_closing_ends_all_runs(ranks: Ranks) -> None:
-    runs = RunQueue(2, ranks.serve, ranks.interrupt)
+    runs = new_queue(ranks, 2)
     mailboxes = [occupy(runs, ranks), *put(runs, "second", "third")]
     runs.close()
     answers = [mailbox.answer() for mailbox in mailboxes]
@@ -234,3 +254,131 @@ def test_closing_ends_all_runs(ranks: Ranks) -> None:
     assert [type(answer) for answer in answers] == [RequestCancelled, ServiceUnavailable, ServiceUnavailable]
     with pytest.raises(ServiceUnavailable, match="shutting down"):
         put(runs, "late")
+
+
+def put_new(runs: RunQueue, run_id: str, **params: Any) -> tuple[QueuedRun, Mailbox]:
+    run, mailbox = new_run(run_id, **params)
+    runs.put(run)
+    return run, mailbox
+
+
+def started(ranks: Ranks, count: int) -> list[str]:
+    """Lets run after run end."""
+    for _ in range(count):
+        ranks.turn.release()
+    return [ranks.next_started() for _ in range(count)]
+
+
+def test_a_higher_priority_goes_first_and_equal_ones_by_arrival(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None)
+    occupy(runs, ranks)
+    for run_id, priority in [("low", LOW), ("high", HIGH), ("low again", LOW), ("high again", HIGH)]:
+        put_new(runs, run_id, priority=priority)
+    put(runs, "normal")
+    assert started(ranks, 5) == ["high", "high again", "normal", "low", "low again"]
+    ranks.turn.release()
+    runs.close()
+
+
+def test_a_run_that_has_waited_long_is_raised(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, aging_s=60.0)
+    occupy(runs, ranks)
+    old, _ = new_run("old", priority=LOW)
+    old.accepted_s -= 121.0
+    runs.put(old)
+    put_new(runs, "high", priority=HIGH)
+    put(runs, "normal")
+    assert started(ranks, 3) == ["old", "high", "normal"]
+    ranks.turn.release()
+    runs.close()
+
+
+def test_a_higher_priority_parks_the_run_under_way_which_goes_on_afterwards(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, max_parks=1)
+    low, low_answer = put_new(runs, "low", priority=LOW, parkable=True)
+    assert ranks.next_started() == "low"
+    put(runs, "normal")  # parks it: the one time that it may be
+    assert ranks.next_started() == "normal"
+    put_new(runs, "high", priority=HIGH)  # "normal" cannot be parked
+    assert started(ranks, 2) == ["high", "low"]
+    put_new(runs, "another", priority=HIGH)
+    assert low.parks == 1
+    ranks.turn.release()
+    assert low_answer.answer() == "low"
+    assert ranks.next_started() == "another"
+    ranks.turn.release()
+    runs.close()
+
+
+def test_an_urgent_run_parks_without_being_counted(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, max_parks=0)
+    run, mailbox = put_new(runs, "run", parkable=True)
+    assert ranks.next_started() == "run"
+    put_new(runs, "urgent", priority=URGENT)
+    assert ranks.next_started() == "urgent"
+    ranks.turn.release()
+    assert ranks.next_started() == "run"
+    assert run.parks == 0
+    ranks.turn.release()
+    assert mailbox.answer() == "run"
+    runs.close()
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "deadline"])
+def test_a_parked_run_can_be_ended(ranks: Ranks, end: str) -> None:
+    runs = new_queue(ranks, None, max_parks=1)
+    _, mailbox = put_new(runs, "parked", parkable=True, timeout_s=0.5 if end == "deadline" else None)
+    assert ranks.next_started() == "parked"
+    put_new(runs, "high", priority=HIGH)
+    assert ranks.next_started() == "high"
+    if end == "cancel":
+        runs.cancel("parked")
+    elif end == "close":
+        runs.close()
+    error = mailbox.answer()
+    assert type(error) is {"cancel": RequestCancelled, "close": ServiceUnavailable, "deadline": DeadlineExceeded}[end]
+    ranks.turn.release()
+    runs.close()
+
+
+def test_those_that_wait_are_told_their_place_and_when_they_begin(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None)
+    put_new(runs, "running", seconds=10.0)
+    assert ranks.next_started() == "running"
+    _, second = put_new(runs, "second", seconds=20.0, parkable=True)
+    _, third = put_new(runs, "third", seconds=30.0, parkable=True)
+    assert (second.place(), third.place()) == ((1, 10.0), (2, 30.0))
+    _, unknown = put_new(runs, "unknown", priority=HIGH, parkable=True)
+    assert (unknown.place(), third.places.qsize()) == ((1, 10.0), 1)
+    assert third.place() == (3, -1.0)
+    ranks.turn.release()
+    assert ranks.next_started() == "unknown"
+    while (place := third.place()) != (2, -1.0):
+        assert place[0] == 3
+    for _ in range(3):
+        ranks.turn.release()
+    runs.close()
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None)
+    put_new(runs, "running", seconds=10.0)
+    assert ranks.next_started() == "running"
+    with pytest.raises(DeadlineExceeded, match=r"about 10\.0 s of waiting and 5\.0 s of denoising are ahead"):
+        put_new(runs, "late", seconds=5.0, timeout_s=14.0)
+    put_new(runs, "kept", seconds=5.0, timeout_s=16.0)
+    ranks.turn.release()
+    ranks.turn.release()
+    runs.close()
+
+
+def test_a_full_queue_says_how_long_it_would_take(ranks: Ranks) -> None:
+    runs = new_queue(ranks, 1)
+    put_new(runs, "running", seconds=10.0)
+    assert ranks.next_started() == "running"
+    put_new(runs, "second", seconds=20.0)
+    with pytest.raises(QueueFull, match="At most 1 requests may wait, 1 do, which would take about 30 s"):
+        put_new(runs, "third", seconds=1.0)
+    ranks.turn.release()
+    ranks.turn.release()
+    runs.close()

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from stepvideo_serve.parallel.run import ERROR_GRACE_S
-from stepvideo_serve.tritonserver import SHARED_MEMORY
 from tests.parallel.failing import LATE_S
 from tests.serving.calls import Outputs
 from tests.serving.launch import Engines
@@ -20,6 +19,7 @@ from tests.serving.server_faults import (
     faulty_server,
     matrix,
     row,
+    shared_memory,
     verify,
 )
 
@@ -50,7 +50,7 @@ def expected(faulty: FaultyServer) -> dict[str, Outputs]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", FAULTS)
 def test_every_fault_at_every_moment(faulty: FaultyServer, expected: dict[str, Outputs], how: str) -> None:
-    at_start = {path.name for path in SHARED_MEMORY.iterdir()}
+    at_start = shared_memory()
     print(HEADER)
     for case in matrix():
         if case.how != how:

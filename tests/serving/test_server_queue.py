@@ -13,13 +13,16 @@ AT_ONCE_S = 20.0
 
 
 def taken(server: Server, values: Values, stack: ExitStack) -> Stream | None:
-    """A stream whose run has reached the denoiser's queue; None when the request was refused."""
-    before = server.executions("dit_denoiser")
+    """A stream whose run waits in the denoiser's queue; None when the request was refused."""
     with ExitStack() as attempt:
         stream = attempt.enter_context(server.open(values))
-        until(lambda: not stream.silent() or server.executions("dit_denoiser") > before, "the request to be taken")
-        if not stream.silent():
-            assert stream.refusal().text.startswith("RESOURCE_EXHAUSTED: ")
+        refusal = None
+        try:
+            assert "QUEUE_POSITION" in stream.next()[0]
+        except Refused as error:
+            refusal = error.text
+        if refusal is not None:
+            assert refusal.startswith("RESOURCE_EXHAUSTED: ")
             return None
         stack.push(attempt.pop_all())
     return stream
@@ -40,6 +43,10 @@ def accepted(server: Server, values: Values, stack: ExitStack) -> Stream:
 
 def timeout(seconds: float) -> Values:
     return {"TIMEOUT_S": np.array([seconds], np.float32)}
+
+
+def prioritised(values: Values, priority: int) -> Values:
+    return {**values, "REQUEST_PRIORITY": np.array([priority], np.int32)}
 
 
 def test_more_than_may_wait_are_refused_at_once_and_a_cancelled_one_makes_room(
@@ -63,12 +70,9 @@ def test_more_than_may_wait_are_refused_at_once_and_a_cancelled_one_makes_room(
         assert caught.value.status == "UNAVAILABLE"
         assert time.monotonic() - began_s < AT_ONCE_S
 
-        cancelled = waiting.pop(most // 2)
-        assert cancelled.silent()
-        cancelled.cancel()
+        waiting.pop(most // 2).cancel()
         waiting.append(accepted(server, small, stack))
 
-        assert all(stream.silent() for stream in waiting)
         running.wait_for_step(int(running.next()[0]["STEP"][0]) + 2)  # was not disturbed
         running.cancel()
         answers = [stream.collect() for stream in waiting]
@@ -77,29 +81,70 @@ def test_more_than_may_wait_are_refused_at_once_and_a_cancelled_one_makes_room(
 
 
 def test_a_deadline_ends_a_run_at_a_step(server: Server, long: Values) -> None:
-    with server.open({**long, **timeout(2.0)}) as stream:
-        stream.wait_for_step(1)
+    """One that seemed to have time enough, until another one went first."""
+    thirty_steps = {**long, "STEPS": np.array([30], np.int32)}
+    began_s = time.monotonic()
+    server.stream(thirty_steps)  # and now the server knows its pace
+    takes_s = time.monotonic() - began_s
+    with server.open({**prioritised(thirty_steps, 3), **timeout(1.6 * takes_s)}) as late:
+        late.wait_for_step(2)
+        server.stream(prioritised(thirty_steps, 1))
         with pytest.raises(Refused) as caught:
-            stream.collect()
+            late.collect()
     assert caught.value.text.startswith("DEADLINE_EXCEEDED: The video must be ready within TIMEOUT_S")
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: Server, long: Values, small: Values) -> None:
+    with server.open(long) as running:
+        running.wait_for_step(1)
+        began_s = time.monotonic()
+        with server.open({**small, **timeout(3600.0)}) as stream:
+            refused = stream.refusal()
+        assert time.monotonic() - began_s < AT_ONCE_S
+        assert refused.text.startswith("DEADLINE_EXCEEDED: The video must be ready within TIMEOUT_S, of which ")
+        assert "of waiting" in refused.text
     with pytest.raises(Refused, match="DEADLINE_EXCEEDED: ") as caught:
         server.http({**long, **timeout(1.0)})
     assert caught.value.status == "503"
 
 
-def test_a_deadline_ends_a_request_that_waits(server: Server, long: Values, small: Values) -> None:
-    with server.open(long) as running:
-        running.wait_for_step(1)
-        with server.open({**small, **timeout(1.0)}) as waiting:
-            refused = waiting.refusal()
-        assert refused.text.startswith("DEADLINE_EXCEEDED: ")
-        assert "while the request waited" in refused.text
-        assert running.silent() or "STEP" in running.next()[0]  # still under way
-
-
 def test_a_deadline_that_is_kept_changes_nothing(server: Server, small: Values) -> None:
     kept = server.grpc({**small, **timeout(3600.0)})
     np.testing.assert_array_equal(kept["LATENTS"], server.grpc(small)["LATENTS"])
+
+
+def test_a_higher_priority_parks_the_run_under_way_which_ends_with_the_same_bits(
+    server: Server, long: Values, small: Values
+) -> None:
+    twelve_steps = {**long, "STEPS": np.array([12], np.int32)}
+    undisturbed = server.stream(twelve_steps)
+    with server.open(prioritised(twelve_steps, 3)) as low:
+        low.wait_for_step(3)
+        urgent = server.stream(prioritised(small, 1))
+        rest = low.collect()
+    assert urgent.result["SEED"] == [7]
+    assert [int(outputs["QUEUE_POSITION"][0]) for outputs in rest.waits] == [1], "it waited while the other one ran"
+    assert int(rest.waits[0]["STEP"][0]) >= 3
+    steps = [int(step["STEP"][0]) for step in rest.progress]
+    assert steps == list(range(4, 13))
+    np.testing.assert_array_equal(rest.result["LATENTS"], undisturbed.result["LATENTS"])
+
+
+def test_those_that_wait_hear_their_place_and_run_by_priority(server: Server, long: Values, small: Values) -> None:
+    with ExitStack() as stack:
+        running = stack.enter_context(server.open(prioritised(long, 1)))
+        running.wait_for_step(2)
+        low = stack.enter_context(server.open(prioritised({**small, "SEED": np.array([3], np.int64)}, 3)))
+        first, _ = low.next()
+        assert (int(first["STEP"][0]), int(first["QUEUE_POSITION"][0])) == (0, 1)
+        assert first["START_IN_S"][0] > 60.0, "the run before it has a hundred thousand steps"
+        normal = stack.enter_context(server.open(small))
+        assert int(normal.next()[0]["QUEUE_POSITION"][0]) == 1
+        assert int(low.next()[0]["QUEUE_POSITION"][0]) == 2
+        running.cancel()
+        before = normal.collect()
+        assert before.result["SEED"] == [7]
+        assert low.collect().result["SEED"] == [3]
 
 
 @pytest.mark.slow
