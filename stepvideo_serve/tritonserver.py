@@ -26,6 +26,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.server_release import check_exposure, outdated
 from stepvideo_serve.triton_install import link_stub, server_environment, server_home
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -40,6 +41,7 @@ class ServerOptions:
     """How to start the server. A port of 0 means any free port; `log` None leaves the log on standard error.
 
     exit_timeout_s is how long the server lets requests in flight finish when it is stopped.
+    allow_outdated lets a release with known vulnerabilities listen on other addresses than loopback.
     `server_arguments` go to tritonserver as they are, after ours.
     """
 
@@ -51,6 +53,7 @@ class ServerOptions:
     metrics_port: int = 0
     log: Path | None = None
     exit_timeout_s: int = 10
+    allow_outdated: bool = False
     server_arguments: tuple[str, ...] = ()
 
 
@@ -102,6 +105,7 @@ class TritonServer:
             if path is not None and not path.exists():
                 raise SetupError(f"The {what} must exist, but there is nothing at {path}: correct the path.")
         home = server_home()
+        check_exposure(home, options.address, options.allow_outdated)
         link_stub(home)
         self._grpc_port, self._http_port, self._metrics_port = _choose_ports(
             options.address, {"gRPC": options.grpc_port, "HTTP": options.http_port, "metrics": options.metrics_port}
@@ -186,6 +190,7 @@ class TritonServer:
             f"--metrics-address={options.address}",
             f"--metrics-port={self._metrics_port}",
             "--disable-auto-complete-config",
+            "--model-control-mode=none",
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
             f"--exit-timeout-secs={options.exit_timeout_s}",
@@ -266,6 +271,8 @@ def _client_host(address: str) -> str:
 def _serve(server: TritonServer, ready_timeout_s: float) -> int:
     with server:
         server.wait_ready(ready_timeout_s)
+        if (sentence := outdated(server_home())) is not None:
+            print(f"warning: {sentence}: keep it on loopback.", file=sys.stderr)
         print(
             f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}; Ctrl-C stops it", flush=True
         )
@@ -303,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--address", default="127.0.0.1", help="to listen on; default: %(default)s, loopback")
         for port_name, port in zip(("grpc", "http", "metrics"), ports, strict=True):
             sub.add_argument(f"--{port_name}-port", type=int, default=port, help="0: any free; default: %(default)s")
+        sub.add_argument(
+            "--allow-outdated-server", action="store_true", help="let an old release listen beyond loopback"
+        )
         sub.add_argument("--log", type=Path, help="a file for the server's log; default: standard error")
         sub.add_argument("--ready-timeout", type=float, default=300.0, metavar="S", help="default: %(default)g s")
         sub.add_argument(
@@ -324,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         http_port=arguments.http_port,
         metrics_port=arguments.metrics_port,
         log=arguments.log,
+        allow_outdated=arguments.allow_outdated_server,
         server_arguments=tuple(arguments.server_argument),
     )
     signal.signal(signal.SIGTERM, _raise_on_sigterm)

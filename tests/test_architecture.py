@@ -27,7 +27,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "sampling": (*OF_STAGES, "text.states", "dit.velocity"),
     "engine": ("errors",),
     "parallel": ("errors",),
-    "tritonserver": ("errors", "triton_install"),
+    "tritonserver": ("errors", "server_release", "triton_install"),
+    "server_release": ("errors",),
     "triton_install": ("errors",),
 }
 # Part of the package -> all that it may import from outside, besides the standard library.
@@ -35,6 +36,7 @@ FROM_OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "errors": (),
     "geometry": (),
     "tritonserver": (),
+    "server_release": (),
     "triton_install": (),
     "parallel": ("torch", "numpy"),
 }

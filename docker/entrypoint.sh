@@ -1,0 +1,13 @@
+#!/bin/sh
+# Starts the server of this image. Arguments go to python -m stepvideo_serve.tritonserver serve.
+#   STEPVIDEO_CONFIG   the configuration                       /etc/stepvideo/serve.toml
+#   STEPVIDEO_ADDRESS  the address to listen on                127.0.0.1: reachable from inside the container only
+#   STEPVIDEO_PYTHON   the interpreter                         python3
+set -eu
+config=${STEPVIDEO_CONFIG:-/etc/stepvideo/serve.toml}
+if [ ! -r "$config" ]; then
+    echo "error: The configuration must be readable, but there is nothing to read at $config: mount it, or set STEPVIDEO_CONFIG." >&2
+    exit 1
+fi
+exec "${STEPVIDEO_PYTHON:-python3}" -m stepvideo_serve.tritonserver serve \
+    --config "$config" --address "${STEPVIDEO_ADDRESS:-127.0.0.1}" "$@"

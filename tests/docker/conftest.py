@@ -1,0 +1,18 @@
+"""The tiny random checkpoint and its graphs, as the tests of serving have them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.serving.conftest import engines
+from tests.serving.launch import CONFIG, MAX_QUEUED, Engines
+
+__all__ = ["engines"]
+
+
+@pytest.fixture
+def config_file(engines: Engines, tmp_path: Path) -> Path:
+    """A configuration that serves it."""
+    path = tmp_path / "serve.toml"
+    path.write_text(CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=MAX_QUEUED))
+    return path

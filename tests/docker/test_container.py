@@ -1,0 +1,102 @@
+"""The container's files, as far as they can be tried without a container engine: the entry point runs for real."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.server_release import MINIMUM
+
+
+@pytest.fixture
+def docker(root: Path) -> Path:
+    return root / "docker"
+
+
+@pytest.fixture
+def dockerfile(docker: Path) -> str:
+    return (docker / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_configuration_is_one(docker: Path) -> None:
+    config = ServeConfig.load(docker / "serve.toml")
+    assert (config.model.dir, config.model.engines_dir) == (Path("/model"), Path("/engines"))
+    assert Layout.parse(config.denoiser.layout).world_size == 8
+
+
+def test_the_release_has_no_known_critical_vulnerability(dockerfile: str) -> None:
+    tag = re.search(r"^ARG TRITON=nvcr\.io/nvidia/tritonserver:(\d\d)\.(\d\d)-py3$", dockerfile, re.MULTILINE)
+    assert tag is not None
+    year, month = map(int, tag.groups())
+    assert 12 * (year - 26) + month - 7 >= 0
+    assert MINIMUM == (2, 71), "the same release under its other name"
+
+
+def test_everything_copied_is_there_and_sent_to_the_builder(root: Path, dockerfile: str) -> None:
+    sent = [line[1:] for line in (root / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE)
+    sources = [source for copy in copies for source in copy.split()]
+    assert len(sources) >= 6
+    for source in sources:
+        assert (root / source).exists(), source
+        assert source.split("/")[0] in sent, source
+
+
+def test_the_process_is_not_root_and_has_no_weights(dockerfile: str) -> None:
+    last_stage = dockerfile.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER 10001$", last_stage, re.MULTILINE)
+    assert "/model" not in re.sub("/model_repository", "", last_stage)
+    assert not re.search(r"^(ADD|COPY) .*https?://", dockerfile, re.MULTILINE)
+
+
+def run_entrypoint(docker: Path, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [str(docker / "entrypoint.sh"), *arguments],
+        env={**os.environ, "STEPVIDEO_PYTHON": sys.executable, "PYTHONPATH": str(docker.parent), **variables},
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_without_a_configuration_it_says_so(docker: Path, tmp_path: Path) -> None:
+    process = run_entrypoint(docker, STEPVIDEO_CONFIG=str(tmp_path / "none.toml"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(r"error: The configuration must be readable, .*none\.toml: mount it, .*\n", errors)
+
+
+def test_an_old_release_does_not_listen_on_the_network(docker: Path) -> None:
+    config = str(docker / "serve.toml")
+    process = run_entrypoint(docker, STEPVIDEO_CONFIG=config, STEPVIDEO_ADDRESS="0.0.0.0")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "must listen on loopback" in errors
+
+
+def test_it_serves_until_it_is_told_to_stop(docker: Path, config_file: Path) -> None:
+    ports = ["--grpc-port=0", "--http-port=0", "--metrics-port=0"]
+    process = run_entrypoint(docker, *ports, f"--log={config_file.parent / 'log'}", STEPVIDEO_CONFIG=str(config_file))
+    try:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        address = re.search(r"HTTP (\S+),", ready)
+        assert address is not None, process.communicate()[1]
+        with urllib.request.urlopen(f"http://{address[1]}/v2/health/ready", timeout=10) as response:
+            assert response.status == 200
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(children, timeout=30)[1]
+    finally:
+        process.kill()
+        process.communicate()
