@@ -27,7 +27,8 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify test test-slow test-kernels kernels lint format clean
+.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify calibrate parity engines kernels \
+	test test-slow test-kernels test-kernels-slow test-engines test-engines-slow test-toyworld lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -105,23 +106,70 @@ onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare
 	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
 
-test: $(INSTALLED) ## the tests, with the real server; no GPU needed
-	@$(RUN) pytest -q -rs --ignore=tests/kernels -m 'not gpu and not slow' $(PYTEST_ARGS)
-
-test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
-	@$(RUN) pytest -q -rs --ignore=tests/kernels -m 'slow and not gpu' $(PYTEST_ARGS)
-
 KERNELS_INSTALLED := .venv/.kernels-$(PINS)
 $(KERNELS_INSTALLED): $(INSTALLED)
 	$(SAY) "the Triton language and TensorRT-RTX, for the kernels"
 	@$(RUN) pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[kernels]'
 	@touch $@
 
+# --- TensorRT engines --------------------------------------------------------------------------------------------
+# make engines MODEL_DIR=... OUT=... BACKEND=tensorrt|tensorrt_rtx SM=89 PRECISION=bf16|fp8 LAYOUT=single|tp2|...
+SM ?= 89
+PRECISION ?= bf16
+LAYOUT ?= single
+SHAPES ?= 544x992x102
+CALIBRATION ?=
+KEEP_BF16 ?=
+SPLIT_LLM ?=
+# OUT and BACKEND have other meanings, and defaults, above.
+ENGINES_OUT = $(if $(filter file,$(origin OUT)),build/engines,$(OUT))
+ENGINES_BACKEND = $(if $(filter file,$(origin BACKEND)),tensorrt_rtx,$(BACKEND))
+
+engines: $(KERNELS_INSTALLED) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
+	$(SAY) "graphs of $(MODEL_DIR) in $(ENGINES_OUT)/onnx: $(PRECISION), layout $(LAYOUT)"
+	@PYTHONPATH=kernels:. $(RUN) export.to_onnx --model-dir '$(MODEL_DIR)' --out '$(ENGINES_OUT)/onnx' \
+		--precision $(PRECISION) --layout $(LAYOUT) --sm $(SM) --toolkit $(ENGINES_BACKEND) \
+		$(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(KEEP_BF16),--keep-bf16 $(KEEP_BF16)) \
+		$(if $(SPLIT_LLM),--split-llm)
+	$(SAY) "engines of $(ENGINES_BACKEND) for SM $(SM) in $(ENGINES_OUT), videos up to $(SHAPES)"
+	@PYTHONPATH=kernels:. $(RUN) export.build_engine --model-dir '$(MODEL_DIR)' --onnx '$(ENGINES_OUT)/onnx' \
+		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)'
+
+REQUESTS ?= ../shared/eval
+calibrate: $(INSTALLED) ## FP8 ranges of MODEL_DIR's activations over the image/prompt pairs in REQUESTS: CALIBRATION
+	@$(RUN) export.calibrate --model-dir '$(MODEL_DIR)' --requests '$(REQUESTS)' \
+		--out '$(or $(CALIBRATION),build/calibration.json)'
+
+parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per graph and over a short loop
+	@$(RUN) export.parity --model-dir '$(MODEL_DIR)' --engines '$(ENGINE_DIR)'
+
+# --- tests ----------------------------------------------------------------------------------------------------------
+# These need more than the demo does, or much time: each has a target of its own.
+APART := $(addprefix --ignore=tests/,kernels engines toyworld)
+
+test: $(INSTALLED) ## the tests, with the real server; no GPU needed
+	@$(RUN) pytest -q -rs $(APART) -m 'not gpu and not slow' $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
+	@$(RUN) pytest -q -rs $(APART) -m 'slow and not gpu' $(PYTEST_ARGS)
+
 kernels: $(KERNELS_INSTALLED) ## compile every fused kernel for every GPU generation: build/kernels
 	@PYTHONPATH=kernels:. $(RUN) stepvideo_kernels.compile --out build/kernels
 
 test-kernels: $(KERNELS_INSTALLED) ## the tests of the fused kernels, in the interpreter
 	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/kernels $(PYTEST_ARGS)
+
+test-kernels-slow: $(KERNELS_INSTALLED) ## the long tests of the kernels and their plugins
+	@$(RUN) pytest -q -rs -m 'slow and not gpu' tests/kernels $(PYTEST_ARGS)
+
+test-engines: $(KERNELS_INSTALLED) ## the tests that build TensorRT engines of the tiny checkpoint; no GPU needed
+	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/engines $(PYTEST_ARGS)
+
+test-engines-slow: $(KERNELS_INSTALLED) ## engines at full width, one DiT block and one Step-LLM layer
+	@$(RUN) pytest -q -rs -m 'slow and not gpu' tests/engines $(PYTEST_ARGS)
+
+test-toyworld: $(INSTALLED) ## the tests of the toy world and its training
+	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/toyworld $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN)/ruff check .

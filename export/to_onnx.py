@@ -1,60 +1,55 @@
 """Checkpoint -> ONNX graphs, one at a time.
 
     python -m export.to_onnx --model-dir DIR --out DIR [--only GLOB ...] [--precision fp32|bf16|fp16] [--layout tp4]
+    python -m export.to_onnx ... --precision fp8 --calibration FILE [--keep-bf16 GLOB ...]
+    python -m export.to_onnx ... --sm 90 --toolkit tensorrt [--ops auto|plugin|native|reference]
 
 With a layout that splits heads or tokens, the pieces of each tensor-parallel rank go to a folder of their own below
 --out (tp0of4, tp1of4, ...); everything that all ranks share stays in --out.
 
 Writes `<graph>.onnx` with its weights beside it in `<graph>.onnx.data`, and `manifest.json`. Each graph has passed
-the ONNX checker and agrees with the torch module through ONNX Runtime at two shapes. A graph is there whole or not at
-all; run again, only graphs whose weights, code, precision or exporter changed are built.
+the ONNX checker and agrees with the torch module through ONNX Runtime at two shapes (bf16 and FP8 graphs as their fp16
+twin, see compare.py). A graph is there whole or not at all; run again, only graphs whose weights, code, precision,
+calibration or exporter changed are built.
 """
 
 import argparse
 import fnmatch
 import gc
-import hashlib
 import logging
 import os
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import stepvideo_serve
-from export.compare import compare_with_eager
+from export.compare import compare_plugins, compare_with_eager
+from export.plan import export_plan
 from export.preview_fit import fit_preview
+from export.quantize.calibration import Calibration
+from export.quantize.fp8 import Fp8, count_quantized
+from export.recipe import OPSET, PRECISIONS, TOOLS, Recipe, Table
 from export.samples import SMALL_SIZES, sample_inputs
-from stepvideo_serve.components import (
-    DTYPES,
-    Component,
-    components,
-    core_component,
-    llm_part_components,
-    part_components,
-    sharded_graph_names,
-)
+from stepvideo_serve.components import Component
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest, content_key
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.errors import ConfigError, EngineError, ExportError, SetupError
-from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
-from stepvideo_serve.sharding import TensorPart
+from stepvideo_serve.errors import EngineError, ExportError, SetupError
+from stepvideo_serve.parallel.layout import SINGLE, Layout
 from stepvideo_serve.weights.checkpoint import Checkpoint
 
-OPSET = 23
-SOURCES = ("dit/*.py", "text/*.py", "vae/*.py", "sharding.py")
-TOOLS = ("torch", "onnx", "onnxscript", "transformers")
+if TYPE_CHECKING:
+    from stepvideo_kernels.ops import Target
 
 
 def export_graphs(
@@ -65,146 +60,135 @@ def export_graphs(
     show_progress: bool = True,
     layout: Layout = SINGLE,
     split_llm: bool = False,
+    recipe: Recipe | None = None,
 ) -> Manifest:
     """Brings the graphs whose names match a glob of `only` (all by default) up to date in `out`, and in a folder below
     it per tensor-parallel rank where `layout` splits heads or tokens; `split_llm`: Step-LLM there too, in slices.
+    `recipe` says more than `precision`, and takes its place.
 
     Returns the manifest of `out`, which has also been saved. Raises ExportError when a graph fails its checks,
     ConfigError when the layout does not fit the model, and CheckpointError for the weights; finished graphs stay.
     """
-    plan = export_plan(checkpoint, out, precision, layout, split_llm)
-    known = sorted({name for table in plan.values() for name in table})
+    recipe = recipe or Recipe(precision)
+    exporter = _Exporter(checkpoint, recipe, show_progress)
+    tables = [export_plan(checkpoint, out, name, layout, split_llm) for name in exporter.precisions]
+    known = sorted({name for table in tables[0].values() for name in table})
     chosen = {name for name in known if only is None or any(fnmatch.fnmatch(name, glob) for glob in only)}
     if not chosen:
         raise ExportError(f"--only must match at least one graph, {only} matches none of {', '.join(known)}.")
-    for folder, table in plan.items():
-        wanted = {name: component for name, component in table.items() if name in chosen}
-        _export_folder(checkpoint, folder, wanted, precision, show_progress)
+    recipe.check(checkpoint)
+    for folder in tables[0]:
+        wanted = {name: tuple(table[folder][name] for table in tables) for name in tables[0][folder] if name in chosen}
+        exporter.export_folder(folder, wanted)
     return Manifest.load(out)
 
 
-def export_plan(
-    checkpoint: Checkpoint, out: Path, precision: str, layout: Layout, split_llm: bool
-) -> dict[Path, dict[str, Component]]:
-    """Which graphs go to which folder, `out` first."""
-    config = checkpoint.dit_config
-    layout.check(config.num_heads, llm_groups=checkpoint.llm_config.num_groups if split_llm else None)
-    if split_llm and layout.tp == 1:
-        raise ConfigError(
-            f"--split-llm needs a layout with tensor parallelism, got {layout}: add tp2, or leave it out."
-        )
-    whole = components(checkpoint, precision)
-    if layout.tp == layout.sp == 1:
-        return {out: whole}
-    common, _ = sharded_graph_names(config, layout.tp, layout.sp)
-    shared = {name: part for name, part in whole.items() if not name.startswith("dit_") or name in common}
-    if layout.sp > 1:
-        core = core_component(precision, config.num_heads // (layout.tp * layout.sp))
-        shared[core.name] = core
-    parts = {
-        out / part_folder(layout, index): part_components(
-            checkpoint, precision, TensorPart(index, layout.tp), sequence=layout.sp > 1
-        )
-        for index in range(layout.tp)
-    }
-    if split_llm:
-        del shared["step_llm"]
-        for index, table in enumerate(parts.values()):
-            table |= llm_part_components(checkpoint, precision, TensorPart(index, layout.tp))
-    return {out: shared, **parts}
+Versions = tuple[Component, ...]
+"""One graph in the precision of the export, in the precision of its check, and in fp32."""
 
 
-def _export_folder(
-    checkpoint: Checkpoint, out: Path, table: dict[str, Component], precision: str, show_progress: bool
-) -> None:
-    chosen = list(table)
-    out.mkdir(parents=True, exist_ok=True)
-    manifest = _open_manifest(out, checkpoint, precision)
-    keys = {name: _graph_key(table[name], checkpoint, precision) for name in chosen}
-    stale = [name for name in chosen if not _is_current(manifest, out, name, keys[name])]
-    for name in tqdm(stale, desc=f"export {out.name}", unit="graph", disable=not show_progress, file=sys.stderr):
-        entry = _export_one(table[name], keys[name], out, precision)
-        manifest = replace(manifest, graphs={**manifest.graphs, name: entry})
+class _Exporter:
+    """Exports folder by folder as the recipe says."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, show_progress: bool) -> None:
+        self._checkpoint, self._recipe, self._show_progress = checkpoint, recipe, show_progress
+        self.precisions = (recipe.base, recipe.check_precision, "fp32")
+
+    def export_folder(self, out: Path, wanted: Mapping[str, Versions]) -> None:
+        """Brings the graphs of one folder and its manifest up to date."""
+        out.mkdir(parents=True, exist_ok=True)
+        manifest = self._open_manifest(out)
+        keys = {name: self._recipe.key(graph[0], self._checkpoint) for name, graph in wanted.items()}
+        stale = [name for name in wanted if not self._is_current(manifest, out, name, keys[name])]
+        bar = tqdm(stale, desc=f"export {out.name}", unit="graph", disable=not self._show_progress, file=sys.stderr)
+        for name in bar:
+            entry = self._export_one(wanted[name], keys[name], out)
+            manifest = replace(manifest, graphs={**manifest.graphs, name: entry})
+            manifest.save(out)
+        if "preview" not in manifest.extra or "vae_encoder" in stale:
+            manifest = replace(manifest, extra={**manifest.extra, "preview": fit_preview(self._checkpoint)})
         manifest.save(out)
-    if "preview" not in manifest.extra or "vae_encoder" in stale:
-        manifest = replace(manifest, extra={**manifest.extra, "preview": fit_preview(checkpoint)})
-    manifest.save(out)
 
-
-def _open_manifest(out: Path, checkpoint: Checkpoint, precision: str) -> Manifest:
-    """The manifest so far where it is of the same precision, else a fresh one."""
-    identity = content_key(**{part: checkpoint.digest(part) for part in ("dit", "llm", "clip", "vae")})
-    fresh = Manifest(
-        checkpoint=identity,
-        precision=precision,
-        tools={name: version(name) for name in TOOLS},
-        graphs={},
-        extra={"dit_config": asdict(checkpoint.dit_config)},
-    )
-    try:
-        found = Manifest.load(out)
-    except EngineError:
-        return fresh
-    if found.precision != precision:
-        raise ExportError(
-            f"{out} must hold graphs in {precision}, found {found.precision}: choose another --out, or delete it."
+    def _open_manifest(self, out: Path) -> Manifest:
+        """The manifest so far where it is of the same precision, else a fresh one."""
+        checkpoint, precision = self._checkpoint, self._recipe.precision
+        identity = content_key(**{part: checkpoint.digest(part) for part in ("dit", "llm", "clip", "vae")})
+        fresh = Manifest(
+            checkpoint=identity,
+            precision=precision,
+            tools={name: version(name) for name in TOOLS},
+            graphs={},
+            extra={"dit_config": asdict(checkpoint.dit_config)} | self._fp8_extra(),
         )
-    extra = found.extra if found.checkpoint == identity else {}
-    return replace(fresh, graphs=found.graphs, extra={**extra, **fresh.extra})
+        try:
+            found = Manifest.load(out)
+        except EngineError:
+            return fresh
+        if found.precision != precision:
+            raise ExportError(
+                f"{out} must hold graphs in {precision}, found {found.precision}: choose another --out, or delete it."
+            )
+        extra = found.extra if found.checkpoint == identity else {}
+        return replace(fresh, graphs=found.graphs, extra={**extra, **fresh.extra})
 
+    def _fp8_extra(self) -> dict[str, Any]:
+        fp8 = self._recipe.fp8
+        if fp8 is None:
+            return {}
+        return {"fp8": {"keep_bf16": sorted(fp8.keep), "calibration": dict(fp8.calibration.settings)}}
 
-def _graph_key(component: Component, checkpoint: Checkpoint, precision: str) -> str:
-    return content_key(
-        weights=checkpoint.digest(component.part, component.prefix),
-        spec=component.spec.to_json(),
-        precision=precision,
-        opset=OPSET,
-        code=_source_digest(),
-        tools={name: version(name) for name in TOOLS},
-    )
+    def _is_current(self, manifest: Manifest, out: Path, name: str, key: str) -> bool:
+        entry = manifest.graphs.get(name)
+        if entry is None or entry.key != key or (self._recipe.compare and not entry.extras.get("parity")):
+            return False
+        return all((out / f.path).is_file() and (out / f.path).stat().st_size == f.size_bytes for f in entry.files)
 
-
-def _source_digest() -> str:
-    """SHA-256 over the code of the networks: an edit there makes every graph stale."""
-    package = Path(stepvideo_serve.__file__).parent
-    digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(package.glob(pattern)):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _is_current(manifest: Manifest, out: Path, name: str, key: str) -> bool:
-    entry = manifest.graphs.get(name)
-    if entry is None or entry.key != key:
-        return False
-    return all((out / f.path).is_file() and (out / f.path).stat().st_size == f.size_bytes for f in entry.files)
-
-
-def _export_one(component: Component, key: str, out: Path, precision: str) -> GraphEntry:
-    """Builds one graph in a folder of its own, checks it there, and moves it in."""
-    began_s = time.monotonic()
-    workshop = out / f".{component.name}.partial"
-    shutil.rmtree(workshop, ignore_errors=True)
-    workshop.mkdir()
-    try:
-        module = component.load()
-        path = workshop / f"{component.name}.onnx"
-        write_graph(module, component.spec, path)
-        _check_graph(component.spec, path)
-        parity = compare_with_eager(component.spec, module, path, precision)
-        for file in sorted(workshop.iterdir(), reverse=True):  # weights first: the graph file makes it complete
-            os.replace(file, out / file.name)
-    finally:
+    def _export_one(self, graph: Versions, key: str, out: Path) -> GraphEntry:
+        """Builds one graph in a folder of its own, checks it there, and moves it in."""
+        began_s = time.monotonic()
+        component = graph[0]
+        workshop = out / f".{component.name}.partial"
         shutil.rmtree(workshop, ignore_errors=True)
-        gc.collect()
-    names = [f"{component.name}.onnx", f"{component.name}.onnx.data"]
-    files = tuple(GraphFile.of(out, name) for name in names if (out / name).is_file())
-    return GraphEntry(files, key, component.spec, {"parity": parity, "seconds": round(time.monotonic() - began_s, 2)})
+        workshop.mkdir()
+        try:
+            path = workshop / f"{component.name}.onnx"
+            extras = self._write(graph, path)
+            if "parity" not in extras:
+                extras["parity"] = self._compare(graph, path)
+            for file in sorted(workshop.iterdir(), reverse=True):  # weights first: the graph file makes it complete
+                os.replace(file, out / file.name)
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
+            gc.collect()
+        names = [f"{component.name}.onnx", f"{component.name}.onnx.data"]
+        files = tuple(GraphFile.of(out, name) for name in names if (out / name).is_file())
+        return GraphEntry(files, key, component.spec, extras | {"seconds": round(time.monotonic() - began_s, 2)})
+
+    def _write(self, graph: Versions, path: Path) -> dict[str, Any]:
+        """Writes the graph and returns what is known of it; its module is not kept."""
+        component = graph[0]
+        built = self._recipe.build(component, self._checkpoint)
+        write_graph(built.module, component.spec, path, built.table)
+        _check_graph(component.spec, path)
+        extras: dict[str, Any] = {"ops": built.ops} if built.ops else {}
+        if self._recipe.fp8 is not None:
+            extras["fp8"] = count_quantized(onnx.load(str(path), load_external_data=False).graph)
+        if built.has_plugins and self._recipe.compare:
+            measure = self._recipe.same_precision(component)
+            extras["parity"] = compare_plugins(component.spec, built.module, graph[2].load, measure)
+        return extras
+
+    def _compare(self, graph: Versions, path: Path) -> list[dict[str, Any]]:
+        component, check, wide = graph
+        if not self._recipe.compare:
+            return []
+        measure = None if self._recipe.precision == "fp32" else self._recipe.same_precision(check)
+        return compare_with_eager(component.spec, path, wide.load, measure)
 
 
-def write_graph(module: nn.Module, spec: EngineSpec, path: Path) -> None:
-    """One module as `path` with its weights beside it, traced with small inputs; sizes in `spec.dims` stay open."""
+def write_graph(module: nn.Module, spec: EngineSpec, path: Path, table: Table | None = None) -> None:
+    """One module as `path` with its weights beside it, traced with small inputs; sizes in `spec.dims` stay open.
+    `table` translates operators that are not torch's own."""
     inputs = sample_inputs(spec, SMALL_SIZES)
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -215,6 +199,7 @@ def write_graph(module: nn.Module, spec: EngineSpec, path: Path) -> None:
             dynamic_shapes=tuple(spec.dynamic_shapes().values()),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
+            custom_translation_table=dict(table or {}),
             verbose=False,
         )
     if program is None:
@@ -249,30 +234,66 @@ def _summary(manifest: Manifest, out: Path) -> str:
     for name, entry in manifest.graphs.items():
         size = sum(file.size_bytes for file in entry.files) / 2**20
         worst: dict[str, Any] = max(entry.extras["parity"], key=lambda row: row["error"], default={})
-        shown = f"{worst['error']:.1e} / {worst['allowed']:.1e}" if worst else "not run (no bf16 in ONNX Runtime)"
+        shown = f"{worst['error']:.1e} / {worst['allowed']:.1e}" if worst else "not compared"
         rows.append(f"{name:<18} {size:>8.1f} {entry.extras['seconds']:>8.1f}  {shown}")
     return "\n".join([*rows, f"{len(manifest.graphs)} graphs in {manifest.precision} in {out}"])
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m export.to_onnx", description="Export a checkpoint to ONNX graphs.")
     parser.add_argument("--model-dir", type=Path, required=True, help="checkpoint in the official layout")
     parser.add_argument("--out", type=Path, required=True, help="folder for the graphs and their manifest")
     parser.add_argument("--only", nargs="+", metavar="GLOB", help='graphs to export, such as "dit_block_*"')
-    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="from export.calibrate, for fp8")
+    parser.add_argument(
+        "--keep-bf16", nargs="+", default=[], metavar="GLOB", help='layers not to quantise, such as "*.ff.net.2"'
+    )
+    parser.add_argument("--ops", default="auto", help="fused operators: auto, plugin, native or reference")
+    parser.add_argument("--sm", type=int, help="architecture to compile for, such as 89; for fused operators")
+    parser.add_argument("--toolkit", choices=("tensorrt", "tensorrt_rtx"), help="what compiles, with --sm")
     parser.add_argument("--layout", default="single", help='how ranks share the DiT, such as "cfg2.tp4"')
     parser.add_argument("--split-llm", action="store_true", help="cut Step-LLM for tensor parallelism too")
+    parser.add_argument("--no-compare", action="store_true", help="do not compare with torch: needs the least memory")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    fp8 = None
+    if arguments.calibration is not None:
+        fp8 = Fp8(Calibration.load(arguments.calibration), tuple(arguments.keep_bf16))
+    elif arguments.keep_bf16:
+        raise ExportError("--keep-bf16 goes with --precision fp8 and --calibration, got none: add them.")
+    return Recipe(arguments.precision, fp8, arguments.ops, _target(arguments), not arguments.no_compare)
+
+
+def _target(arguments: argparse.Namespace) -> "Target | None":
+    if arguments.sm is None and arguments.toolkit is None:
+        return None
+    if arguments.sm is None or arguments.toolkit is None:
+        raise ExportError("--sm and --toolkit go together, got one of them: add the other.")
+    try:
+        from stepvideo_kernels.ops import Target
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"--sm needs the folder kernels/ on PYTHONPATH, {error.name} was not found: add it."
+        ) from None
+    return Target(arguments.sm, arguments.toolkit)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Returns the exit status; argparse itself leaves with 2."""
+    arguments = _parser().parse_args(given)
     try:
         manifest = export_graphs(
             Checkpoint(arguments.model_dir),
             arguments.out,
-            arguments.precision,
-            arguments.only,
-            not arguments.quiet,
-            Layout.parse(arguments.layout),
-            arguments.split_llm,
+            only=arguments.only,
+            show_progress=not arguments.quiet,
+            layout=Layout.parse(arguments.layout),
+            split_llm=arguments.split_llm,
+            recipe=_recipe(arguments),
         )
     except SetupError as error:
         print(f"export: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from stepvideo_serve.engine.eager import EagerRunner
 from stepvideo_serve.engine.manifest import Manifest, content_key
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EngineRunner
-from stepvideo_serve.errors import ConfigError, EngineError, InvalidRequest, RequestCancelled
+from stepvideo_serve.errors import EngineError, InvalidRequest, RequestCancelled
 from stepvideo_serve.pipeline import Cancelled, Frames
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.text.states import TextStates
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from stepvideo_serve.text.encode import TextEncoder
 
 
-def load_runners(config: ServeConfig, names: Collection[str], threads: int) -> dict[str, EngineRunner]:
-    """The named graphs on the configured backend. Raises EngineError when the engine directory does not fit."""
+def load_runners(config: ServeConfig, names: Collection[str], threads: int, part: str = "") -> dict[str, EngineRunner]:
+    """The named graphs on the configured backend; `part`: the folder of a tensor-parallel rank that the engine
+    directory is. Raises ConfigError or EngineError when the engine directory does not fit."""
     model = config.model
     if model.backend == "eager":
         torch.set_num_threads(threads or torch.get_num_threads())
@@ -42,7 +43,9 @@ def load_runners(config: ServeConfig, names: Collection[str], threads: int) -> d
             name: OrtRunner(entry.spec, model.engines_dir / entry.file, threads, engine_id=f"{name}@{entry.key[:12]}")
             for name, entry in entries.items()
         }
-    raise ConfigError(f'[model] backend must be "ort" or "eager", got "{model.backend}": its runner is not there yet.')
+    from stepvideo_serve.tensorrt_assembly import load_engines  # for GPUs only
+
+    return load_engines(config, open_manifest(config), names, part)
 
 
 def open_manifest(config: ServeConfig) -> Manifest:

@@ -61,8 +61,9 @@ def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> 
     if not own:
         return load_runners(config, common, threads)
     if model.backend != "eager":
-        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part_folder(layout, tp_index)))
-        return {**load_runners(config, common, threads), **load_runners(local, own, threads)}
+        part = part_folder(layout, tp_index)
+        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
+        return {**load_runners(config, common, threads), **load_runners(local, own, threads, part)}
     table = components(checkpoint, model.precision)
     table |= part_components(checkpoint, model.precision, TensorPart(tp_index, layout.tp), sequence=layout.sp > 1)
     core = core_component(model.precision, dit_config.num_heads // (layout.tp * layout.sp))
@@ -84,9 +85,9 @@ def build_sharded_llm(config: ServeConfig, layout: Layout, ranks: Collectives) -
             name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names
         }
     else:
-        folder = model.engines_dir / part_folder(layout, ranks.tp_index)
-        local = replace(config, model=replace(model, engines_dir=folder))
-        graphs = load_runners(local, names, config.denoiser.threads)
+        part = part_folder(layout, ranks.tp_index)
+        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
+        graphs = load_runners(local, names, config.denoiser.threads, part)
     return ShardedStepLLM(graphs, llm_config, ranks)
 
 

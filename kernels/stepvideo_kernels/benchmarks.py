@@ -264,8 +264,8 @@ def _alibi(full: FullSize, device: torch.device) -> Case:
     width = (full.heads + 2 * groups) * spec.HEAD_DIM
 
     def inputs(generator: torch.Generator) -> Tensors:
-        bias = sqrt_alibi_bias(full.heads, full.llm_tokens, device)
         slopes = torch.tensor(alibi_slopes(full.heads), device=device)
+        bias = sqrt_alibi_bias(alibi_slopes(full.heads), full.llm_tokens, device)
         return {"qkv": _random(generator, 1, full.llm_tokens, width), "slopes": slopes, "bias": bias[None].bfloat16()}
 
     def run(given: Tensors, tile: TileConfig) -> Tensors:

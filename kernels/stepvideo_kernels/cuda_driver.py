@@ -30,6 +30,14 @@ class CudaDriver:
         except RuntimeError as error:  # how cuda.bindings says that there is no driver
             raise EngineError(f"Launching kernels needs an NVIDIA driver, which is missing: {error}") from None
 
+    def current_sm(self) -> int:
+        """The architecture of the current context's device, e.g. 90."""
+        device = self._call("cuCtxGetDevice")
+        names = self._cuda.CUdevice_attribute
+        parts = (names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+        major, minor = (int(self._call("cuDeviceGetAttribute", part, device)) for part in parts)
+        return 10 * major + minor
+
     def load(self, binary: Binary, code: bytes) -> Any:
         """A kernel of a cubin; its shared memory is granted for the current device."""
         cuda = self._cuda

@@ -17,6 +17,10 @@ SMS = (80, 89, 90, 100, 120)
 FP8_MAX = 448.0
 FP8_MIN_SM = 89
 
+# The operators as ONNX nodes and as TensorRT plugins: domain (of plugins: namespace) and version.
+ONNX_DOMAIN = "stepvideo"
+ONNX_VERSION = 1
+
 ELEMENT_BYTES: Mapping[str, int] = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 POINTER_TYPES: Mapping[str, str] = {"fp8": "*fp8e4nv", "bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 

@@ -13,8 +13,7 @@ import onnxscript
 import torch
 from torch._ops import OpOverload
 
-DOMAIN = "stepvideo"
-VERSION = 1
+from stepvideo_kernels.kernel_spec import ONNX_DOMAIN, ONNX_VERSION
 
 # Operators by op: the forms that an op comes in.
 OPERATORS: Mapping[str, tuple[str, ...]] = {
@@ -47,8 +46,8 @@ def schema(operator: OpOverload) -> onnx.defs.OpSchema:
     parameter = onnx.defs.OpSchema.FormalParameter
     return onnx.defs.OpSchema(
         _name(operator),
-        DOMAIN,
-        VERSION,
+        ONNX_DOMAIN,
+        ONNX_VERSION,
         doc=f"See the torch operator {operator}.",
         inputs=[parameter(argument.name, f"T_{argument.name}") for argument in tensors],
         outputs=[parameter(name, f"T_{name}") for name in _output_names(operator)],
@@ -63,7 +62,7 @@ def translation_table(chosen: Iterable[OpOverload] | None = None) -> dict[Callab
 
 
 def _translation(operator: OpOverload) -> Callable[..., Any]:
-    opset = onnxscript.values.Opset(DOMAIN, VERSION)
+    opset = onnxscript.values.Opset(ONNX_DOMAIN, ONNX_VERSION)
     return onnxscript.values.Op(opset, _name(operator), schema(operator))
 
 

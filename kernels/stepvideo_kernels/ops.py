@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, Literal, cast
 
-from stepvideo_kernels.kernel_spec import SMS, FullSize, KernelBuild, KernelSpec
+from stepvideo_kernels.kernel_spec import FP8_MIN_SM, SMS, FullSize, KernelBuild, KernelSpec
 from stepvideo_serve.errors import ExportError
 
 Implementation = Literal["reference", "native", "plugin"]
@@ -20,17 +20,25 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "native", "plugin")
 
 OPS = ("qkv_norm_rope", "attention", "alibi_attention", "vae_attention", "adaln_modulate")
 
-# What TensorRT fuses by itself, so that "native" is worth having: op -> types of its main input.
-NATIVE_DTYPES: Mapping[str, tuple[str, ...]] = {"attention": ("bf16", "fp16"), "vae_attention": ("bf16", "fp16")}
+# What TensorRT fuses by itself, so that "native" is worth having: op -> types of its main input. FP8 attention at a
+# head of 128 is known to fuse in TensorRT-RTX only.
+NATIVE_DTYPES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "tensorrt": {"attention": ("bf16", "fp16"), "vae_attention": ("bf16", "fp16")},
+    "tensorrt_rtx": {"attention": ("bf16", "fp16", "fp8"), "vae_attention": ("bf16", "fp16")},
+}
 NATIVE_MAX_HEAD = 256
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an engine is built for. `toolkit` is the builder: "tensorrt" or "tensorrt_rtx"."""
+    """What an engine is built for. `toolkit` is the builder: "tensorrt" or "tensorrt_rtx"; else ExportError."""
 
     sm: int
     toolkit: str
+
+    def __post_init__(self) -> None:
+        if self.toolkit not in NATIVE_DTYPES:
+            raise ExportError(f"A toolkit must be one of {', '.join(NATIVE_DTYPES)}, got {self.toolkit!r}.")
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,13 @@ class Use:
 
 @dataclass(frozen=True)
 class Choice:
-    """reason: why this one, or why nothing faster."""
+    """dtype, output: types of its main input and output; reason: why this one, or why nothing faster."""
 
     op: str
     implementation: Implementation
     reason: str
+    dtype: str
+    output: str
 
     def to_json(self) -> dict[str, str]:
         """For the manifest."""
@@ -77,22 +87,23 @@ def choose(use: Use, target: Target, wanted: Implementation | None = None) -> Ch
     spec = spec_of(use.op)
     refusals = {
         "plugin": spec.refuse(dtype=use.dtype, output=use.output, size=use.size, sm=target.sm, tokens=use.tokens),
-        "native": _refuse_native(use),
+        "native": _refuse_native(use, target),
         "reference": _refuse_reference(use),
     }
     if wanted is not None:
         if refusals[wanted] is not None:
             raise ExportError(f"--ops {wanted} cannot be had: {refusals[wanted]}")
-        return Choice(use.op, wanted, "asked for")
+        return Choice(use.op, wanted, "asked for", use.dtype, use.output)
     on_rtx = target.toolkit == "tensorrt_rtx"
     order: tuple[Implementation, ...] = ("native", "plugin") if on_rtx else ("plugin", "native")
     passed_over: list[str] = []
     for implementation in order:
         refusal = refusals[implementation]
         if refusal is None:
-            return Choice(use.op, implementation, " ".join([*passed_over, _REASONS[implementation]]))
+            reason = " ".join([*passed_over, _REASONS[implementation]])
+            return Choice(use.op, implementation, reason, use.dtype, use.output)
         passed_over.append(f"Not {implementation}: {refusal}")
-    return Choice(use.op, "reference", " ".join(passed_over))
+    return Choice(use.op, "reference", " ".join(passed_over), use.dtype, use.output)
 
 
 def choices(uses: tuple[Use, ...], target: Target, wanted: Implementation | None = None) -> dict[str, Any]:
@@ -126,12 +137,14 @@ _REASONS: Mapping[str, str] = {
 }
 
 
-def _refuse_native(use: Use) -> str | None:
-    types = NATIVE_DTYPES.get(use.op)
+def _refuse_native(use: Use, target: Target) -> str | None:
+    types = NATIVE_DTYPES[target.toolkit].get(use.op)
     if types is None:
         return f"TensorRT has no fused {use.op}."
     if use.dtype not in types:
         return f"TensorRT's fused {use.op} takes {' or '.join(types)}, got {use.dtype}."
+    if use.dtype == "fp8" and target.sm < FP8_MIN_SM:
+        return f"TensorRT's fused {use.op} takes fp8 from SM {FP8_MIN_SM} on, got SM {target.sm}."
     if use.size > NATIVE_MAX_HEAD:
         return f"TensorRT's fused {use.op} takes a head size up to {NATIVE_MAX_HEAD}, got {use.size}."
     return None

@@ -25,6 +25,13 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x.float(), (HEAD_DIM,), self.weight.float(), QK_NORM_EPS).to(x.dtype)
 
 
+class AttentionCore(nn.Module):
+    """`attend` as a module without weights, so that an export can put a fused or quantised one in its place."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v)
+
+
 class SelfAttention(nn.Module):
     """Full attention among video tokens; wqkv is interleaved per head: q, k and v of head 0, then of head 1, ..."""
 
@@ -34,6 +41,7 @@ class SelfAttention(nn.Module):
         self.wo = nn.Linear(width // shards, width, bias=False)
         self.q_norm = HeadNorm()
         self.k_norm = HeadNorm()
+        self.core = AttentionCore()
 
     def project(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N, D], tables [N, 128] -> queries, keys and values, each [B, H, N, 128]."""
@@ -44,7 +52,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         """x [B, N, D], tables [N, 128] -> [B, N, D]."""
-        return self.wo(attend(*self.project(x, rope_cos, rope_sin)))
+        return self.wo(self.core(*self.project(x, rope_cos, rope_sin)))
 
 
 class CrossAttention(nn.Module):
@@ -57,6 +65,7 @@ class CrossAttention(nn.Module):
         self.wo = nn.Linear(width // shards, width, bias=False)
         self.q_norm = HeadNorm()
         self.k_norm = HeadNorm()
+        self.core = AttentionCore()
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context [B, L, D] -> keys and values, each [B, H, L, 128]; wkv is interleaved per head."""
@@ -65,12 +74,25 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q = self.q_norm(self.wq(x).unflatten(-1, (-1, HEAD_DIM)))
-        return self.wo(attend(q.transpose(1, 2), keys, values))
+        return self.wo(self.core(q.transpose(1, 2), keys, values))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(128)) v without a mask: [B, H, N, 128] and [B, H, L, 128] twice -> [B, N, H * 128]."""
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class ModulatedNorm(nn.LayerNorm):
+    """LayerNorm with adaLN behind it; an export can put a fused one in its place. scale and shift are [B, 1, D]."""
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        return modulate(self(x), scale, shift)
+
+    def modulated_sum(self, x: Tensor, branch: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """x and branch [B, N, D] -> their sum, and the sum normed and modulated."""
+        total = x + branch
+        return total, self.modulated(total, scale, shift)
 
 
 class ProjectedGelu(nn.Module):
@@ -104,10 +126,10 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, shards: int = 1) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=BLOCK_NORM_EPS)
+        self.norm1 = ModulatedNorm(width, eps=BLOCK_NORM_EPS)
         self.attn1 = SelfAttention(width, shards)
         self.attn2 = CrossAttention(width, shards)
-        self.norm2 = nn.LayerNorm(width, eps=BLOCK_NORM_EPS)
+        self.norm2 = ModulatedNorm(width, eps=BLOCK_NORM_EPS)
         self.ff = FeedForward(width, shards)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
 
@@ -116,10 +138,9 @@ class DiTBlock(nn.Module):
     ) -> Tensor:
         """tokens [B, N, D], modulation [B, 6, D], tables [N, 128], cross_k and cross_v [B, H, L, 128] -> [B, N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).split(1, dim=1)
-        x = tokens
-        x = x + gate1 * self.attn1(modulate(self.norm1(x), scale1, shift1), rope_cos, rope_sin)
-        x = x + self.attn2(x, cross_k, cross_v)
-        return x + gate2 * self.ff(modulate(self.norm2(x), scale2, shift2))
+        x = tokens + gate1 * self.attn1(self.norm1.modulated(tokens, scale1, shift1), rope_cos, rope_sin)
+        x, y = self.norm2.modulated_sum(x, self.attn2(x, cross_k, cross_v), scale2, shift2)
+        return x + gate2 * self.ff(y)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Axes: B = 1, n this rank's tokens, N all tokens, D width, H this rank's heads, h
 import torch
 from torch import Tensor, nn
 
-from stepvideo_serve.dit.blocks import DiTBlock, attend, modulate
+from stepvideo_serve.dit.blocks import AttentionCore, DiTBlock
 from stepvideo_serve.dit.config import HEAD_DIM, DiTConfig
 from stepvideo_serve.dit.graphs import CONTEXT_TOKENS, VIDEO_TOKENS
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
@@ -30,7 +30,7 @@ class AttnSegment(nn.Module):
 
     def forward(self, tokens: Tensor, modulation: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         shift, scale, gate = modulations(self.block, modulation)[:3]
-        x = modulate(self.block.norm1(tokens), scale, shift)
+        x = self.block.norm1.modulated(tokens, scale, shift)
         return gate * self.block.attn1(x, rope_cos, rope_sin)
 
 
@@ -43,16 +43,20 @@ class QkvSegment(nn.Module):
 
     def forward(self, tokens: Tensor, modulation: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         shift, scale = modulations(self.block, modulation)[:2]
-        x = modulate(self.block.norm1(tokens), scale, shift)
+        x = self.block.norm1.modulated(tokens, scale, shift)
         return torch.cat(self.block.attn1.project(x, rope_cos, rope_sin))
 
 
 class CoreSegment(nn.Module):
     """Attention of some heads over all tokens; no weights."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = AttentionCore()
+
     def forward(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.split(1)
-        return attend(q, k, v)
+        return self.core(q, k, v)
 
 
 class OutSegment(nn.Module):
@@ -87,8 +91,8 @@ class FfSegment(nn.Module):
 
     def forward(self, tokens: Tensor, summed: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale, gate = modulations(self.block, modulation)[3:]
-        tokens = tokens + summed
-        return tokens, gate * self.block.ff(modulate(self.block.norm2(tokens), scale, shift))
+        tokens, y = self.block.norm2.modulated_sum(tokens, summed, scale, shift)
+        return tokens, gate * self.block.ff(y)
 
 
 def modulations(block: DiTBlock, modulation: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NORM_GROUPS = 32
+QUERY_BLOCKS_PER_FRAME = 2  # rows and columns are even where the attention is
 
 
 class CausalConv3d(nn.Module):
@@ -68,9 +69,28 @@ class TokenCausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (project(h).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.proj_out(out[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+        q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))
+        if torch.compiler.is_exporting():  # engines have no fused attention for heads this large
+            out = attend_by_blocks(q, k, v, QUERY_BLOCKS_PER_FRAME * x.shape[2])
+        else:
+            out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: int) -> Tensor:
+    """Causal softmax(q k^T / sqrt(C)) v of one head, [B, S, C] each, S a multiple of `blocks`.
+
+    Each block of queries sees the keys up to its own end, so the largest scores are [S / blocks, S], never [S, S].
+    """
+    queries, keys, values = (x.unflatten(1, (blocks, -1)) for x in (q * q.shape[-1] ** -0.5, k, v))
+    size = queries.shape[2]
+    ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    own = torch.zeros(size, size, dtype=q.dtype, device=q.device).masked_fill(ahead, float("-inf"))
+    attended = []
+    for i in range(blocks):
+        scores = queries[:, i] @ keys[:, : i + 1].flatten(1, 2).transpose(1, 2) + F.pad(own, (i * size, 0))
+        attended.append(scores.softmax(dim=-1) @ values[:, : i + 1].flatten(1, 2))
+    return torch.cat(attended, dim=1)
 
 
 class Middle(nn.Module):

@@ -1,6 +1,7 @@
 """What every runner promises."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +12,17 @@ from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError
+from tests.engine.gpu_engines import open_engine
 from tests.engine.toy import WIDTH, Graph, toy_inputs
 
 # A backend is one more entry; those that need a GPU: pytest.param(make, marks=pytest.mark.gpu, id="...").
 BACKENDS = [
     pytest.param(lambda toy: EagerRunner(toy.spec, toy.module), id="eager"),
     pytest.param(lambda toy: OrtRunner(toy.spec, toy.onnx_path, threads=2), id="ort"),
+    *(
+        pytest.param(partial(open_engine, backend=backend), marks=pytest.mark.gpu, id=backend)
+        for backend in ("tensorrt", "tensorrt_rtx")
+    ),
 ]
 
 

@@ -87,12 +87,23 @@ def test_half_precision_loses_no_more_than_twice_what_torch_does(checkpoint: Pat
     assert all(0 < row["error"] <= row["allowed"] for row in entry.extras["parity"])
 
 
-def test_bf16_graphs_pass_the_checker_and_say_that_they_were_not_run(checkpoint: Path, tmp_path: Path) -> None:
+def test_bf16_graphs_are_compared_as_their_fp16_twin(checkpoint: Path, tmp_path: Path) -> None:
     done = run(checkpoint, tmp_path, "--precision", "bf16")
     assert done.returncode == 0, done.stderr
-    assert "not run (no bf16 in ONNX Runtime)" in done.stdout
     graph = onnx.load(tmp_path / "dit_final.onnx", load_external_data=False)
     assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    for entry in Manifest.load(tmp_path).graphs.values():
+        assert all(0 < row["error"] <= row["allowed"] < 0.01 for row in entry.extras["parity"])
+    assert not list(tmp_path.glob("*twin*"))
+
+
+def test_an_export_without_comparison_has_no_report_until_one_with(checkpoint: Path, tmp_path: Path) -> None:
+    done = run(checkpoint, tmp_path, "--no-compare", only=("dit_final",))
+    assert done.returncode == 0, done.stderr
+    assert "not compared" in done.stdout
+    assert Manifest.load(tmp_path).graphs["dit_final"].extras["parity"] == []
+    assert run(checkpoint, tmp_path, only=("dit_final",)).returncode == 0
+    assert Manifest.load(tmp_path).graphs["dit_final"].extras["parity"]
 
 
 @pytest.mark.parametrize(

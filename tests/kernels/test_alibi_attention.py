@@ -90,7 +90,7 @@ def test_reference_is_what_the_model_computes() -> None:
         attention.wqkv.weight.copy_(torch.randn(attention.wqkv.weight.shape) * config.width**-0.5)
         attention.wo.weight.copy_(torch.eye(config.width))
         x = torch.randn(2, 23, config.width)
-        want = attention(x, step_llm.sqrt_alibi_bias(6, 23, x.device))
+        want = attention(x, step_llm.sqrt_alibi_bias(step_llm.alibi_slopes(6), 23, x.device))
         got = reference.alibi_attention(attention.wqkv(x), reference.alibi_slopes(6))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
 

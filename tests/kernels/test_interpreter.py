@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def copy_kernel(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def copy_kernel(source, target, count, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     mask = index < count
     values = tl.load(source + index, mask=mask)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepvideo_kernels.onnx_nodes import DOMAIN, operators, schema, translation_table
+from stepvideo_kernels.kernel_spec import ONNX_DOMAIN
+from stepvideo_kernels.onnx_nodes import operators, schema, translation_table
 from stepvideo_kernels.ops import OPS
 from stepvideo_kernels.tensors import type_name
 from stepvideo_serve.errors import EngineError
@@ -56,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
 
 
 def test_every_operator_is_one_node_with_its_attributes(model: onnx.ModelProto) -> None:
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    nodes = [node for node in model.graph.node if node.domain == ONNX_DOMAIN]
     assert [node.op_type for node in nodes] == ["adaln_residual", "qkv_norm_rope_fp8", "attention_fp8"]
     residual, qkv, attention = nodes
     assert {one.name: one.f for one in residual.attribute} == {"eps": pytest.approx(2e-5)}
@@ -80,7 +81,7 @@ def test_every_op_has_operators_with_a_schema() -> None:
     assert all(any(name.startswith(op.split("_")[0]) for name in names) for op in OPS)
     for operator, name in zip(found, names, strict=True):
         made = schema(operator)
-        assert (made.name, made.domain, made.since_version) == (name, DOMAIN, 1)
+        assert (made.name, made.domain, made.since_version) == (name, ONNX_DOMAIN, 1)
         tensors = [argument.name for argument in operator._schema.arguments if str(argument.type) == "Tensor"]
         assert [one.name for one in made.inputs] == tensors
         assert len(made.outputs) == len(operator._schema.returns)

@@ -163,6 +163,22 @@ def test_faults_of_fp8_are_caught(fault: str, tmp_path: Path) -> None:
         check_fp8(Case(21, heads=3, dtype=torch.bfloat16), faulty)
 
 
+def test_only_the_first_half_of_a_part_is_read_from_the_tables() -> None:
+    """By the kernel, the reference and the model alike."""
+    case = Case(21, heads=2, dtype=torch.bfloat16)
+    wanted = reference.qkv_norm_rope(*operands(case), eps=EPS)
+    case.tables = spoilt(case.tables[0]), spoilt(case.tables[1])
+    check(case)
+    for one, other in zip(reference.qkv_norm_rope(*operands(case), eps=EPS), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def spoilt(table: Tensor) -> Tensor:
+    """Random numbers in the second halves."""
+    halves = [half for part in table.split(reference.ROPE_SPLIT, -1) for half in part.chunk(2, -1)]
+    return torch.cat([half if index % 2 == 0 else torch.randn(half.shape) for index, half in enumerate(halves)], -1)
+
+
 def operands(case: Case) -> tuple[Tensor, ...]:
     return case.qkv, case.q_gain, case.k_gain, *case.tables
 

@@ -101,7 +101,7 @@ def tile(variant: str, sm: int) -> TileConfig:
 
 def padded_keys(keys: int) -> int:
     """Row length of the transposed v of the FP8 variant."""
-    return -(-keys // VALUE_PADDING) * VALUE_PADDING
+    return (keys + VALUE_PADDING - 1) // VALUE_PADDING * VALUE_PADDING  # no negative numbers: ONNX divides towards zero
 
 
 def grid(batch: int, heads: int, queries: int, tile: TileConfig) -> tuple[int, int, int]:

@@ -5,11 +5,12 @@ Axes: B batch, N tokens, H heads, 128 channels of a head.
     [q | k | v] of head h   = qkv[:, :, 384 h : 384 (h + 1)] in three parts of 128
     norm(x)_c               = x_c / sqrt(mean_c(x^2) + eps) * gain_c
     rope(x)_c               = x_c cos_c - x_{c + p/2} sin_c     for c in the first half of its part
-    rope(x)_c               = x_c cos_c + x_{c - p/2} sin_c     for c in the second half
+    rope(x)_{c + p/2}       = x_{c + p/2} cos_c + x_c sin_c     for its partner in the second half
     q, k                    = rope(norm(q)), rope(norm(k)), in fp32 throughout, rounded once
     FP8                     : stored = clamp(x / scale_h, -448, 448) in E4M3, so x = stored * scale_h
 
 The three parts (frame, row, column) have p = 64, 32 and 32 channels, so that a pair's members are p/2 apart.
+Both turn by the same angle: the tables' values for the second half of a part are not read.
 Sources: RMS norm arXiv 1910.07467; RoPE arXiv 2104.09864; its split by axis arXiv 2502.10248.
 """
 
@@ -76,8 +77,12 @@ def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = [torch.cat((-second, first), -1) for first, second in (p.chunk(2, -1) for p in x.split(ROPE_SPLIT, -1))]
-    return x * cos.to(x.dtype) + torch.cat(turned, -1) * sin.to(x.dtype)
+    turned = []
+    for part, cosines, sines in zip(*(one.split(ROPE_SPLIT, -1) for one in (x, cos, sin)), strict=True):
+        first, second = part.chunk(2, -1)
+        c, s = (table.chunk(2, -1)[0].to(x.dtype) for table in (cosines, sines))
+        turned += [first * c - second * s, second * c + first * s]
+    return torch.cat(turned, -1)
 
 
 def _wide(x: Tensor) -> Tensor:

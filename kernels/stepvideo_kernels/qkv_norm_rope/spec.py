@@ -29,7 +29,7 @@ SPEC = KernelSpec(
     layouts=("[batch, tokens, heads * 3 * 128] contiguous",),
     sms=SMS,
     max_tokens=1 << 24,
-    requires="RoPE tables in fp32 whose parts repeat their first half, gains in the type of qkv, scales in fp32",
+    requires="RoPE tables in fp32, the first half of each part is read; gains in the type of qkv, scales in fp32",
 )
 
 # The kernel streams: it is limited by device memory, so a tile is right when enough bytes are in flight (about latency
@@ -65,7 +65,7 @@ TILES: Mapping[str, Mapping[int, tuple[TileConfig, ...]]] = {
 
 def padded_tokens(tokens: int) -> int:
     """Row length of the transposed v of the FP8 variant."""
-    return -(-tokens // KEY_PADDING) * KEY_PADDING
+    return (tokens + KEY_PADDING - 1) // KEY_PADDING * KEY_PADDING  # no negative numbers: ONNX divides towards zero
 
 
 def tile(variant: str, sm: int) -> TileConfig:

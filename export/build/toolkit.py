@@ -1,0 +1,102 @@
+"""The two TensorRTs and what each can build for.
+
+`tensorrt` builds for the GPU of the machine; `tensorrt_rtx` builds for any of its architectures, without a GPU too.
+Both have the same Python interface, so everything else takes the imported module as a parameter.
+"""
+
+import os
+import sysconfig
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from stepvideo_serve.errors import ExportError
+
+SMS: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "tensorrt": (80, 86, 89, 90, 100, 103, 120, 121),
+        "tensorrt_rtx": (80, 86, 89, 120, 121),
+    }
+)
+# The lowest architecture whose tensor cores take the precision.
+LOWEST_SM: Mapping[str, int] = MappingProxyType({"bf16": 80, "fp16": 80, "fp8": 89})
+_DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-cu12"),
+        "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12"),
+    }
+)
+_RTX_LIBRARY = "libtensorrt_rtx.so"
+
+
+def check_target(backend: str, sm: int, precision: str) -> None:
+    """Raises ExportError, naming what there is, for an unknown backend or SM, or a precision that the SM lacks."""
+    if backend not in SMS:
+        raise ExportError(f"--backend must be one of {', '.join(SMS)}, got {backend!r}.")
+    if sm not in SMS[backend]:
+        raise ExportError(f"--sm must be one of {', '.join(map(str, SMS[backend]))} for {backend}, got {sm}.")
+    if precision not in LOWEST_SM:
+        raise ExportError(
+            f"Engines are built from graphs in {', '.join(LOWEST_SM)}, found {precision}: "
+            "export the graphs again with one of these as --precision."
+        )
+    if sm < LOWEST_SM[precision]:
+        raise ExportError(
+            f"{precision} needs SM {LOWEST_SM[precision]} or newer, got {sm}: choose a newer GPU, or bf16."
+        )
+
+
+def check_local_gpu(backend: str, sm: int) -> None:
+    """Raises ExportError where `tensorrt` has to build for another architecture than the GPU of this machine."""
+    if backend != "tensorrt":
+        return
+    import torch  # here, because processes that build need this module without it
+
+    if not torch.cuda.is_available():
+        raise ExportError(
+            "tensorrt builds on a GPU, found none: build on the machine that serves, or use tensorrt_rtx."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if sm != 10 * major + minor:
+        raise ExportError(f"tensorrt builds for the GPU of this machine, SM {10 * major + minor}, got --sm {sm}.")
+
+
+def toolkit_version(backend: str) -> str:
+    """Version of the installed library. Raises ExportError, with the command that installs it."""
+    for distribution in _DISTRIBUTIONS[backend]:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise ExportError(
+        f"{backend} must be installed to build engines, found none of {', '.join(_DISTRIBUTIONS[backend])}: "
+        f"pip install {_DISTRIBUTIONS[backend][0]}."
+    )
+
+
+def child_environment(backend: str, folder: Path) -> dict[str, str]:
+    """The environment of a process that builds.
+
+    The parser of TensorRT-RTX opens libtensorrt_rtx.so by that name, which the wheel does not have: it gets a link in
+    `folder`, named in LD_LIBRARY_PATH, which is read when a process starts.
+    """
+    environment = dict(os.environ)
+    if backend == "tensorrt_rtx":
+        library = Path(sysconfig.get_paths()["platlib"], "tensorrt_rtx_libs", f"{_RTX_LIBRARY}.1")
+        if library.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            link = folder / _RTX_LIBRARY
+            link.unlink(missing_ok=True)
+            link.symlink_to(library)
+            paths = [str(folder.absolute()), environment.get("LD_LIBRARY_PATH", "")]
+            environment["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
+    return environment
+
+
+def set_target(trt: Any, config: Any, backend: str, sm: int) -> None:
+    """Tells a builder configuration of the imported module `trt` which architecture to build for."""
+    if backend == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)

@@ -1,0 +1,62 @@
+"""Puts FP8 layers into the modules of graphs."""
+
+from dataclasses import dataclass
+
+import torch
+from onnx import GraphProto
+from torch import nn
+
+from export.quantize.calibration import Calibration
+from export.quantize.layers import OPERANDS, SHARED_CORE, Layer, belongs, is_kept, layer_of, quantizable
+from export.quantize.qdq import QuantizedAttention, QuantizedLinear
+from stepvideo_serve.components import Component
+from stepvideo_serve.engine.manifest import content_key
+from stepvideo_serve.engine.spec import TORCH_DTYPES
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """What to quantise: ranges of activations, and globs of layers that stay as they are (see layers.py)."""
+
+    calibration: Calibration
+    keep: tuple[str, ...] = ()
+
+    def key(self, component: Component) -> str:
+        """Equal keys make equal graphs of equal weights."""
+        amax = {
+            tensor: value
+            for tensor, value in self.calibration.amax.items()
+            if belongs(component, layer_of(tensor)) and not is_kept(layer_of(tensor), self.keep)
+        }
+        shared = component.name.startswith("dit_core_") and is_kept(SHARED_CORE, self.keep)
+        return content_key(amax=amax, keeps_shared_core=shared)
+
+
+def quantize_module(component: Component, module: nn.Module, fp8: Fp8) -> list[str]:
+    """Replaces the layers of `module` in place, one after the other, so that at most one is there twice. Returns the
+    names of those replaced. Raises ExportError for one that was not calibrated."""
+    dtype = TORCH_DTYPES[component.spec.outputs[0].dtype]
+    done = []
+    for layer in quantizable(component, module):
+        if not is_kept(layer.name, fp8.keep):
+            layer.put(quantized(layer, fp8.calibration, dtype))
+            done.append(layer.name)
+    return done
+
+
+def quantized(layer: Layer, calibration: Calibration, dtype: torch.dtype) -> nn.Module:
+    """What takes the layer's place; `dtype` is that of its graph. Raises ExportError when it was not calibrated."""
+    if isinstance(layer.module, nn.Linear):
+        return QuantizedLinear(layer.module, calibration.of(layer.name))
+    of = calibration.largest if layer.name == SHARED_CORE else calibration.of
+    return QuantizedAttention(dtype, *(of(f"{layer.name}.{operand}") for operand in OPERANDS))
+
+
+def count_quantized(graph: GraphProto) -> dict[str, int]:
+    """{"linears": n, "attentions": m}: FP8 products with weights, and FP8 attentions, that an engine of the exported
+    graph must have. A linear layer is a weight that is dequantised, an attention a softmax that is quantised."""
+    weights = {tensor.name for tensor in graph.initializer}
+    linears = sum(node.op_type == "DequantizeLinear" and node.input[0] in weights for node in graph.node)
+    quantized = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    attentions = sum(node.op_type == "Softmax" and node.output[0] in quantized for node in graph.node)
+    return {"linears": linears, "attentions": attentions}

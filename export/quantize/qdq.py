@@ -1,0 +1,135 @@
+"""E4M3 in torch modules: two operators, and the modules that use them. Exported, they are standard ONNX
+QuantizeLinear and DequantizeLinear, which TensorRT turns into FP8 matrix products and ONNX Runtime executes as written.
+
+    quantize(x, s)   = E4M3(x / s), saturating at 448, division in fp32, round to nearest even
+    dequantize(c, s) = c * s in fp32, rounded to the dtype of s
+
+Axes: K input channels, M output channels, B batch, H heads, N and L tokens.
+Sources: arXiv 2209.05433 (FP8 formats); ONNX operators QuantizeLinear and DequantizeLinear, version 23.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from onnxscript import opset23
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SMALLEST_SCALE = 2.0**-14
+SOFTMAX_AMAX = 1.0
+QUANTISED_ROWS = 1024
+ONNX_FP8 = 17  # TensorProto.FLOAT8E4M3FN
+
+
+@torch.library.custom_op("stepvideo_qdq::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """x of any shape and float dtype, scale of the same dtype, a scalar or one that broadcasts -> E4M3 of x's shape."""
+    return (x.float() / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+@torch.library.custom_op("stepvideo_qdq::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """E4M3 of any shape and a scalar scale, or E4M3 [K, M] and scale [M] -> the same shape in the scale's dtype."""
+    return (codes.float() * scale.float()).to(scale.dtype)
+
+
+@quantize.register_fake
+def _quantized_like(x: Tensor, scale: Tensor) -> Tensor:
+    del scale
+    return torch.empty_like(x, dtype=FP8)
+
+
+@dequantize.register_fake
+def _dequantized_like(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+def translation_table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """For torch.onnx.export(custom_translation_table=...)."""
+
+    def onnx_quantize(x: Any, scale: Any) -> Any:
+        return opset23.QuantizeLinear(x, scale, output_dtype=ONNX_FP8)
+
+    def onnx_dequantize(codes: Any, scale: Any) -> Any:
+        return opset23.DequantizeLinear(codes, scale, axis=1)
+
+    operators = torch.ops.stepvideo_qdq
+    return {operators.quantize.default: onnx_quantize, operators.dequantize.default: onnx_dequantize}
+
+
+def scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """amax / 448 in `dtype`, with the precision of bf16 and at least the smallest normal fp16 number.
+
+    So that a graph has the same codes in bf16 and in fp16. E4M3 is a floating-point format: a scale above the ideal
+    one costs range at the small end, not precision.
+    """
+    return (amax.float() / FP8_MAX).clamp_min(SMALLEST_SCALE).to(torch.bfloat16).to(dtype)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [M, K] -> codes [K, M] in E4M3 and scale [M] in the weight's dtype, a slice of rows at a time."""
+    scale = scale_of(weight.abs().amax(dim=1), weight.dtype)
+    codes = torch.empty(weight.shape[1], weight.shape[0], dtype=FP8)
+    for begin in range(0, len(weight), QUANTISED_ROWS):
+        rows = slice(begin, begin + QUANTISED_ROWS)
+        codes[:, rows] = quantize(weight[rows], scale[rows, None]).t()
+    return codes, scale
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias: E4M3 weights with a scale per output channel, E4M3 input with one scale.
+
+    The product accumulates in whatever the backend uses; bf16 is safe. Buffers: weight [K, M] E4M3,
+    weight_scale [M], input_scale [].
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+
+    def __init__(self, linear: nn.Linear, input_amax: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        codes, scale = quantize_rows(linear.weight)
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("input_scale", scale_of(torch.tensor(input_amax), scale.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., M], in the dtype of the scales."""
+        weight: Tensor = dequantize(self.weight, self.weight_scale)
+        return round_trip(x, self.input_scale) @ weight
+
+
+class QuantizedAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v with q, k, v and the softmax's result in E4M3; in place of dit.blocks.AttentionCore.
+
+    Written out as product, softmax, product, which TensorRT fuses into one FP8 attention kernel for sequences of 32
+    tokens and more, and which ONNX Runtime runs as it stands.
+    """
+
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    p_scale: Tensor
+
+    def __init__(self, dtype: torch.dtype, q_amax: float, k_amax: float, v_amax: float) -> None:
+        super().__init__()
+        for name, amax in (("q", q_amax), ("k", k_amax), ("v", v_amax), ("p", SOFTMAX_AMAX)):
+            self.register_buffer(f"{name}_scale", scale_of(torch.tensor(amax), dtype))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, N, d], k and v [B, H, L, d] -> [B, N, H * d]."""
+        q = round_trip(q, self.q_scale)
+        k = round_trip(k.transpose(2, 3), self.k_scale)
+        v = round_trip(v, self.v_scale)
+        weights = torch.softmax((q @ k) * q.shape[-1] ** -0.5, dim=-1)
+        return (round_trip(weights, self.p_scale) @ v).transpose(1, 2).flatten(2)
+
+
+def round_trip(x: Tensor, scale: Tensor) -> Tensor:
+    """The value that E4M3 leaves of x."""
+    rounded: Tensor = dequantize(quantize(x, scale), scale)
+    return rounded

@@ -1,0 +1,180 @@
+"""What an export makes of a checkpoint's graphs: their precision, what is quantised, which operators are fused, and
+the identity of all that, by which a graph is recognised as up to date."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import export
+import stepvideo_serve
+from export.quantize.fp8 import Fp8, quantize_module
+from export.quantize.layers import OPERANDS, SHARED_CORE, check_globs, is_kept
+from export.quantize.qdq import scale_of, translation_table
+from stepvideo_serve.components import DTYPES, Component
+from stepvideo_serve.engine.manifest import content_key
+from stepvideo_serve.errors import ExportError
+from stepvideo_serve.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # the kernels are a folder of their own, which plain exports do without
+    from stepvideo_kernels.ops import Choice, Target
+
+OPSET = 23
+PRECISIONS = (*DTYPES, "fp8")
+SOURCES = ("dit/*.py", "text/*.py", "vae/*.py", "sharding.py")
+FP8_SOURCES = ("quantize/fp8.py", "quantize/layers.py", "quantize/qdq.py")
+OPS_SOURCES = ("ops.py", "fused_modules.py")
+TOOLS = ("torch", "onnx", "onnxscript", "transformers")
+
+Table = dict[Callable[..., Any], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A module ready for the exporter, the translations of its operators, and the choice made for each fused one."""
+
+    module: nn.Module
+    table: Table
+    ops: dict[str, Any]
+
+    @property
+    def has_plugins(self) -> bool:
+        return any(choice["implementation"] == "plugin" for choice in self.ops.values())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """precision: "fp32", "bf16", "fp16", or "fp8", which needs `fp8` and is bf16 where it is not quantised.
+
+    target, ops  what the graphs are compiled for, and which operators to fuse ("auto", "plugin", "native",
+                 "reference"); without a target all operators are standard ones
+    compare      whether each graph is compared with torch; without, the export needs the least memory, and the graphs
+                 have no parity report until one that compares has run
+    Raises ExportError for what does not go together.
+    """
+
+    precision: str = "fp32"
+    fp8: Fp8 | None = None
+    ops: str = "auto"
+    target: "Target | None" = None
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ExportError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        if (self.precision == "fp8") != (self.fp8 is not None):
+            got = "none" if self.fp8 is None else f"one with {self.precision}"
+            raise ExportError(
+                f"--calibration goes with --precision fp8, got {got}: make it with python -m export.calibrate."
+            )
+        if self.target is None and self.ops not in ("auto", "reference"):
+            raise ExportError(f"--ops {self.ops} needs a target, got none: add --sm and --toolkit, such as --sm 89.")
+        if self.fp8 is not None and self.target is not None and self.target.sm < 89:
+            raise ExportError(f"FP8 needs an architecture of 89 or later, got --sm {self.target.sm}: use bf16.")
+
+    @property
+    def base(self) -> str:
+        """The precision of what is not quantised."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    @property
+    def check_precision(self) -> str:
+        """The precision in which ONNX Runtime runs the graph, itself or as its twin."""
+        return "fp32" if self.precision == "fp32" else "fp16"
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises ExportError unless calibration and globs fit the checkpoint."""
+        if self.fp8 is not None:
+            self.fp8.calibration.require(checkpoint)
+            check_globs(self.fp8.keep, checkpoint)
+
+    def build(self, component: Component, checkpoint: Checkpoint) -> Built:
+        """Loads a graph of the base precision, fuses and quantises it."""
+        module, table, ops = self._fused(component, checkpoint)
+        if self.fp8 is not None:
+            quantize_module(component, module, self.fp8)
+            if self.target is not None:
+                from export.ops import fuse_quantization
+
+                fuse_quantization(module)
+        return Built(module, {**table, **translation_table()}, ops)
+
+    def same_precision(self, component: Component) -> Callable[[], nn.Module]:
+        """Loads the module whose loss is the measure of a graph's: quantised alike, without fused operators."""
+        return partial(self._quantized, component)
+
+    def key(self, component: Component, checkpoint: Checkpoint) -> str:
+        """Equal keys mean equal graphs."""
+        parts: dict[str, Any] = {
+            "weights": checkpoint.digest(component.part, component.prefix),
+            "spec": component.spec.to_json(),
+            "precision": self.precision,
+            "opset": OPSET,
+            "code": _digest(Path(stepvideo_serve.__file__).parent, SOURCES),
+            "tools": {name: version(name) for name in TOOLS},
+        }
+        tools = Path(export.__file__).parent
+        if self.fp8 is not None:
+            parts["fp8"] = self.fp8.key(component)
+            parts["fp8_code"] = _digest(tools, FP8_SOURCES)
+        if self.target is not None:
+            chosen = self._choices(component, checkpoint)
+            parts["ops"] = {op: choice.to_json() for op, choice in chosen.items()}
+            parts["ops_code"] = _digest(tools, OPS_SOURCES)
+        return content_key(**parts)
+
+    def _quantized(self, component: Component) -> nn.Module:
+        module = component.load()
+        if self.fp8 is not None:
+            quantize_module(component, module, self.fp8)
+        return module
+
+    def _choices(self, component: Component, checkpoint: Checkpoint) -> "dict[str, Choice]":
+        from export.ops import ModelSizes, choose_ops, ops_of
+
+        core = SHARED_CORE if _is_shared_core(component) else f"{component.prefix}attn1.core"
+        wide = self.fp8 is not None and is_kept(core, self.fp8.keep)
+        precision = self.base if wide else self.precision
+        return choose_ops(precision, self.target, self.ops, ModelSizes.of(checkpoint), ops_of(component.name))
+
+    def _fused(self, component: Component, checkpoint: Checkpoint) -> tuple[nn.Module, Table, dict[str, Any]]:
+        if self.target is None:
+            return component.load(), {}, {}
+        from export.ops import apply_ops
+
+        choices = self._choices(component, checkpoint)
+        scales = self._attention_scales(component)
+        module, table = apply_ops(component.load(), component.name, choices, scales)
+        return module, table, {op: choice.to_json() for op, choice in choices.items()}
+
+    def _attention_scales(self, component: Component) -> dict[str, torch.Tensor] | None:
+        if self.fp8 is None or component.part != "dit" or not component.prefix:
+            return None
+        calibration, core = self.fp8.calibration, f"{component.prefix}attn1.core"
+        if _is_shared_core(component):
+            largest = {name: torch.tensor(calibration.largest(f"{SHARED_CORE}.{name}")) for name in OPERANDS}
+            return {f"core.{name}": scale_of(amax, torch.float32) for name, amax in largest.items()}
+        if f"{core}.q" not in calibration.amax:
+            return None
+        scale = {name: torch.tensor(calibration.of(f"{core}.{name}")) for name in OPERANDS}
+        return {f"attn1.{name}": scale_of(amax, torch.float32) for name, amax in scale.items()}
+
+
+def _is_shared_core(component: Component) -> bool:
+    """Whether it is the attention that all blocks share where the tokens are split."""
+    return component.name.startswith("dit_core_")
+
+
+def _digest(folder: Path, patterns: tuple[str, ...]) -> str:
+    """SHA-256 over the code that makes the graphs: an edit there makes them stale."""
+    digest = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""The fp16 twin of a bf16 graph: the same nodes and weights, every bf16 tensor in fp16.
+
+ONNX Runtime has no bf16 kernels on a CPU; the twin shows what the graph that TensorRT compiles computes. FP8 codes and
+scales stay bit for bit what they are (see quantize/qdq.py); other constants are rounded to fp16, and finite ones beyond
+its range, such as masks of the most negative bf16 number, become its largest.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import AttributeProto, GraphProto, TensorProto, TypeProto
+
+from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
+
+BF16, FP16 = TensorProto.BFLOAT16, TensorProto.FLOAT16
+FP16_MAX = 65504.0
+DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
+
+
+def twin_spec(spec: EngineSpec) -> EngineSpec:
+    """The signature with float16 for bfloat16."""
+
+    def twin(tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, dtype="float16") if tensor.dtype == "bfloat16" else tensor
+
+    return replace(spec, inputs=tuple(map(twin, spec.inputs)), outputs=tuple(map(twin, spec.outputs)))
+
+
+def write_fp16_twin(path: Path, twin: Path) -> None:
+    """Reads the graph at `path` with its external data and writes its twin, with its own data beside it."""
+    model = onnx.load(str(path))
+    for graph in _graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            _retype(value.type)
+        for tensor in graph.initializer:
+            _convert(tensor)
+        for node in graph.node:
+            for attribute in node.attribute:
+                _convert_attribute(attribute)
+    onnx.save(model, str(twin), save_as_external_data=True, location=f"{twin.name}.data", size_threshold=1024)
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _graphs(inner)
+
+
+def _retype(type_: TypeProto) -> None:
+    if type_.HasField("tensor_type") and type_.tensor_type.elem_type == BF16:
+        type_.tensor_type.elem_type = FP16
+
+
+def _convert_attribute(attribute: AttributeProto) -> None:
+    if attribute.name in DTYPE_ATTRIBUTES and attribute.i == BF16:
+        attribute.i = FP16
+    if attribute.HasField("t"):
+        _convert(attribute.t)
+
+
+def _convert(tensor: TensorProto) -> None:
+    if tensor.data_type != BF16:
+        return
+    raw = tensor.raw_data or bytes(torch.tensor(tensor.int32_data, dtype=torch.int32).to(torch.int16).numpy().data)
+    wide = torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).float() if raw else torch.empty(0)
+    limited = torch.where(wide.isinf(), wide, wide.clamp(-FP16_MAX, FP16_MAX))
+    tensor.ClearField("int32_data")
+    tensor.ClearField("external_data")
+    tensor.data_location = TensorProto.DEFAULT
+    tensor.data_type = FP16
+    tensor.raw_data = limited.half().numpy().tobytes()

@@ -1,0 +1,37 @@
+"""Engines of TensorRT-RTX, for workstation and Ada or Blackwell RTX GPUs."""
+
+from pathlib import Path
+from typing import Any
+
+from stepvideo_serve.engine._nvinfer import ActivationMemory, NvInferRunner
+from stepvideo_serve.engine.manifest import GraphFile
+from stepvideo_serve.engine.spec import EngineSpec
+from stepvideo_serve.errors import EngineError
+
+
+class TensorRtRtxRunner(NvInferRunner):
+    """See NvInferRunner."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        directory: Path,
+        file: GraphFile,
+        memory: ActivationMemory,
+        engine_id: str,
+        weight_bytes: int | None = None,
+        capture: bool = False,
+    ) -> None:
+        super().__init__(load(), spec, directory, file, memory, engine_id, weight_bytes, capture)
+
+
+def load() -> Any:
+    """The module. Raises EngineError, with the command that installs it, where it is missing."""
+    try:
+        import tensorrt_rtx
+    except ImportError as error:
+        raise EngineError(
+            f"The backend tensorrt_rtx needs the package tensorrt-rtx-cu13, found none ({error}): pip install "
+            "tensorrt-rtx-cu13, in the version that built the engines."
+        ) from error
+    return tensorrt_rtx

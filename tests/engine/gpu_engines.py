@@ -1,0 +1,43 @@
+"""The toy graph as an engine on the GPU of this machine."""
+
+from pathlib import Path
+
+import torch
+
+from export.build.child import Job
+from export.build.process import run_child
+from export.build.toolkit import child_environment
+from stepvideo_serve.engine._nvinfer import ActivationMemory, NvInferRunner
+from stepvideo_serve.engine.manifest import GraphFile
+from stepvideo_serve.engine.trt import TensorRtRunner
+from stepvideo_serve.engine.trt_rtx import TensorRtRtxRunner
+from tests.engine.toy import Graph
+
+
+def open_engine(toy: Graph, backend: str, capture: bool = False) -> NvInferRunner:
+    """Builds the engine anew."""
+    folder = toy.onnx_path.parent / backend
+    folder.mkdir(exist_ok=True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    build_toy(toy, backend, folder, sm=_sm(device))
+    runner = TensorRtRunner if backend == "tensorrt" else TensorRtRtxRunner
+    file = GraphFile.of(folder, "toy.engine")
+    return runner(toy.spec, folder, file, ActivationMemory(device), engine_id=f"toy:{backend}", capture=capture)
+
+
+def build_toy(toy: Graph, backend: str, folder: Path, sm: int) -> None:
+    job = Job(
+        backend,
+        sm,
+        str(toy.onnx_path),
+        str(folder / "toy.engine"),
+        str(folder / "log"),
+        str(folder / "result"),
+        {name: shapes for name, shapes in toy.spec.profile().items() if name != "gain"},
+    )
+    run_child(job, folder, child_environment(backend, folder / "lib"), lambda _: None)
+
+
+def _sm(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
