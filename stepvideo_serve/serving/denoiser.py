@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
+from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.layout import Layout
@@ -23,7 +24,6 @@ from stepvideo_serve.serving.pace import Pace
 from stepvideo_serve.serving.queued import QueuedModel
 from stepvideo_serve.serving.resume import Repeated, Resumable, ResumableDenoise, run_on
 from stepvideo_serve.serving.run_queue import URGENT, QueuedRun, QueueRules, RunQueue
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
 TENSORS = {
@@ -59,7 +59,7 @@ class DenoiserModel(QueuedModel):
                 threads_per_rank=config.denoiser.threads or max((os.cpu_count() or 1) // ranks, 1),
             )
             self._group.start()
-        self._pace = Pace(Checkpoint(config.model.dir).dit_config)
+        self._pace = Pace(DiTConfig.load(config.model.dir / "transformer" / "config.json"))  # without torch
         rules = QueueRules(config.denoiser.max_queued, config.denoiser.max_parks, config.denoiser.aging_s)
         self.queue = RunQueue(rules, self._serve, self._group.cancel, self._seconds_of)
 
@@ -106,7 +106,7 @@ class DenoiserModel(QueuedModel):
             with closing(run_on(self._group, run, run.job, self._max_resumes)) as events:
                 for event in events:
                     if isinstance(event, StepEvent) and "seconds" in event.params:
-                        self._pace.note(run.params, run.tensors, event.params["seconds"])
+                        self._pace.note(run.tensors, event.params["seconds"])
                     outputs = self._outputs(run.params["kind"], event)
                     if outputs:
                         run.answer.send(outputs)
@@ -122,7 +122,7 @@ class DenoiserModel(QueuedModel):
         if run.params["kind"] != "denoise":
             return 0.0
         left = run.params["steps"] if run.job is None else run.job.steps_left
-        step_s = self._pace.step_seconds(run.params, run.tensors)
+        step_s = self._pace.step_seconds(run.tensors)
         return None if step_s is None else float(left * step_s)
 
     def _outputs(self, kind: str, event: StepEvent | ResultEvent) -> dict[str, Any]:
