@@ -82,13 +82,13 @@ def test_more_than_may_wait_are_refused_at_once_and_a_cancelled_one_makes_room(
 
 def test_a_deadline_ends_a_run_at_a_step(server: Server, long: Values) -> None:
     """One that seemed to have time enough, until another one went first."""
-    thirty_steps = {**long, "STEPS": np.array([30], np.int32)}
+    fifteen_steps = {**long, "STEPS": np.array([15], np.int32)}
     began_s = time.monotonic()
-    server.stream(thirty_steps)  # and now the server knows its pace
+    server.stream(fifteen_steps)  # and now the server knows its pace
     takes_s = time.monotonic() - began_s
-    with server.open({**prioritised(thirty_steps, 3), **timeout(1.6 * takes_s)}) as late:
+    with server.open({**prioritised(fifteen_steps, 3), **timeout(1.6 * takes_s)}) as late:
         late.wait_for_step(2)
-        server.stream(prioritised(thirty_steps, 1))
+        server.stream(prioritised(fifteen_steps, 1))
         with pytest.raises(Refused) as caught:
             late.collect()
     assert caught.value.text.startswith("DEADLINE_EXCEEDED: The video must be ready within TIMEOUT_S")
