@@ -56,7 +56,7 @@ class Meeting:
 
 
 class ThreadRank:
-    """The communicator of one thread; only what tensor parallelism needs can be called."""
+    """The communicator of one thread. Step-LLM is tensor parallel only: that it calls anything else is a failure."""
 
     cfg = sp = 1
     cfg_index = sp_index = 0
@@ -70,16 +70,16 @@ class ThreadRank:
         return Summed(self._meeting.sum(self.tp_index, partial))
 
     def to_heads(self, qkv: Tensor, counts: list[int]) -> Tensor:
-        raise NotImplementedError(f"{qkv.shape} {counts}")
+        raise AssertionError(f"Step-LLM is never split by tokens, got {qkv.shape} and {counts}")
 
     def to_tokens(self, out: Tensor, counts: list[int]) -> Tensor:
-        raise NotImplementedError(f"{out.shape} {counts}")
+        raise AssertionError(f"Step-LLM is never split by tokens, got {out.shape} and {counts}")
 
     def gather_tokens(self, own: Tensor, counts: list[int]) -> Tensor:
-        raise NotImplementedError(f"{own.shape} {counts}")
+        raise AssertionError(f"Step-LLM is never split by tokens, got {own.shape} and {counts}")
 
     def exchange_branches(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError(f"{own.shape}")
+        raise AssertionError(f"Step-LLM has no guidance branches, got {own.shape}")
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
