@@ -192,7 +192,8 @@ class RunQueue:
     def _must_give_way(self, running: QueuedRun, run: QueuedRun) -> bool:
         if not running.params.get("parkable") or run.priority >= running.priority:
             return False
-        return run.priority == URGENT or self._order(run) < self._order(running)
+        may_park = running.parks < self._rules.max_parks and self._order(run) < self._order(running)
+        return run.priority == URGENT or may_park
 
     def _make_way(self, run: QueuedRun) -> None:
         """Has the run under way parked, if this one must go first."""
@@ -200,8 +201,6 @@ class RunQueue:
         if running is None or running.parked.is_set() or not self._must_give_way(running, run):
             return
         if run.priority != URGENT:
-            if running.parks >= self._rules.max_parks:
-                return
             running.parks += 1
         running.parked.set()
         self._interrupt()

@@ -310,6 +310,17 @@ def test_a_higher_priority_parks_the_run_under_way_which_goes_on_afterwards(rank
     runs.close()
 
 
+def test_what_cannot_be_parked_again_is_waited_for_in_the_estimate(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, max_parks=0)
+    put_new(runs, "running", seconds=10.0, parkable=True)
+    assert ranks.next_started() == "running"
+    _, high = put_new(runs, "high", priority=HIGH, seconds=1.0, parkable=True)
+    assert high.place() == (1, 10.0)
+    ranks.turn.release()
+    ranks.turn.release()
+    runs.close()
+
+
 def test_an_urgent_run_parks_without_being_counted(ranks: Ranks) -> None:
     runs = new_queue(ranks, None, max_parks=0)
     run, mailbox = put_new(runs, "run", parkable=True)
