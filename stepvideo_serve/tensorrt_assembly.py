@@ -1,7 +1,7 @@
 """Engines of TensorRT as runners: everything about them is compared with the configuration before one is opened."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from stepvideo_serve.engine._nvinfer import ActivationMemory, NvInferRunner, may
 from stepvideo_serve.engine.manifest import GraphEntry, Manifest
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.target import EngineTarget, require_parity, require_profile, require_target
+from stepvideo_serve.engine.trt import load_tensorrt
 from stepvideo_serve.errors import ConfigError, EngineError
 from stepvideo_serve.geometry import PIXELS_PER_LATENT
 from stepvideo_serve.parallel.layout import Layout
@@ -32,7 +33,7 @@ def load_engines(
     model = config.model
     if model.device != "cuda":
         raise ConfigError(f'[model] backend "{model.backend}" needs device = "cuda", got "{model.device}": correct it.')
-    trt = _module(model.backend)
+    trt = load_tensorrt(model.backend)
     check_engines(config, manifest, names, EngineTarget(model.backend, trt.__version__, 0, _layout(config), part))
     device = _current_gpu(model.backend)
     major, minor = torch.cuda.get_device_capability(device)
@@ -45,7 +46,8 @@ def load_engines(
     weights = {name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}
     budgets = weight_budgets(weights, free, all(entry.extras["weight_streaming"] for entry in entries.values()))
     return {
-        name: _runner(model.backend)(
+        name: NvInferRunner(
+            trt,
             entry.spec,
             model.engines_dir,
             entry.files[0],
@@ -106,21 +108,6 @@ def _current_gpu(backend: str) -> torch.device:
     if not torch.cuda.is_available():
         raise EngineError(f'[model] backend "{backend}" needs an NVIDIA GPU with its driver, found none: use "ort".')
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _module(backend: str) -> Any:
-    if backend == "tensorrt":
-        from stepvideo_serve.engine.trt import load
-    else:
-        from stepvideo_serve.engine.trt_rtx import load
-    return load()
-
-
-def _runner(backend: str) -> Callable[..., NvInferRunner]:
-    from stepvideo_serve.engine.trt import TensorRtRunner
-    from stepvideo_serve.engine.trt_rtx import TensorRtRtxRunner
-
-    return TensorRtRunner if backend == "tensorrt" else TensorRtRtxRunner
 
 
 def _register_plugins(trt: Any, directory: Path, entries: Mapping[str, GraphEntry]) -> None:

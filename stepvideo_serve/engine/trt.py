@@ -1,37 +1,26 @@
-"""Engines of TensorRT, for data-centre GPUs."""
+"""The two TensorRTs: `tensorrt` for data-centre GPUs, `tensorrt_rtx` for workstation, Ada and Blackwell RTX GPUs.
 
-from pathlib import Path
+They have the same Python interface, so that the runner (_nvinfer.py) takes the module as a parameter.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
-from stepvideo_serve.engine._nvinfer import ActivationMemory, NvInferRunner
-from stepvideo_serve.engine.manifest import GraphFile
-from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError
 
-
-class TensorRtRunner(NvInferRunner):
-    """See NvInferRunner."""
-
-    def __init__(
-        self,
-        spec: EngineSpec,
-        directory: Path,
-        file: GraphFile,
-        memory: ActivationMemory,
-        engine_id: str,
-        weight_bytes: int | None = None,
-        capture: bool = False,
-    ) -> None:
-        super().__init__(load(), spec, directory, file, memory, engine_id, weight_bytes, capture)
+PACKAGES: Mapping[str, str] = MappingProxyType({"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"})
+"""Backend, which is the module's name -> the package to install."""
 
 
-def load() -> Any:
+def load_tensorrt(backend: str) -> Any:
     """The module. Raises EngineError, with the command that installs it, where it is missing."""
+    package = PACKAGES[backend]
     try:
-        import tensorrt
+        return import_module(backend)
     except ImportError as error:
         raise EngineError(
-            f"The backend tensorrt needs the package tensorrt-cu13, found none ({error}): pip install tensorrt-cu13, "
+            f"The backend {backend} needs the package {package}, found none ({error}): pip install {package}, "
             "in the version that built the engines."
         ) from error
-    return tensorrt

@@ -9,8 +9,7 @@ from export.build.process import run_child
 from export.build.toolkit import child_environment
 from stepvideo_serve.engine._nvinfer import ActivationMemory, NvInferRunner
 from stepvideo_serve.engine.manifest import GraphFile
-from stepvideo_serve.engine.trt import TensorRtRunner
-from stepvideo_serve.engine.trt_rtx import TensorRtRtxRunner
+from stepvideo_serve.engine.trt import load_tensorrt
 from tests.engine.toy import Graph
 
 
@@ -20,9 +19,9 @@ def open_engine(toy: Graph, backend: str, capture: bool = False) -> NvInferRunne
     folder.mkdir(exist_ok=True)
     device = torch.device("cuda", torch.cuda.current_device())
     build_toy(toy, backend, folder, sm=_sm(device))
-    runner = TensorRtRunner if backend == "tensorrt" else TensorRtRtxRunner
     file = GraphFile.of(folder, "toy.engine")
-    return runner(toy.spec, folder, file, ActivationMemory(device), engine_id=f"toy:{backend}", capture=capture)
+    trt, memory = load_tensorrt(backend), ActivationMemory(device)
+    return NvInferRunner(trt, toy.spec, folder, file, memory, engine_id=f"toy:{backend}", capture=capture)
 
 
 def build_toy(toy: Graph, backend: str, folder: Path, sm: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepvideo_serve.engine import trt, trt_rtx
 from stepvideo_serve.engine._nvinfer import ActivationMemory, checked_file, may_capture, weight_budgets
 from stepvideo_serve.engine.manifest import GraphFile
 from stepvideo_serve.engine.spec import Dim
+from stepvideo_serve.engine.trt import PACKAGES, load_tensorrt
 from stepvideo_serve.errors import EngineError
 from tests.engine.gpu_engines import open_engine
 from tests.engine.toy import SPEC, Graph, toy_inputs
@@ -19,10 +19,10 @@ GIB = 2**30
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, package in ((trt, "tensorrt", "tensorrt-cu13"), (trt_rtx, "tensorrt_rtx", "tensorrt-rtx-cu13")):
+    for name, package in PACKAGES.items():
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(EngineError, match=f"backend {name} needs the package {package}.*: pip install {package}"):
-            module.load()
+            load_tensorrt(name)
 
 
 def test_a_file_is_compared_before_it_is_read(tmp_path: Path) -> None:
