@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.goldens.weight_rule import weight_for
-from export.tiny_config import MODEL_INDEX, SCHEDULER, TinyConfig, clip_json, dit_json, llm_json
+from export.tiny_config import MODEL_INDEX, SCHEDULER, TinyConfig, clip_json, llm_json
 from export.tiny_tokenizers import train_step_model, write_clip_tokenizer
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.weights.checkpoint import vae_file_key
 
 DEFAULT_SEED = 7
 MARKER = "tiny_checkpoint.json"
@@ -45,7 +46,7 @@ def write_checkpoint(folder: Path, config: TinyConfig | None = None, seed: int =
     write_json(folder / "model_index.json", MODEL_INDEX)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     transformer = folder / "transformer"
-    write_json(transformer / "config.json", dit_json(config.dit))
+    write_json(transformer / "config.json", config.dit.to_dict())
     save_weights(transformer, "diffusion_pytorch_model", states["dit"], config.dit_shards)
     step_llm = folder / "step_llm"
     write_json(step_llm / "config.json", llm_json(config.llm))
@@ -57,11 +58,6 @@ def write_checkpoint(folder: Path, config: TinyConfig | None = None, seed: int =
     write_clip_tokenizer(clip / "tokenizer")
     (folder / "vae").mkdir()
     save_weights(folder / "vae", "vae_v2", {vae_file_key(key): tensor for key, tensor in states["vae"].items()})
-
-
-def vae_file_key(key: str) -> str:
-    """The official file names the decoder's last convolution without its `.conv` level."""
-    return key.replace("decoder.conv_out.conv.", "decoder.conv_out.")
 
 
 def save_weights(folder: Path, stem: str, state: Mapping[str, Tensor], shards: int = 1) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import BertConfig
 
 from export.tiny_tokenizers import STEP_PIECES, clip_vocabulary
-from stepvideo_serve.dit.config import HEAD_DIM, DiTConfig
+from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.text.hunyuan_clip import HunyuanClip
@@ -96,25 +96,6 @@ class TinyConfig:
             "clip": {key.removeprefix("bert."): shape for key, shape in clip.items()},
             "vae": meta_shapes(lambda: VideoVAE(self.vae)),
         }
-
-
-def dit_json(config: DiTConfig) -> dict[str, Any]:
-    """`transformer/config.json`."""
-    return {
-        "_class_name": "StepVideoModel",
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": HEAD_DIM,
-        "num_layers": config.num_layers,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "patch_size": config.patch_size,
-        "norm_type": "ada_norm_single",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "caption_channels": [config.llm_channels, config.clip_channels],
-        "attention_type": "parallel",
-        "use_additional_conditions": True,
-    }
 
 
 def llm_json(config: StepLLMConfig) -> dict[str, Any]:

@@ -5,13 +5,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepvideo_serve.dit.config import HEAD_DIM, DiTConfig
+from stepvideo_serve.dit.config import DiTConfig
+from stepvideo_serve.weights.checkpoint import vae_file_key
 
 COPIED = ("step_llm", "hunyuan_clip", "scheduler", "model_index.json")
 TRAINED = ("transformer", "vae")
@@ -33,37 +33,13 @@ def write_checkpoint(
         new = out / f".{name}.{os.getpid()}"
         new.mkdir()
         if name == "vae":
-            _save(new / "vae_v2.safetensors", {_vae_file_key(key): tensor for key, tensor in vae.items()})
+            _save(new / "vae_v2.safetensors", {vae_file_key(key): tensor for key, tensor in vae.items()})
         else:
-            (new / "config.json").write_text(json.dumps(dit_json(dit_config), indent=2) + "\n", encoding="utf-8")
+            (new / "config.json").write_text(json.dumps(dit_config.to_dict(), indent=2) + "\n", encoding="utf-8")
             _save(new / "diffusion_pytorch_model.safetensors", dit)
         if (out / name).exists():
             shutil.rmtree(out / name)
         new.rename(out / name)
-
-
-def dit_json(config: DiTConfig) -> dict[str, Any]:
-    """`transformer/config.json` with the official field names."""
-    return {
-        "_class_name": "StepVideoModel",
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": HEAD_DIM,
-        "num_layers": config.num_layers,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "patch_size": config.patch_size,
-        "norm_type": "ada_norm_single",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "caption_channels": [config.llm_channels, config.clip_channels],
-        "attention_type": "parallel",
-        "use_additional_conditions": True,
-    }
-
-
-def _vae_file_key(key: str) -> str:
-    """The official file names the decoder's last convolution without its `.conv` level."""
-    return key.replace("decoder.conv_out.conv.", "decoder.conv_out.")
 
 
 def _save(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -60,6 +60,24 @@ class DiTConfig:
             clip_channels=captions[1],
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `transformer/config.json`, by which `from_dict` makes the same configuration."""
+        return {
+            "_class_name": "StepVideoModel",
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": HEAD_DIM,
+            "num_layers": self.num_layers,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "patch_size": self.patch_size,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": OUTER_NORM_EPS,
+            "caption_channels": [self.llm_channels, self.clip_channels],
+            "attention_type": "parallel",
+            "use_additional_conditions": True,
+        }
+
     @classmethod
     def load(cls, path: Path) -> "DiTConfig":
         return cls.from_dict(read_json_object(path), str(path))

@@ -261,6 +261,11 @@ def _vae_key(key: str) -> str:
     return new + key.removeprefix(old) if key.startswith(old) and not key.startswith(new) else key
 
 
+def vae_file_key(key: str) -> str:
+    """The inverse: a key of the module as the file has it."""
+    return key.replace("decoder.conv_out.conv.", "decoder.conv_out.")
+
+
 def _clip_key(key: str) -> str | None:
     """Drops what BERT files carry beside the encoder: the pretraining head and a table of positions."""
     key = key.removeprefix("bert.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from export.quantize.calibration import Calibration
 from export.quantize.layers import all_names
 from export.tiny_checkpoint import save_weights, write_checkpoint, write_json
-from export.tiny_config import dit_json, llm_json
+from export.tiny_config import llm_json
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
@@ -35,7 +35,7 @@ def write_full_width(folder: Path) -> None:
     transformer, stem = folder / "transformer", "diffusion_pytorch_model"
     for old in (*transformer.glob("*"), *(folder / "step_llm").glob("model*")):
         old.unlink()
-    write_json(transformer / "config.json", dit_json(DIT))
+    write_json(transformer / "config.json", DIT.to_dict())
     weight_map: dict[str, str] = {}
     for index, shapes in enumerate((block, outer), 1):
         name = f"{stem}-{index:05d}-of-00002"

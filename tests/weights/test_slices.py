@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from export.tiny_checkpoint import save_weights, write_json
-from export.tiny_config import dit_json, llm_json
+from export.tiny_config import llm_json
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.errors import CheckpointError, SetupError
@@ -45,7 +45,7 @@ def values(shapes: dict[str, tuple[int, ...]]) -> State:
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("slices")
     dit, llm = values(meta_shapes(lambda: StepVideoDiT(DIT))), values(meta_shapes(lambda: StepLLM(LLM)))
-    write_json(folder / "transformer" / "config.json", dit_json(DIT))
+    write_json(folder / "transformer" / "config.json", DIT.to_dict())
     write_json(folder / "step_llm" / "config.json", llm_json(LLM))
     if request.param == "state dict":
         torch.save(dit, folder / "transformer" / "pytorch_model.bin")
