@@ -18,11 +18,10 @@ from typing import Any
 
 from export.loop import loop_report, sample_request
 from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.target import LOOP
 from stepvideo_serve.errors import RequestError, SetupError
 from stepvideo_serve.weights.checkpoint import Checkpoint
 
-LOOP = "loop_parity"
-"""Key of the loop's report in `Manifest.extra`."""
 PASSED, FAILED, UNUSABLE = 0, 1, 2
 
 
@@ -50,7 +49,7 @@ def failures(manifest: Manifest) -> list[str]:
         rows = entry.extras.get("parity")
         if not rows:
             found.append(f"{name} has no parity report: export it with a comparison.")
-        elif any(row["error"] > row["allowed"] for row in rows):
+        elif not all(row["error"] <= row["allowed"] for row in rows):  # so that NaN fails too
             found.append(f"{name} is off by more than its report allows.")
     loop = manifest.extra.get(LOOP)
     if loop is None:

@@ -42,7 +42,7 @@ from export.quantize.fp8 import Fp8, count_quantized
 from export.recipe import OPSET, PRECISIONS, TOOLS, Recipe, Table
 from export.samples import SMALL_SIZES, sample_inputs
 from stepvideo_serve.components import Component
-from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest, content_key
+from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError, ExportError, SetupError
 from stepvideo_serve.parallel.layout import SINGLE, Layout
@@ -112,7 +112,7 @@ class _Exporter:
     def _open_manifest(self, out: Path) -> Manifest:
         """The manifest so far where it is of the same precision, else a fresh one."""
         checkpoint, precision = self._checkpoint, self._recipe.precision
-        identity = content_key(**{part: checkpoint.digest(part) for part in ("dit", "llm", "clip", "vae")})
+        identity = checkpoint.identity
         fresh = Manifest(
             checkpoint=identity,
             precision=precision,

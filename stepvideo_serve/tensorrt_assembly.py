@@ -34,10 +34,12 @@ def load_engines(
     if model.device != "cuda":
         raise ConfigError(f'[model] backend "{model.backend}" needs device = "cuda", got "{model.device}": correct it.')
     trt = load_tensorrt(model.backend)
-    check_engines(config, manifest, names, EngineTarget(model.backend, trt.__version__, 0, _layout(config), part))
+    layout = str(Layout.parse(config.denoiser.layout).of_branch)
+    target = EngineTarget(model.backend, trt.__version__, 0, layout, part)
+    check_engines(config, manifest, names, target)
     device = _current_gpu(model.backend)
     major, minor = torch.cuda.get_device_capability(device)
-    target = EngineTarget(model.backend, trt.__version__, 10 * major + minor, _layout(config), part)
+    target = replace(target, sm=10 * major + minor)
     require_target(manifest, model.engines_dir, target)
     entries = {name: manifest.graph(name) for name in names}
     _register_plugins(trt, model.engines_dir, entries)
@@ -93,11 +95,6 @@ def _largest_sizes(config: ServeConfig) -> dict[str, int]:
 def _divided(config: ServeConfig, name: str, largest: Mapping[str, int]) -> dict[str, int]:
     parts = 1 if name.startswith(WHOLE_TOKENS) else Layout.parse(config.denoiser.layout).sp
     return {**largest, "tokens": -(-largest["tokens"] // parts)}
-
-
-def _layout(config: ServeConfig) -> str:
-    """What engines depend on; guidance branches each have whole engines."""
-    return str(replace(Layout.parse(config.denoiser.layout), cfg=1))
 
 
 def _activation_bytes(entries: Mapping[str, GraphEntry]) -> int:

@@ -37,8 +37,6 @@ from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
 from stepvideo_serve.weights.checkpoint import Checkpoint
 
-PARTS = ("dit", "llm", "clip", "vae")
-
 
 @dataclass(frozen=True)
 class Options:
@@ -82,7 +80,7 @@ def build_engines(onnx_dir: Path, out: Path, options: Options, show_progress: bo
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out):
         for part in folders:
-            target = EngineTarget(options.backend, version, options.sm, layout_name(options.layout), part)
+            target = EngineTarget(options.backend, version, options.sm, str(options.layout.of_branch), part)
             _Folder(onnx_dir / part, out / part, target, options).build(report, show_progress)
     if not (report.built or report.current or report.failed):
         raise ExportError(
@@ -91,16 +89,9 @@ def build_engines(onnx_dir: Path, out: Path, options: Options, show_progress: bo
     return report
 
 
-def layout_name(layout: Layout) -> str:
-    """The part of a layout that engines depend on."""
-    return str(replace(layout, cfg=1))
-
-
 def check_checkpoint(onnx_dir: Path, model_dir: Path) -> None:
     """Raises ExportError when the graphs were made from other weights than those in `model_dir`."""
-    checkpoint = Checkpoint(model_dir)
-    found = Manifest.load(onnx_dir).checkpoint
-    if found != content_key(**{part: checkpoint.digest(part) for part in PARTS}):
+    if Manifest.load(onnx_dir).checkpoint != Checkpoint(model_dir).identity:
         raise ExportError(
             f"The graphs in {onnx_dir} must be made from the checkpoint in {model_dir}, which changed since: "
             "export them again."

@@ -141,4 +141,6 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _total(log: str, what: str) -> int:
     found = re.search(rf"Total {what} Memory: (\d+) bytes", log)
-    return int(found[1]) if found else 0
+    if found is None:
+        raise ExportError(f"The builder must print the total of its {what.lower()} memory, found none in its log.")
+    return int(found[1])

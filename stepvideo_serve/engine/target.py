@@ -13,6 +13,8 @@ from stepvideo_serve.engine.manifest import GraphEntry, Manifest
 from stepvideo_serve.errors import EngineError
 
 KEY = "target"
+LOOP = "loop_parity"
+"""Key in `Manifest.extra` of the report on a short loop through all graphs (export/parity.py)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,14 @@ def require_target(manifest: Manifest, directory: Path, expected: EngineTarget) 
 
 
 def require_parity(manifest: Manifest, names: Iterable[str]) -> None:
-    """EngineError unless each graph has a parity report, and was within its limits in every row of it."""
+    """EngineError unless each graph has a parity report, and was within its limits in every row of it; or where the
+    loop through all graphs was compared, and failed. Slices of a layout have no loop of their own to compare."""
+    loop = manifest.extra.get(LOOP)
+    if loop is not None and not loop["passed"]:
+        raise EngineError(
+            f"The engines must have a {loop['rule']} of at most {loop['allowed']:g}, their report has "
+            f"{loop['value']:.3g}: keep more layers in bf16, and build them again."
+        )
     for name in names:
         rows = manifest.graph(name).extras.get("parity")
         if not rows:

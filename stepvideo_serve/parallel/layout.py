@@ -5,7 +5,7 @@ rank = (cfg index * sp + sp index) * tp + tp index.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepvideo_serve.errors import ConfigError
 
@@ -52,6 +52,11 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.cfg * self.tp * self.sp
+
+    @property
+    def of_branch(self) -> "Layout":
+        """How the ranks of one guidance branch share its work: all that engines depend on."""
+        return replace(self, cfg=1)
 
     def coordinates(self, rank: int) -> Coordinates:
         outer, tp = divmod(rank, self.tp)

@@ -23,6 +23,7 @@ from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.sharding import dit_plan
+from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.errors import CheckpointError
 from stepvideo_serve.sharding import WHOLE, Cut, Shape, ShardPlan, TensorPart
 from stepvideo_serve.text.segments import LlmAttention, LlmEmbed, LlmFeedForward
@@ -159,6 +160,11 @@ class Checkpoint:
             if path not in self._digests:
                 self._digests[path] = file_digest(path)
         return hashlib.sha256("".join(self._digests[path] for path in paths).encode()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """Of all weights together: what manifests call the checkpoint."""
+        return content_key(**{part: self.digest(part) for part in ("dit", "llm", "clip", "vae")})
 
     @cached_property
     def _dit_files(self) -> WeightFiles:

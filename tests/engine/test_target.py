@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
-from stepvideo_serve.engine.target import KEY, EngineTarget, require_parity, require_profile, require_target
+from stepvideo_serve.engine.target import KEY, LOOP, EngineTarget, require_parity, require_profile, require_target
 from stepvideo_serve.errors import EngineError
 from tests.engine.toy import SPEC
 
@@ -57,6 +57,15 @@ def test_parity() -> None:
     for error in (3e-5, float("nan")):
         with pytest.raises(EngineError, match=r"must be within 2\.0e-05 of the reference, its report has .* for mixed"):
             require_parity(manifest(parity=[PASSING, PASSING | {"error": error}]), ["toy"])
+
+
+def test_a_loop_that_was_compared_must_have_passed() -> None:
+    report = {"rule": "rms error over that of torch in bf16", "allowed": 2.0}
+    plain = manifest(parity=[PASSING])
+    require_parity(replace(plain, extra={LOOP: {**report, "value": 1.9, "passed": True}}), ["toy"])
+    failed = replace(plain, extra={LOOP: {**report, "value": 6.8, "passed": False}})
+    with pytest.raises(EngineError, match=r"must have a rms error .* of at most 2, their report has 6\.8: keep more"):
+        require_parity(failed, ["toy"])
 
 
 def test_profile() -> None:

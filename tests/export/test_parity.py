@@ -10,7 +10,7 @@ import torch
 
 from export.compare import error_row
 from export.loop import run_eager, sample_request, verdict
-from export.parity import LOOP, failures, loop_table
+from export.parity import failures, loop_table
 from export.parity import main as parity
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
@@ -20,6 +20,7 @@ from export.recipe import Recipe
 from export.to_onnx import export_graphs
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
+from stepvideo_serve.engine.target import LOOP
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import normal
