@@ -201,7 +201,10 @@ def test_serve_runs_until_ctrl_c(options: ServerOptions) -> None:
         assert "ready: gRPC 127.0.0.1:" in launcher.stdout.readline()
         processes = psutil.Process(launcher.pid).children(recursive=True)
         launcher.send_signal(signal.SIGINT)
-    assert launcher.returncode == 0
+        try:
+            assert launcher.wait(READY_S) == 0
+        finally:
+            launcher.kill()
     assert gone(processes)
 
 

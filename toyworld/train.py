@@ -130,7 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--init", type=Path, help="checkpoint to begin from instead of random weights")
-    parser.add_argument("--text-from", type=Path, default=CHECKPOINT, help="checkpoint whose text encoders are used")
+    parser.add_argument(
+        "--text-from",
+        type=Path,
+        default=CHECKPOINT,
+        help="checkpoint whose text encoders are used; build/tiny (make demo) has some, where there is none yet",
+    )
     parser.add_argument("--vae-phases", default=",".join(phase.kind for phase in PLAN), help="default %(default)s")
     parser.add_argument("--vae-steps", help="steps of each phase (default: as planned)")
     parser.add_argument("--clips", type=int, default=1200, help="clips that the DiT trains on (default %(default)s)")

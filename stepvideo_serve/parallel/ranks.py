@@ -92,6 +92,13 @@ class RankProcess:
             self.channel = Channel(parent_end, SEND_TIMEOUT_S)
             on_failure.pop_all()
 
+    def has_ended(self) -> bool:
+        """Whether it has, asked of the kernel: Popen.poll says no while another thread is about to reap the process."""
+        try:
+            return os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # it has been reaped
+            return True
+
     def end_sentence(self) -> str:
         """How it ended: "rank 1 was killed by SIGKILL"; a process that is cut off but still runs is killed."""
         try:
@@ -175,7 +182,7 @@ class Ranks:
 
     def alive(self) -> bool:
         """Whether no rank has ended."""
-        return not self._closed and all(process.popen.poll() is None for process in self.processes)
+        return not self._closed and not any(process.has_ended() for process in self.processes)
 
     def begin_job(self, message: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
         """Give all ranks a job, whose message is completed by the tensors' places.

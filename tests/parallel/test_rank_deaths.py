@@ -186,6 +186,18 @@ def test_the_shared_memory_has_no_name(make_group: MakeGroup) -> None:
         assert not [line for line in maps.splitlines() if "/dev/shm" in line and "stepvideo" in line]
 
 
+def test_a_dead_rank_is_not_alive_while_another_thread_is_about_to_reap_it(make_group: MakeGroup) -> None:
+    group = make_group()
+    group.start()
+    ranks = group._ranks
+    assert ranks is not None
+    lock = vars(ranks.processes[0].popen)["_waitpid_lock"]
+    with lock:  # as Popen.wait holds it
+        kill_and_wait(group.pids[0])
+        assert not ranks.alive()
+    assert_serves(group)
+
+
 def test_20_generations_leak_no_file_descriptor_and_no_mapping(make_group: MakeGroup) -> None:
     group = make_group()
     group.start()
