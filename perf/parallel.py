@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from export.tiny_checkpoint import write_checkpoint
 from export.tiny_config import TINY_DIT, TinyConfig
@@ -26,6 +27,7 @@ from stepvideo_serve.parallel.cost import exchanges
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.run import ResultEvent, StepEvent
+from stepvideo_serve.video.preview import LatentPreview
 
 LAYOUTS = {2: ("cfg2", "tp2", "sp2"), 4: ("tp4", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")}
 LATENTS = (9, 8, 12, 18)
@@ -58,6 +60,7 @@ def main() -> int:
             f"\nfrom SIGKILL of a rank to the next step (layout {LAYOUTS[options.ranks][0]}): {heal(folder, options)}"
         )
         print(f"signs of life: {signs_of_life()}")
+        print(f"preview: {preview()}")
     return 0
 
 
@@ -121,6 +124,18 @@ def signs_of_life() -> str:
         f"mark and report of a full-size latent ({latents.nbytes / 1e6:.1f} MB) take {seconds * 1e3:.2f} ms a step, "
         f"{seconds / PREDICTED_STEP_S:.2%} of a step of {PREDICTED_STEP_S} s (goal: below 1 %)"
     )
+
+
+def preview() -> str:
+    """What the preview of a step costs the leader, for a full-size latent and beside a full-size step."""
+    render = LatentPreview(torch.zeros(3, FULL_SIZE_LATENTS[1]), torch.zeros(3)).render
+    latents, seconds = torch.zeros(FULL_SIZE_LATENTS), []
+    for _ in range(SIGNS_STEPS):
+        began_s = time.perf_counter()
+        render(latents)
+        seconds.append(time.perf_counter() - began_s)
+    median_s = statistics.median(seconds)
+    return f"of a full-size latent takes {median_s * 1e3:.2f} ms, {median_s / PREDICTED_STEP_S:.2%} of the same step"
 
 
 def heal(folder: Path, options: argparse.Namespace) -> str:

@@ -45,9 +45,10 @@ class LatentPreview:
             )
         count = latents.shape[0]
         chosen = latents[[0, count // 2, count - 1]].to("cpu", torch.float32)
-        rgb = torch.einsum("kc,fchw->fkhw", self._weight, chosen) + self._bias[:, None, None]
-        large = functional.interpolate(rgb, scale_factor=PREVIEW_SCALE, mode="bilinear", align_corners=False)
-        return np.concatenate(list(to_uint8(large)), axis=1)
+        rgb = (self._weight @ chosen.flatten(2)).unflatten(2, chosen.shape[2:]) + self._bias[:, None, None]
+        size = (chosen.shape[3] * PREVIEW_SCALE, chosen.shape[2] * PREVIEW_SCALE)
+        pictures = [Image.fromarray(small).resize(size, Image.Resampling.BILINEAR) for small in to_uint8(rgb)]
+        return np.concatenate([np.asarray(picture) for picture in pictures], axis=1)
 
 
 def fit_latent_rgb(

@@ -28,7 +28,7 @@ LAYERS = {"eager": 3, "ort": 1}  # exporting takes time
 Results = dict[str, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", params=["eager", pytest.param("ort", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["eager", "ort"])
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
     """A checkpoint of four heads, and for ONNX Runtime its graphs cut for every layout."""
     backend = str(request.param)
