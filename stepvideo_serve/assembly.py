@@ -1,7 +1,9 @@
 """Puts the parts together as a configuration says: graphs into runners, runners into stages."""
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,19 +91,38 @@ def build_text_encoder(config: ServeConfig, step_llm: Graph | None = None) -> "T
 
 
 class ImageEncoder:
-    """First image -> its latent."""
+    """First image -> its latent.
+
+    Keeps the posteriors of the `cache_entries` images used last, by the hash of their pixels. The noise is not part of
+    them, so an image is found again whatever the seed.
+    """
 
     def __init__(self, config: ServeConfig) -> None:
         self._graph = load_runners(config, ("vae_encoder",), threads=0)["vae_encoder"]
         self._dtype = compute_dtype(config)
+        self._cache_entries = config.encoder.cache_entries
+        self._cache: OrderedDict[tuple[torch.Size, bytes], tuple[Tensor, Tensor]] = OrderedDict()
 
-    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """pixels [3, H, W] in [-1, 1], noise [C, h, w] -> latent [C, h, w] fp32."""
-        out = self._graph(pixels=pixels[None, None].to(self._graph.device, self._dtype))
-        mean, logvar = (out[name][0, 0].float().cpu() for name in ("latent_mean", "latent_logvar"))
+    def encode(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, bool]:
+        """pixels fp32 [3, H, W] in [-1, 1], noise [C, h, w] -> latent [C, h, w] fp32, and whether the image was known.
+
+        Raises InvalidRequest for noise that does not fit the picture.
+        """
+        key = (pixels.shape, sha256(pixels.contiguous().numpy().data).digest())
+        cached = key in self._cache
+        mean, logvar = self._cache.pop(key) if cached else self._posterior(pixels)
+        self._cache[key] = mean, logvar
+        while len(self._cache) > self._cache_entries:
+            self._cache.popitem(last=False)
         if noise.shape != mean.shape:
             raise InvalidRequest(f"NOISE must be {list(mean.shape)} for this picture, got {list(noise.shape)}.")
-        return sample_posterior(mean, logvar, noise)
+        return sample_posterior(mean, logvar, noise), cached
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance, [C, h, w] fp32 each."""
+        out = self._graph(pixels=pixels[None, None].to(self._graph.device, self._dtype))
+        mean, logvar = (out[name][0, 0].float().cpu() for name in ("latent_mean", "latent_logvar"))
+        return mean, logvar
 
 
 class FrameDecoder:
@@ -172,7 +193,7 @@ class LocalStages:
         return self._text.encode(prompt)[0]
 
     def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        return self._image.encode(pixels, noise)
+        return self._image.encode(pixels, noise)[0]
 
     def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:
         for done in self._denoiser.run(job):

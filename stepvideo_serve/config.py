@@ -46,6 +46,16 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """The VAE encoder. `cache_entries`: images whose latents are kept; 0 keeps none."""
+
+    cache_entries: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "cache_entries")
+
+
+@dataclass(frozen=True)
 class DenoiserConfig:
     """The group of ranks that runs the DiT.
 
@@ -60,6 +70,7 @@ class DenoiserConfig:
     max_resumes           how often a run goes on after the ranks failed, before it fails
     arena_mib             shared memory in each direction for a message's tensors; only what is used costs memory
     layout                how the ranks divide the work
+    peak_tflops           what one rank's GPU could do at most at the served precision, for the metrics; 0 = not known
     """
 
     threads: int = 0
@@ -73,9 +84,10 @@ class DenoiserConfig:
     max_resumes: int = 2
     arena_mib: int = 256
     layout: str = "single"
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "threads", "max_queued", "max_parks", "max_resumes")
+        _at_least(self, 0, "threads", "max_queued", "max_parks", "max_resumes", "peak_tflops")
         _at_least(self, 1, "aging_s", "start_timeout_s", "first_step_timeout_s", "arena_mib")
         _at_least(self, 0.05, "heartbeat_s", "step_slack_s")
 
@@ -108,6 +120,81 @@ class VideoConfig:
         _at_least(self, 0, "ffmpeg_threads")
 
 
+GateMode = Literal["error", "warn", "off"]
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """What a video must pass before it is handed out: "error" fails the request, "warn" adds to REPORT's warnings and
+    to the log, "off" does not look. Latents that are not finite always fail it.
+
+    frame_count          as many frames as were asked for
+    mp4                  the file decodes to the frames, size and speed that it was made of
+    first_frame          the first frame is like the image, by first_frame_psnr_db
+    first_frame_psnr_db  the least PSNR of the first frame against the fitted image; 0 lets everything pass
+    black                some frame is brighter on average than black_level
+    black_level          grey levels, of 255
+    frozen               some frame differs on average by more than frozen_difference from the first one
+    frozen_difference    grey levels, of 255
+    """
+
+    frame_count: GateMode = "error"
+    mp4: GateMode = "error"
+    first_frame: GateMode = "warn"
+    first_frame_psnr_db: float = 0.0
+    black: GateMode = "warn"
+    black_level: float = 2.0
+    frozen: GateMode = "warn"
+    frozen_difference: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "first_frame_psnr_db", "black_level", "frozen_difference")
+
+
+@dataclass(frozen=True)
+class IdempotencyConfig:
+    """Results that are kept for repeats of their REQUEST_ID, in each public model for itself.
+
+    ttl_s    seconds that a result is kept; 0 keeps none
+    max_mib  all results together, the oldest go first; 0 keeps none
+    """
+
+    ttl_s: float = 600.0
+    max_mib: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "ttl_s", "max_mib")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What the models and ranks log. `format`: "text" as the server's own lines, or "json", one object a line."""
+
+    format: Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """OpenTelemetry traces.
+
+    otlp_endpoint   base URL of a collector that takes OTLP over HTTP, as http://collector:4318; "" = no traces
+    sample_ratio    the share of requests without a traceparent of their own that are traced
+    steps_per_span  how many denoising steps one span covers
+    """
+
+    otlp_endpoint: str = ""
+    sample_ratio: float = 1.0
+    steps_per_span: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "sample_ratio")
+        _at_least(self, 1, "steps_per_span")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_endpoint must be an http or https URL, got {self.otlp_endpoint!r}: correct it.")
+        if self.sample_ratio > 1:
+            raise ConfigError(f"sample_ratio must be at most 1, got {self.sample_ratio}.")
+
+
 @dataclass(frozen=True)
 class ServeConfig:
     """The configuration of a server."""
@@ -115,9 +202,14 @@ class ServeConfig:
     model: ModelConfig
     limits: RequestLimits = field(default_factory=RequestLimits)
     text: TextConfig = field(default_factory=TextConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    gates: GatesConfig = field(default_factory=GatesConfig)
+    idempotency: IdempotencyConfig = field(default_factory=IdempotencyConfig)
 
     @classmethod
     def load(cls, path: Path) -> "ServeConfig":

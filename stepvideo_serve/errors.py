@@ -7,7 +7,8 @@ StepVideoError
 │   ├── ServiceUnavailable        UNAVAILABLE
 │   ├── DeadlineExceeded          DEADLINE_EXCEEDED
 │   ├── RequestCancelled          CANCELLED
-│   └── WorkerFailed              INTERNAL: the group of ranks died or failed while it ran the request
+│   ├── WorkerFailed              INTERNAL: the group of ranks died or failed while it ran the request
+│   └── BadOutput                 INTERNAL: what was computed must not be handed out, as [gates] says
 └── SetupError                    something must be put right before serving (or before a tool can run)
     ├── ConfigError               serve.toml
     ├── CheckpointError           a missing, truncated or mismatched weight file
@@ -62,6 +63,10 @@ class RequestCancelled(RequestError):
 
 class WorkerFailed(RequestError):
     """A rank process died or raised while it ran the request."""
+
+
+class BadOutput(RequestError):
+    """What was computed is not finite, or not a video that [gates] lets through."""
 
 
 class SetupError(StepVideoError):

@@ -7,7 +7,7 @@ seed   -> noise ───────┘
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepvideo_serve.config import VideoConfig
+from stepvideo_serve.config import GatesConfig, VideoConfig
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
+from stepvideo_serve.gates import Gates
 from stepvideo_serve.request import OUTPUT_FRAMES, OUTPUT_LATENTS, GenerationRequest
 from stepvideo_serve.sampling.guidance import needs_guidance
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
@@ -28,6 +29,7 @@ from stepvideo_serve.video.mp4 import Mp4Encoder, crop_to_standard
 
 Frames = NDArray[np.uint8]
 Cancelled = Callable[[], bool]
+Around = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ class Result:
 
 
 class Stopwatch:
-    """Seconds per stage of one request, and its deadline."""
+    """Seconds per stage of one request, and its deadline; `around(name)` is entered with each stage."""
 
-    def __init__(self, timeout_s: float | None) -> None:
+    def __init__(self, timeout_s: float | None, around: Around = nullcontext) -> None:
+        self._around = around
         self.began_s = time.monotonic()
         self.timeout_s = timeout_s
         self.seconds: dict[str, float] = {}
@@ -115,16 +118,23 @@ class Stopwatch:
         self.check(f"before {name}")
         began_s = time.monotonic()
         try:
-            yield
+            with self._around(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began_s
 
 
 def generate(
-    request: GenerationRequest, stages: Stages, video: VideoConfig, cancelled: Cancelled
+    request: GenerationRequest,
+    stages: Stages,
+    video: VideoConfig,
+    cancelled: Cancelled,
+    gates: GatesConfig | None = None,
+    around: Around = nullcontext,
 ) -> Iterator[Progress | Result]:
-    """Runs the request: a Progress per step, then the Result. Raises a RequestError."""
-    watch = Stopwatch(request.timeout_s)
+    """Runs the request: a Progress per step, then the Result, which has passed the gates (None: those of a
+    configuration without [gates]). `around(name)` is entered with each stage. Raises a RequestError."""
+    watch = Stopwatch(request.timeout_s, around)
     height, width = request.height, request.width
     with watch.stage("image"):
         pixels = fit_image(decode_image(request.image), height, width)
@@ -132,6 +142,7 @@ def generate(
         positive = stages.encode_text(request.positive_prompt)
         negative = stages.encode_text(request.negative_prompt) if needs_guidance(request.cfg_scale) else None
     _check(cancelled)
+    passed = Gates(gates or GatesConfig(), video, request.num_frames, pixels)
     latents, encode_noise = _noise(request, stages.latent_channels)
     with watch.stage("vae_encode"):
         condition = stages.encode_image(pixels, encode_noise)
@@ -161,8 +172,10 @@ def generate(
             if done.step < done.total_steps:
                 watch.check(f"after step {done.step} of {done.total_steps}")
     _check(cancelled)
+    with watch.stage("check"):
+        passed.latents(latents)
 
-    mp4, frames = _decode(request, latents, stages, video, watch, cancelled)
+    mp4, frames = _decode(request, latents, stages, video, watch, cancelled, passed)
     seconds = {name: round(value, 6) for name, value in watch.seconds.items()}
     report = {
         "seed": request.seed,
@@ -172,6 +185,7 @@ def generate(
         "height": height,
         "width": width,
         "steps": request.steps,
+        **passed.report(),
         **stages.describe(),
     }
     wants_latents = request.output == OUTPUT_LATENTS
@@ -195,11 +209,13 @@ def _decode(
     video: VideoConfig,
     watch: Stopwatch,
     cancelled: Cancelled,
+    gates: Gates,
 ) -> tuple[bytes | None, Frames | None]:
-    """The mp4 or the frames, as asked for. The encoder works on a chunk while the next one is decoded."""
+    """The mp4 or the frames, as asked for, once they have passed the gates. The encoder works on a chunk while the next
+    one is decoded."""
     if request.output == OUTPUT_LATENTS:
         return None, None
-    chunks = _timed_chunks(stages.decode(latents), video, watch, cancelled)
+    chunks = _timed_chunks(stages.decode(latents), video, watch, cancelled, gates)
     if request.output == OUTPUT_FRAMES:
         return None, np.concatenate(list(chunks))
     first = next(chunks)
@@ -210,19 +226,26 @@ def _decode(
             with watch.stage("mp4"):
                 encoder.write(chunk)
         with watch.stage("mp4"):
-            return encoder.finish(), None
+            mp4 = encoder.finish()
+    with watch.stage("check"):
+        gates.mp4(mp4)
+    return mp4, None
 
 
 def _timed_chunks(
-    chunks: Iterator[Frames], video: VideoConfig, watch: Stopwatch, cancelled: Cancelled
+    chunks: Iterator[Frames], video: VideoConfig, watch: Stopwatch, cancelled: Cancelled, gates: Gates
 ) -> Iterator[Frames]:
     while True:
         _check(cancelled)
         with watch.stage("vae_decode"):
             chunk = next(chunks, None)
         if chunk is None:
+            gates.ended()
             return
-        yield crop_to_standard(chunk) if video.crop else chunk
+        chunk = crop_to_standard(chunk) if video.crop else chunk
+        with watch.stage("check"):
+            gates.frames(chunk)
+        yield chunk
 
 
 def _check(cancelled: Cancelled) -> None:

@@ -59,10 +59,13 @@ INPUT_NAMES: Final = (
     "PREVIEW_EVERY",
     "TIMEOUT_S",
     "REQUEST_PRIORITY",
+    "REQUEST_ID",
 )
 
 _MAX_SEED: Final = 2**32 - 1  # torch's CPU generator uses 32 bits: larger seeds would repeat videos
 _ALLOWED_CONTROLS: Final = "\t\n\r"
+_MAX_ID_BYTES: Final = 128
+_MAX_NOISE: Final = 1000.0  # far beyond any noise, and far from overflowing in the model
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class GenerationRequest:
     """One accepted request; every value is inside the limits and `seed` is the one that will be used.
 
     `latents` fp32 [latent frames, C, h, w] and `encode_noise` fp32 [1, C, h, w] are copies owned by this object, or
-    None to draw them from the seed. `timeout_s` is None without a deadline; `priority` 1 high, 2 normal, 3 low.
+    None to draw them from the seed. `timeout_s` is None without a deadline; `priority` 1 high, 2 normal, 3 low;
+    `request_id` is None where a repeat of the request is a request of its own.
     """
 
     prompt: str
@@ -121,6 +125,7 @@ class GenerationRequest:
     preview_every: int
     timeout_s: float | None
     priority: int
+    request_id: str | None = None
 
     @property
     def geometry(self) -> VideoGeometry:
@@ -162,6 +167,7 @@ def parse_request(inputs: Mapping[str, NDArray[Any]], limits: RequestLimits, lat
         preview_every=_integer_in(inputs, "PREVIEW_EVERY", 0, 0, limits.max_steps),
         timeout_s=_timeout(inputs, limits.max_timeout_s),
         priority=_integer_in(inputs, "REQUEST_PRIORITY", PRIORITY_NORMAL, PRIORITY_HIGH, PRIORITY_LOW),
+        request_id=_request_id(inputs),
     )
 
 
@@ -298,6 +304,18 @@ def _output(inputs: Mapping[str, NDArray[Any]]) -> str:
     raise InvalidRequest(f"OUTPUT must be one of {', '.join(OUTPUTS)}, got {_shown(raw)}: use one of these words.")
 
 
+def _request_id(inputs: Mapping[str, NDArray[Any]]) -> str | None:
+    if "REQUEST_ID" not in inputs:
+        return None
+    raw = _bytes(inputs, "REQUEST_ID")
+    if not 1 <= len(raw) <= _MAX_ID_BYTES or not all(0x21 <= byte <= 0x7E for byte in raw):
+        raise InvalidRequest(
+            f"REQUEST_ID must be 1 to {_MAX_ID_BYTES} printable ASCII characters without spaces, got {_shown(raw)}: "
+            "send a UUID, say."
+        )
+    return raw.decode("ascii")
+
+
 def _tensor(inputs: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
     """A private copy of an fp32 input of exactly `shape`, or None when it is absent."""
     if name not in inputs:
@@ -311,6 +329,8 @@ def _tensor(inputs: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...
     if not np.isfinite(array).all():
         count = int(array.size - np.count_nonzero(np.isfinite(array)))
         raise InvalidRequest(f"{name} must hold finite numbers, got {count} NaN or infinite ones: send finite numbers.")
+    if (largest := float(np.abs(array).max(initial=0.0))) > _MAX_NOISE:
+        raise InvalidRequest(f"{name} must lie within +-{_MAX_NOISE:g}, got {largest:g}: send standard normal noise.")
     return np.array(array, dtype=np.float32, order="C", copy=True)
 
 

@@ -20,13 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.server_release import check_exposure, outdated
+from stepvideo_serve.server_security import ServerSecurity, add_security_arguments, from_arguments
 from stepvideo_serve.triton_install import link_stub, server_environment, server_home
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -34,6 +35,8 @@ EXIT_MARGIN_S = 5.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 30
 PR_SET_PDEATHSIG = 1
+MODEL_CONTROL = ("--model-control-mode=explicit", "--load-model=*")
+FORWARDED_HEADERS = "(?i)^traceparent$"  # of a call, to the models as parameters of its requests
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ServerOptions:
 
     exit_timeout_s is how long the server lets requests in flight finish when it is stopped.
     allow_outdated lets a release with known vulnerabilities listen on other addresses than loopback.
+    `security`: TLS, and who may use the calls of operators; with TLS, HTTP stays on loopback whatever `address` says.
+    model_control lets whoever has the operator key load and unload models; otherwise nobody may.
     `server_arguments` go to tritonserver as they are, after ours.
     """
 
@@ -54,6 +59,8 @@ class ServerOptions:
     log: Path | None = None
     exit_timeout_s: int = 10
     allow_outdated: bool = False
+    security: ServerSecurity = field(default_factory=ServerSecurity)
+    model_control: bool = False
     server_arguments: tuple[str, ...] = ()
 
 
@@ -80,9 +87,14 @@ class TritonServer:
         return f"{_client_host(self.options.address)}:{self._grpc_port}"
 
     @property
+    def http_address(self) -> str:
+        """Where HTTP listens."""
+        return self.options.security.http_address(self.options.address)
+
+    @property
     def http_url(self) -> str:
         """HOST:PORT, as tritonclient.http takes it."""
-        return f"{_client_host(self.options.address)}:{self._http_port}"
+        return f"{_client_host(self.http_address)}:{self._http_port}"
 
     @property
     def metrics_url(self) -> str:
@@ -108,7 +120,11 @@ class TritonServer:
         check_exposure(home, options.address, options.allow_outdated)
         link_stub(home)
         self._grpc_port, self._http_port, self._metrics_port = _choose_ports(
-            options.address, {"gRPC": options.grpc_port, "HTTP": options.http_port, "metrics": options.metrics_port}
+            {
+                "gRPC": (options.address, options.grpc_port),
+                "HTTP": (self.http_address, options.http_port),
+                "metrics": (options.address, options.metrics_port),
+            }
         )
         with _log_target(options.log) as output:
             self._process = subprocess.Popen(
@@ -141,6 +157,15 @@ class TritonServer:
     def wait(self) -> int:
         """Blocks until the server exits by itself; the exit code."""
         return self._started().wait()
+
+    def running(self) -> bool:
+        """Whether it was started and has not exited."""
+        return self._process is not None and self._process.poll() is None
+
+    def same_again(self) -> "TritonServer":
+        """Another server with the options of this one and on its ports, for when this one is stopped."""
+        grpc, http, metrics = self._grpc_port, self._http_port, self._metrics_port
+        return TritonServer(replace(self.options, grpc_port=grpc, http_port=http, metrics_port=metrics))
 
     def stop(self) -> None:
         """Asks the server to finish, kills its process group when it does not, and removes its shared memory.
@@ -185,25 +210,28 @@ class TritonServer:
             f"--cache-directory={home / 'caches'}",
             f"--grpc-address={options.address}",
             f"--grpc-port={self._grpc_port}",
-            f"--http-address={options.address}",
+            f"--http-address={self.http_address}",
             f"--http-port={self._http_port}",
             f"--metrics-address={options.address}",
             f"--metrics-port={self._metrics_port}",
             "--disable-auto-complete-config",
-            "--model-control-mode=none",
+            *(MODEL_CONTROL if options.model_control else ("--model-control-mode=none",)),
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
             f"--exit-timeout-secs={options.exit_timeout_s}",
             "--model-load-thread-count=2",  # more at once starve each other where cores are few
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--grpc-header-forward-pattern={FORWARDED_HEADERS}",
+            f"--http-header-forward-pattern={FORWARDED_HEADERS}",
+            *options.security.server_arguments(),
             *options.server_arguments,
         ]
 
     def _answers(self) -> bool:
         """Whether all models are ready. The metrics port is the last that the server opens."""
-        host = _client_host(self.options.address)
-        for port, path in ((self._http_port, "/v2/health/ready"), (self._metrics_port, "/metrics")):
-            connection = http.client.HTTPConnection(host, port, timeout=5.0)
+        http_url, metrics = self.http_url, f"{_client_host(self.options.address)}:{self._metrics_port}"
+        for url, path in ((http_url, "/v2/health/ready"), (metrics, "/metrics")):
+            connection = http.client.HTTPConnection(url, timeout=5.0)
             try:
                 connection.request("GET", path)
                 if connection.getresponse().status != http.HTTPStatus.OK:
@@ -223,11 +251,11 @@ class TritonServer:
         return "\n".join([f"the end of {log} says", *told[-LOG_TAIL_LINES:]])
 
 
-def _choose_ports(address: str, ports: dict[str, int]) -> list[int]:
-    """The port for each name; a 0 becomes a free port. Raises SetupError for a port that is in use."""
+def _choose_ports(places: dict[str, tuple[str, int]]) -> list[int]:
+    """The port for each name's address and port; 0 becomes a free port. SetupError for a port that is in use."""
     chosen = []
     with contextlib.ExitStack() as held:  # all at once, so that the free ones differ
-        for name, port in ports.items():
+        for name, (address, port) in places.items():
             probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the waiting sockets of a past server are fine
             try:
@@ -268,14 +296,19 @@ def _client_host(address: str) -> str:
     return "127.0.0.1" if address == "0.0.0.0" else address
 
 
+def announce(server: TritonServer) -> None:
+    """Says where a server that is ready is, and what is open that should not be."""
+    if (sentence := outdated(server_home())) is not None:
+        print(f"warning: {sentence}: keep it on loopback.", file=sys.stderr)
+    if (sentence := server.options.security.warning(server.options.address)) is not None:
+        print(f"warning: {sentence}.", file=sys.stderr)
+    print(f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}; Ctrl-C stops it", flush=True)
+
+
 def _serve(server: TritonServer, ready_timeout_s: float) -> int:
     with server:
         server.wait_ready(ready_timeout_s)
-        if (sentence := outdated(server_home())) is not None:
-            print(f"warning: {sentence}: keep it on loopback.", file=sys.stderr)
-        print(
-            f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}; Ctrl-C stops it", flush=True
-        )
+        announce(server)
         try:
             return server.wait()
         except KeyboardInterrupt:  # how it is meant to end
@@ -292,8 +325,26 @@ def _run(server: TritonServer, ready_timeout_s: float, command: Sequence[str]) -
         return code if code >= 0 else 128 - code
 
 
-def _raise_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+def raise_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    """A signal handler that ends the process by way of its context managers."""
     raise SystemExit(128 + number)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int, int]) -> None:
+    """The options that server_options reads; `ports`: the defaults for gRPC, HTTP and metrics."""
+    add = parser.add_argument
+    add("--config", type=Path, help="serve.toml, for the models")
+    repository = Path(__file__).absolute().parents[1] / "model_repository"
+    add("--model-repository", type=Path, default=repository, help="default: %(default)s")
+    add("--address", default="127.0.0.1", help="to listen on; default: %(default)s, loopback")
+    for port_name, port in zip(("grpc", "http", "metrics"), ports, strict=True):
+        add(f"--{port_name}-port", type=int, default=port, help="0: any free; default: %(default)s")
+    add("--allow-outdated-server", action="store_true", help="let an old release listen beyond loopback")
+    add_security_arguments(parser)
+    add("--log", type=Path, help="a file for the server's log; default: standard error")
+    add("--exit-timeout", type=int, default=10, metavar="S", help="for requests in flight; %(default)s s")
+    add("--ready-timeout", type=float, default=300.0, metavar="S", help="default: %(default)g s")
+    add("--server-argument", action="append", default=[], metavar="--NAME=VALUE", help="passed on; may be repeated")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -304,20 +355,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", (0, 0, 0), "run the server as long as COMMAND runs"),
     ):
         sub = commands.add_parser(name, help=text)
-        sub.add_argument("--config", type=Path, help="serve.toml, for the models")
-        repository = Path(__file__).absolute().parents[1] / "model_repository"
-        sub.add_argument("--model-repository", type=Path, default=repository, help="default: %(default)s")
-        sub.add_argument("--address", default="127.0.0.1", help="to listen on; default: %(default)s, loopback")
-        for port_name, port in zip(("grpc", "http", "metrics"), ports, strict=True):
-            sub.add_argument(f"--{port_name}-port", type=int, default=port, help="0: any free; default: %(default)s")
-        sub.add_argument(
-            "--allow-outdated-server", action="store_true", help="let an old release listen beyond loopback"
-        )
-        sub.add_argument("--log", type=Path, help="a file for the server's log; default: standard error")
-        sub.add_argument("--ready-timeout", type=float, default=300.0, metavar="S", help="default: %(default)g s")
-        sub.add_argument(
-            "--server-argument", action="append", default=[], metavar="--NAME=VALUE", help="passed on; may be repeated"
-        )
+        add_server_arguments(sub, ports)
         if name == "run":
             sub.add_argument("argv", nargs="+", metavar="COMMAND", help="after --: the command and its arguments")
     return parser
@@ -326,20 +364,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: COMMAND's for `run`; 0 when Ctrl-C ended `serve`, else 130; 1 when the server could not start."""
     arguments = _parser().parse_args(argv)
-    options = ServerOptions(
-        model_repository=arguments.model_repository,
-        config=arguments.config,
-        address=arguments.address,
-        grpc_port=arguments.grpc_port,
-        http_port=arguments.http_port,
-        metrics_port=arguments.metrics_port,
-        log=arguments.log,
-        allow_outdated=arguments.allow_outdated_server,
-        server_arguments=tuple(arguments.server_argument),
-    )
-    signal.signal(signal.SIGTERM, _raise_on_sigterm)
-    server = TritonServer(options)
+    signal.signal(signal.SIGTERM, raise_on_sigterm)
     try:
+        server = TritonServer(server_options(arguments))
         if arguments.command == "serve":
             return _serve(server, arguments.ready_timeout)
         return _run(server, arguments.ready_timeout, arguments.argv)
@@ -348,6 +375,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def server_options(arguments: argparse.Namespace) -> ServerOptions:
+    """What the arguments of add_server_arguments say. Raises SetupError."""
+    return ServerOptions(
+        model_repository=arguments.model_repository,
+        config=arguments.config,
+        address=arguments.address,
+        grpc_port=arguments.grpc_port,
+        http_port=arguments.http_port,
+        metrics_port=arguments.metrics_port,
+        log=arguments.log,
+        exit_timeout_s=arguments.exit_timeout,
+        allow_outdated=arguments.allow_outdated_server,
+        security=from_arguments(arguments),
+        server_arguments=tuple(arguments.server_argument),
+    )
 
 
 if __name__ == "__main__":

@@ -27,9 +27,12 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "sampling": (*OF_STAGES, "text.states", "dit.velocity"),
     "engine": ("errors",),
     "parallel": ("errors",),
-    "tritonserver": ("errors", "server_release", "triton_install"),
+    "tritonserver": ("errors", "server_release", "server_security", "triton_install"),
     "server_release": ("errors",),
+    "server_security": ("errors", "server_release"),
     "triton_install": ("errors",),
+    "health": (),
+    "supervise": ("errors", "health", "triton_install", "tritonserver"),
 }
 # Part of the package -> all that it may import from outside, besides the standard library.
 FROM_OUTSIDE: Mapping[str, tuple[str, ...]] = {
@@ -37,7 +40,10 @@ FROM_OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "geometry": (),
     "tritonserver": (),
     "server_release": (),
+    "server_security": (),
     "triton_install": (),
+    "health": (),
+    "supervise": (),
     "parallel": ("torch", "numpy"),
 }
 CLIENT_MAY_IMPORT = ("stepvideo_client", "numpy", "tritonclient", "grpc", "google.protobuf")

@@ -38,6 +38,7 @@ PUBLIC_OPTIONAL: Tensors = {
     "PREVIEW_EVERY": INT_SCALAR,
     "TIMEOUT_S": FLOAT_SCALAR,
     "REQUEST_PRIORITY": INT_SCALAR,
+    "REQUEST_ID": TEXT_SCALAR,
 }
 PROGRESS: Tensors = {
     "STEP": INT_SCALAR,
@@ -58,6 +59,8 @@ DENOISER_INPUTS: Tensors = {
     "RUN_ID": TEXT_SCALAR,
     "KIND": TEXT_SCALAR,
     "CANCEL_RUN": TEXT_SCALAR,
+    "ASK_RUN": TEXT_SCALAR,
+    "NOTE": TEXT_SCALAR,
     "LATENTS": LATENTS,
     "CONDITION": IMAGE_LATENT,
     "INPUT_IDS": ("TYPE_INT64", [-1, -1]),
@@ -86,12 +89,35 @@ DENOISER_OUTPUTS: Tensors = {
     "REPORT": TEXT_SCALAR,
     "ERROR": TEXT_SCALAR,
 }
-DECODER_INPUTS: Tensors = {"RUN_ID": TEXT_SCALAR, "CANCEL_RUN": TEXT_SCALAR, "LATENTS": LATENTS}
+DECODER_INPUTS: Tensors = {
+    "RUN_ID": TEXT_SCALAR,
+    "CANCEL_RUN": TEXT_SCALAR,
+    "ASK_RUN": TEXT_SCALAR,
+    "LATENTS": LATENTS,
+}
+QUOTE_INPUTS: Tensors = {
+    "NUM_FRAMES": INT_SCALAR,
+    "HEIGHT": INT_SCALAR,
+    "WIDTH": INT_SCALAR,
+    "STEPS": INT_SCALAR,
+    "CFG_SCALE": FLOAT_SCALAR,
+    "OUTPUT": TEXT_SCALAR,
+    "REQUEST_PRIORITY": INT_SCALAR,
+    "PROMPT_TOKENS": INT_SCALAR,
+    "NEGATIVE_TOKENS": INT_SCALAR,
+}
+QUOTE_OUTPUTS: Tensors = {
+    "SECONDS": FLOAT_SCALAR,
+    "GPU_SECONDS": FLOAT_SCALAR,
+    "PEAK_MEMORY_MIB": FLOAT_SCALAR,
+    "QUEUE_WAIT_S": FLOAT_SCALAR,
+    "REPORT": TEXT_SCALAR,
+}
 
 # model: (decoupled, instances, required inputs, optional inputs, outputs)
 MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
     "ti2v": (True, 1, PUBLIC_REQUIRED, PUBLIC_OPTIONAL, {**PROGRESS, **RESULT}),
-    "ti2v_unary": (False, 2, PUBLIC_REQUIRED, PUBLIC_OPTIONAL, RESULT),
+    "ti2v_unary": (False, 1, PUBLIC_REQUIRED, PUBLIC_OPTIONAL, RESULT),
     "text_encoder": (
         False,
         1,
@@ -104,9 +130,10 @@ MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
         1,
         {"PIXELS": ("TYPE_FP32", [3, -1, -1]), "NOISE": IMAGE_LATENT},
         {},
-        {"LATENT": IMAGE_LATENT},
+        {"LATENT": IMAGE_LATENT, "CACHED": ("TYPE_BOOL", [1])},
     ),
     "dit_denoiser": (True, 1, {}, DENOISER_INPUTS, DENOISER_OUTPUTS),
+    "ti2v_quote": (False, 1, {}, QUOTE_INPUTS, QUOTE_OUTPUTS),
     "vae_decoder": (True, 1, {}, DECODER_INPUTS, {"FRAMES": FRAMES, "ERROR": TEXT_SCALAR}),
 }
 

@@ -64,6 +64,7 @@ def test_prompt_and_image_are_enough() -> None:
     assert (request.output, request.preview_every, request.timeout_s, request.priority) == ("mp4", 0, None, 2)
     assert request.latents is None
     assert request.encode_noise is None
+    assert request.request_id is None
     assert request.positive_prompt == "一只猫" + DEFAULT_POSITIVE_SUFFIX
     assert request.negative_prompt == DEFAULT_NEGATIVE_PROMPT
 
@@ -85,6 +86,7 @@ def test_every_input_reaches_its_field() -> None:
         PREVIEW_EVERY=int32(2),
         TIMEOUT_S=fp32(1.5),
         REQUEST_PRIORITY=int32(1),
+        REQUEST_ID=text("7b0c/1"),
     )
     assert (request.num_frames, request.height, request.width) == (34, 64, 96)
     assert request.negative_prompt == ""
@@ -96,6 +98,7 @@ def test_every_input_reaches_its_field() -> None:
     np.testing.assert_array_equal(request.latents, latents)
     np.testing.assert_array_equal(request.encode_noise, noise)
     assert (request.output, request.preview_every, request.timeout_s, request.priority) == ("frames", 2, 1.5, 1)
+    assert request.request_id == "7b0c/1"
 
 
 def test_given_tensors_are_copied() -> None:
@@ -162,9 +165,14 @@ BAD_INPUTS: list[tuple[str, NDArray[Any], str]] = [
     ("TIMEOUT_S", fp32(float("-inf")), "finite"),
     ("TIMEOUT_S", fp32(1e9), "at most 86400 seconds"),
     ("REQUEST_PRIORITY", int32(4), "from 1 to 3"),
+    ("REQUEST_ID", text(""), "1 to 128 printable ASCII characters without spaces, got b''"),
+    ("REQUEST_ID", text("a b"), "printable ASCII"),
+    ("REQUEST_ID", text("猫"), "printable ASCII"),
+    ("REQUEST_ID", text("x" * 129), "1 to 128"),
     ("LATENTS", np.zeros((6, CHANNELS, 4, 7), np.float32), r"shape \[6, 4, 4, 6\] .* shape \[6, 4, 4, 7\]"),
     ("LATENTS", np.zeros((6, CHANNELS, 4, 6), np.float64), "got float64"),
     ("LATENTS", np.full((6, CHANNELS, 4, 6), np.nan, np.float32), "576 NaN or infinite"),
+    ("LATENTS", np.full((6, CHANNELS, 4, 6), -3e38, np.float32), r"within \+-1000, got 3e\+38"),
     ("ENCODE_NOISE", np.zeros((6, CHANNELS, 4, 6), np.float32), r"shape \[1, 4, 4, 6\]"),
 ]
 

@@ -31,6 +31,7 @@ from stepvideo_client.errors import (
 )
 from stepvideo_client.events import Result, StepEvent
 from stepvideo_client.options import Options
+from stepvideo_client.quote import Quote, QuoteOptions
 
 __all__ = [
     "MOVEMENTS",
@@ -43,6 +44,8 @@ __all__ = [
     "MalformedResponse",
     "Options",
     "QueueFull",
+    "Quote",
+    "QuoteOptions",
     "RequestCancelled",
     "RequestFailed",
     "Result",

@@ -1,6 +1,7 @@
-"""The command line: `stepvideo generate` and `stepvideo ready` (also `python -m stepvideo_client ...`)."""
+"""The command line: `stepvideo generate`, `quote` and `ready` (also `python -m stepvideo_client ...`)."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -10,23 +11,33 @@ from typing import cast
 
 from stepvideo_client.camera import MOVEMENTS, with_camera
 from stepvideo_client.client import Client
-from stepvideo_client.errors import ClientError, ConnectionFailed, InvalidInput, InvalidRequest, MalformedResponse
+from stepvideo_client.errors import (
+    ClientError,
+    ConnectionFailed,
+    InvalidInput,
+    InvalidRequest,
+    MalformedResponse,
+    StreamStalled,
+)
 from stepvideo_client.events import Result
 from stepvideo_client.options import Options
 from stepvideo_client.output import check_target, save_bytes, save_json, save_result
 from stepvideo_client.progress import Progress
+from stepvideo_client.quote import QuoteOptions
 
 EXIT_OK = 0
 EXIT_SERVER_ERROR = 1
 EXIT_BAD_INPUT = 2
 EXIT_UNREACHABLE = 3
+EXIT_STALLED = 4
 EXIT_CANCELLED = 130
 
 EXIT_CODES = """exit codes:
   0    done
   1    the server failed the request (or the output could not be written)
   2    usage or bad input, found here or by the server (INVALID_ARGUMENT)
-  3    the server cannot be reached, is not ready, or stopped answering
+  3    the server cannot be reached, or is not ready
+  4    the server fell silent in the middle of the generation: not a slow step, but a dead process or connection
   130  cancelled with Ctrl-C; the server is told"""
 
 
@@ -34,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     args = _parser().parse_args(arguments)
     try:
-        run = _generate if args.command == "generate" else _ready
-        run(args)
+        {"generate": _generate, "quote": _quote, "ready": _ready}[args.command](args)
     except KeyboardInterrupt:
         print("stepvideo: cancelled.", file=sys.stderr)
         return EXIT_CANCELLED
@@ -51,12 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(error: ClientError) -> int:
     if isinstance(error, InvalidInput | InvalidRequest):
         return EXIT_BAD_INPUT
+    if isinstance(error, StreamStalled):
+        return EXIT_STALLED
     return EXIT_UNREACHABLE if isinstance(error, ConnectionFailed) else EXIT_SERVER_ERROR
 
 
 def _ready(args: argparse.Namespace) -> None:
     with _client(args, idle_timeout_s=None) as client:
         client.wait_ready(args.timeout)
+
+
+def _quote(args: argparse.Namespace) -> None:
+    given = {name: value for name in QuoteOptions.__annotations__ if (value := getattr(args, name)) is not None}
+    with _client(args, idle_timeout_s=None) as client:
+        quote = client.quote(**cast(QuoteOptions, given))
+    if args.json:
+        print(json.dumps(quote.report, indent=2))
+        return
+    parts = ", ".join(f"{part} {s:.1f}" for part, s in quote.report["seconds"].items() if part != "total")
+    print(f"{quote.seconds:.1f} s ({parts})")
+    print(f"{quote.gpu_seconds:.1f} GPU-seconds, {quote.peak_memory_mib:.0f} MiB on the fullest GPU (predicted)")
+    print(f"starts in {quote.queue_wait_s:.1f} s, {quote.report['waiting']} waiting")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -157,12 +182,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     _add_generate_arguments(generate)
-    for command in (generate, ready):
+    quote = commands.add_parser(
+        "quote",
+        help="what a generation would take on this server",
+        description="What a generation would take: told from what the server has measured, so not on a fresh one.",
+        epilog=EXIT_CODES,
+        formatter_class=raw,
+    )
+    _add_size_arguments(quote)
+    quote.add_argument("--priority", type=int, metavar="N", help="1 high, 2 normal, 3 low (2)")
+    quote.add_argument("--prompt-tokens", type=int, metavar="N", help="of a new prompt with its suffix (320)")
+    quote.add_argument("--negative-tokens", type=int, metavar="N", help="of a new negative prompt (the usual one)")
+    quote.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    for command in (generate, quote, ready):
         _add_connection_arguments(command)
     return parser
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_size_arguments(parser)
     add = parser.add_argument
     add("--image", type=Path, required=True, metavar="FILE", help="the first frame: PNG, JPEG or WebP")
     add("--prompt", required=True, metavar="TEXT", help="Chinese or English")
@@ -170,22 +208,28 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--camera", choices=tuple(MOVEMENTS), help="a camera movement, added to the prompt")
     add("--negative-prompt", metavar="TEXT")
     add("--positive-suffix", metavar="TEXT", help="added to the prompt by the server")
-    add("--infer-steps", dest="steps", type=int, metavar="N", help="denoising steps (50)")
-    add("--cfg-scale", type=float, metavar="X", help="classifier-free guidance (9.0)")
     add("--time-shift", type=float, metavar="X", help="shift of the schedule (7.0)")
     add("--motion-score", type=float, metavar="X", help="2 stable, 5 general (default), 10 to 20 intense")
     add("--seed", type=int, metavar="N", help="same seed, same video (random)")
-    add("--num-frames", type=int, metavar="N", help="multiple of 17 (102)")
-    add("--height", type=int, metavar="PX", help="multiple of 16 (544)")
-    add("--width", type=int, metavar="PX", help="multiple of 16 (992)")
-    add("--output", choices=("mp4", "frames", "latents"), help="frames and latents are saved as .npy (mp4)")
     add("--timeout", dest="timeout_s", type=float, metavar="S", help="the server gives up after S seconds")
+    add("--request-id", metavar="ID", help="sent again with the same inputs, it gets the first one's run or result")
     add("--preview-every", type=int, metavar="N", help="keep a JPEG of every N-th step in --preview-dir")
     add("--preview-dir", type=Path, metavar="FOLDER")
     add("--json", nargs="?", const="", metavar="FILE", help="write the report (to --out with .json, if no FILE)")
-    add("--idle-timeout", type=float, default=120.0, metavar="S", help="give up when the server is silent (120)")
+    add("--idle-timeout", type=float, default=60.0, metavar="S", help="give up when the server is silent (60)")
     add("--unary", action="store_true", help="one call without progress, through ti2v_unary")
     add("--quiet", action="store_true", help="errors only")
+
+
+def _add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """What decides about the cost of a generation."""
+    add = parser.add_argument
+    add("--num-frames", type=int, metavar="N", help="multiple of 17 (102)")
+    add("--height", type=int, metavar="PX", help="multiple of 16 (544)")
+    add("--width", type=int, metavar="PX", help="multiple of 16 (992)")
+    add("--infer-steps", dest="steps", type=int, metavar="N", help="denoising steps (50)")
+    add("--cfg-scale", type=float, metavar="X", help="classifier-free guidance (9.0)")
+    add("--output", choices=("mp4", "frames", "latents"), help="frames and latents are saved as .npy (mp4)")
 
 
 def _add_connection_arguments(parser: argparse.ArgumentParser) -> None:

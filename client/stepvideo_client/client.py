@@ -21,13 +21,15 @@ from stepvideo_client.errors import (
     request_error,
 )
 from stepvideo_client.events import Result, StepEvent, is_final, read_response
-from stepvideo_client.options import Options, inference_request
+from stepvideo_client.options import Options, inference_request, request_of
+from stepvideo_client.quote import QUOTE_MODEL, Quote, QuoteOptions, read_quote
 from stepvideo_client.stream import RequestStream
 
 STREAM_MODEL = "ti2v"
 UNARY_MODEL = "ti2v_unary"
 
 _PROBE_TIMEOUT_S = 5.0
+_QUOTE_TIMEOUT_S = 30.0
 _POLL_S = 0.2
 _FINAL_TIMEOUT_S = 5.0
 _CHANNEL_OPTIONS = (
@@ -44,9 +46,11 @@ class Client:
     """A connection to a stepvideo-serve server; may be shared by threads, with many generations at once.
 
     url: host:port of the gRPC endpoint, without a scheme. idle_timeout_s: a generation fails with StreamStalled
-    when nothing at all was received for that long (None: never). headers: sent with every call, for instance for
-    a gateway. TLS is used when `tls` is true or any of the PEM files is given: root_certificates (of the server's
-    authority; the system's when absent), private_key and certificate_chain (this client's, for mutual TLS).
+    when nothing at all was received for that long (None: never). A server that is well says something at least every
+    15 s, however slow its steps are: silence means that the model's process or the connection is lost. headers: sent
+    with every call, for instance for a gateway. TLS is used when `tls` is true or any of the PEM files is given:
+    root_certificates (of the server's authority; the system's when absent), private_key and certificate_chain (this
+    client's, for mutual TLS).
 
     Connects on first use. Closing it cancels the generations still running. Raises InvalidInput for PEM files that
     cannot be read.
@@ -56,7 +60,7 @@ class Client:
         self,
         url: str = "127.0.0.1:8001",
         *,
-        idle_timeout_s: float | None = 120.0,
+        idle_timeout_s: float | None = 60.0,
         headers: Mapping[str, str] | None = None,
         tls: bool = False,
         root_certificates: str | os.PathLike[str] | None = None,
@@ -122,6 +126,18 @@ class Client:
             raise MalformedResponse(f"Expected a result from {UNARY_MODEL}, got {event!r}.")
         return event
 
+    def quote(self, **options: Unpack[QuoteOptions]) -> Quote:
+        """What a generation would take. Raises InvalidInput, ServerUnreachable, MalformedResponse, ServiceUnavailable
+        while the server has not measured everything that the quote needs, and other RequestFailed."""
+        request = request_of(QUOTE_MODEL, options, tuple(QuoteOptions.__annotations__))
+        call = self._stub.ModelInfer.future(request, timeout=_QUOTE_TIMEOUT_S, metadata=self._metadata)
+        try:
+            return read_quote(call.result())
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            raise self._failure(call) from error
+        finally:
+            call.cancel()  # does nothing on a call that is over
+
     def is_ready(self) -> bool:
         """Whether the server and its model ti2v take requests now."""
         return self._not_ready_because(_PROBE_TIMEOUT_S) is None
@@ -152,8 +168,9 @@ class Client:
 
     def _events(self, request: Any) -> Generator[StepEvent | Result, None, None]:
         with RequestStream(self._stub, request, self._metadata) as stream:
+            heard = "nothing"
             while True:
-                response = self._receive(stream)
+                response = self._receive(stream, heard)
                 event = read_response(response)
                 if isinstance(event, Result):
                     if is_final(response) or _reaches_final(stream):
@@ -161,18 +178,20 @@ class Client:
                     yield event
                     return
                 if event is not None:
+                    heard = f"step {event.step} of {event.total_steps}"
                     yield event
                 if is_final(response):
                     raise MalformedResponse("The server ended the generation without a result: see the server's log.")
 
-    def _receive(self, stream: RequestStream) -> Any:
-        """The next ModelInferResponse of a stream."""
+    def _receive(self, stream: RequestStream, heard: str) -> Any:
+        """The next ModelInferResponse of a stream; `heard`: what came last, in words."""
         try:
             message = stream.receive(self._idle_timeout_s)
         except queue.Empty as error:
             raise StreamStalled(
-                f"Nothing was received from {self.url} for {self._idle_timeout_s:g} s: the model may have died, see "
-                "the server's log, or allow a longer idle timeout."
+                f"Nothing was received from {self.url} for {self._idle_timeout_s:g} s after {heard}, not even a sign "
+                "of life, which also comes during a slow step: the model's process or the connection is dead, so send "
+                "the request again once the server is ready."
             ) from error
         except grpc.RpcError as error:
             raise self._failure(error) from error

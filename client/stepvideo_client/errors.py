@@ -52,7 +52,8 @@ class ServerNotReady(ConnectionFailed):
 
 
 class StreamStalled(ConnectionFailed):
-    """Nothing was received for the idle timeout: a stream to a model that died never ends by itself."""
+    """Nothing was received for the idle timeout, not even a sign of life: a stream to a model that died never ends by
+    itself. A slow step is no reason: the server repeats its last response every 15 s."""
 
 
 class MalformedResponse(ClientError):

@@ -6,6 +6,7 @@ What is not given (or None) is not sent: the server's defaults apply, and the se
 import operator
 import os
 import struct
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,7 +27,8 @@ class Options(TypedDict, total=False):
     seed (random): int64, returned in the result. latents: float32 [latent frames, C, h, w] and encode_noise:
     float32 [1, C, h, w] replace what the seed would give. output ("mp4"): or "frames", or "latents".
     preview_every (0): a JPEG with every n-th step. timeout_s (none): the server gives up after it.
-    priority: REQUEST_PRIORITY of the server.
+    priority: REQUEST_PRIORITY of the server. request_id: a name of the caller's choosing; sent again with the same
+    inputs, it gets the run or the result of the first time.
     """
 
     negative_prompt: str | None
@@ -45,6 +47,7 @@ class Options(TypedDict, total=False):
     preview_every: int | None
     timeout_s: float | None
     priority: int | None
+    request_id: str | None
 
 
 # Option -> input of the server, its datatype, and its number of dimensions.
@@ -67,17 +70,25 @@ _INPUTS: dict[str, tuple[str, str, int]] = {
     "preview_every": ("PREVIEW_EVERY", "INT32", 1),
     "timeout_s": ("TIMEOUT_S", "FP32", 1),
     "priority": ("REQUEST_PRIORITY", "INT32", 1),
+    "request_id": ("REQUEST_ID", "BYTES", 1),
+    "prompt_tokens": ("PROMPT_TOKENS", "INT32", 1),
+    "negative_tokens": ("NEGATIVE_TOKENS", "INT32", 1),
 }
 _INTEGERS: dict[str, type[np.signedinteger[Any]]] = {"INT32": np.int32, "INT64": np.int64}
 
 
 def inference_request(model: str, image: bytes | str | os.PathLike[str], prompt: str, options: Options) -> Any:
     """The ModelInferRequest of a generation. Raises InvalidInput for what cannot be sent."""
+    return request_of(model, {**options, "prompt": prompt, "image": image_bytes(image)}, tuple(Options.__annotations__))
+
+
+def request_of(model: str, values: Mapping[str, Any], allowed: Collection[str]) -> Any:
+    """A ModelInferRequest with these values but None; `allowed`: the options that there are, besides prompt and image.
+    Raises InvalidInput."""
     request = service_pb2.ModelInferRequest(model_name=model)
-    values: dict[str, Any] = {**options, "prompt": prompt, "image": image_bytes(image)}
     for option, value in values.items():
-        if option not in _INPUTS:
-            raise InvalidInput(f"There is no option {option!r}; the options are {', '.join(Options.__annotations__)}.")
+        if option not in (*allowed, "prompt", "image"):
+            raise InvalidInput(f"There is no option {option!r}; the options are {', '.join(allowed)}.")
         if value is None:
             continue
         name, datatype, dimensions = _INPUTS[option]

@@ -4,8 +4,10 @@ Groups of one rank cost nothing: no collective is called for an axis of size 1. 
 are counted by kind, for comparison with the planner's prediction.
 """
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,42 @@ from torch import Tensor
 from stepvideo_serve.parallel.layout import SIZES, Layout
 
 LEADER = 0
+
+
+class WaitClock:
+    """Seconds in which this rank's computation waited for tensors of others: on CPUs by the host's clock, on GPUs by
+    events on the current stream, which wait for nothing until they are read."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def waiting(self, payload: Tensor) -> Iterator[None]:
+        """Around a call that waits, or has the stream of `payload` wait."""
+        if not payload.is_cuda:
+            began_s = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began_s
+            return
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        yield
+        ended.record()
+        self._pairs.append((began, ended))
+
+    def settle(self) -> None:
+        """Reads the events so far; waits until the GPU has passed them."""
+        for began, ended in self._pairs:
+            ended.synchronize()
+            self._seconds += began.elapsed_time(ended) / 1000.0
+        self._pairs = []
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        self.settle()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -33,10 +71,12 @@ class Summing:
 
     work: dist.Work
     result: Tensor
+    clock: WaitClock
 
     def wait(self) -> Tensor:
         """Raises RuntimeError when a rank of the group is gone, or its part does not come within the timeout."""
-        self.work.wait()
+        with self.clock.waiting(self.result):
+            self.work.wait()
         return self.result
 
 
@@ -48,6 +88,7 @@ class Collectives:
         self.cfg, self.tp, self.sp = layout.cfg, layout.tp, layout.sp
         self.cfg_index, self.tp_index, self.sp_index = own.cfg, own.tp, own.sp
         self.sent_bytes: Counter[str] = Counter()
+        self.clock = WaitClock()
         self._groups = {axis: _make_groups(layout, axis, rank) for axis in SIZES if getattr(layout, axis) > 1}
 
     def sum_tp(self, partial: Tensor) -> Done | Summing:
@@ -59,7 +100,7 @@ class Collectives:
         work = dist.all_reduce(partial, group=self._groups["tp"], async_op=True)
         if work is None:
             raise RuntimeError("this rank is not part of its tensor-parallel group")
-        return Summing(work, partial)
+        return Summing(work, partial, self.clock)
 
     def to_heads(self, qkv: Tensor, counts: list[int]) -> Tensor:
         """See Communicator. To each rank go its heads of our tokens."""
@@ -88,14 +129,23 @@ class Collectives:
         own = own.contiguous()
         self._count("exchange_branches", own)
         both = own.new_empty((2, *own.shape))
-        dist.all_gather_single(both.flatten(0, 1), own, group=self._groups["cfg"])
+        with self.clock.waiting(own):
+            dist.all_gather_single(both.flatten(0, 1), own, group=self._groups["cfg"])
         return both[0], both[1]
 
     def agree(self, code: int) -> int:
         """The leader's code, on every rank: how all ranks take the same decision at a step boundary."""
         decision = torch.tensor([code])
         dist.broadcast(decision, src=LEADER)
+        self.clock.settle()  # the GPU has done the step by now
         return int(decision)
+
+    def from_all(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values, by rank, on every rank; all give as many."""
+        own = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own)
+        return [row.tolist() for row in gathered]
 
     def collect(self, own: Tensor | None, like: Tensor, owners: Sequence[int]) -> list[Tensor]:
         """On the leader, one tensor of the shape and dtype of `like` from each owner, in that order; on other ranks an
@@ -119,7 +169,8 @@ class Collectives:
         incoming = outgoing.new_empty(sum(received_sizes))
         self._count(kind, outgoing)
         sizes = [part.numel() for part in sent]
-        dist.all_to_all_single(incoming, outgoing, received_sizes, sizes, group=self._groups["sp"])
+        with self.clock.waiting(outgoing):
+            dist.all_to_all_single(incoming, outgoing, received_sizes, sizes, group=self._groups["sp"])
         return list(incoming.split(received_sizes))
 
     def _count(self, kind: str, payload: Tensor) -> None:

@@ -112,6 +112,12 @@ class RankGroup:
         return ranks is not None and ranks.alive()
 
     @property
+    def silence_s(self) -> float | None:
+        """How long ago the rank that has been silent for longest gave a sign of life; None while ranks are missing."""
+        ranks = self._ranks
+        return None if ranks is None else ranks.silence_s()
+
+    @property
     def info(self) -> JsonObject:
         """What the leader's worker said about itself when it was ready last; empty before the start."""
         return dict(self._info)

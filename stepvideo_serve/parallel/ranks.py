@@ -125,7 +125,8 @@ class Ranks:
     """All processes of one generation, the two arenas they share with the parent, and the memory they meet in.
 
     The thread that makes a Ranks must outlive it (the kernel kills a child that asked for PR_SET_PDEATHSIG when the
-    *thread* that spawned it ends), and calls everything but `send`, `begin_job` and `alive`, which any thread may.
+    *thread* that spawned it ends), and calls everything but `send`, `begin_job`, `alive` and `silence_s`, which any
+    thread may.
     """
 
     def __init__(self, spec: RanksSpec, generation: int) -> None:
@@ -179,6 +180,10 @@ class Ranks:
                 )
         self._starting = False
         return infos[0]
+
+    def silence_s(self) -> float:
+        """How long ago the rank that has been silent for longest gave its last sign of life."""
+        return self._beats.oldest_s(time.monotonic())
 
     def alive(self) -> bool:
         """Whether no rank has ended."""

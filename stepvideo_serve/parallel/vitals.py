@@ -21,6 +21,10 @@ class Heartbeats:
     def excuse(self, pause_s: float) -> None:
         self._signs_s = [sign_s + pause_s for sign_s in self._signs_s]
 
+    def oldest_s(self, now_s: float) -> float:
+        """How long ago the rank that has been silent for longest gave its last sign."""
+        return now_s - min(self._signs_s)
+
     def silent(self, now_s: float) -> dict[int, float]:
         """The ranks that are silent, and for how many heartbeats they have been."""
         beats = {rank: (now_s - sign_s) / self._heartbeat_s for rank, sign_s in enumerate(self._signs_s)}

@@ -1,55 +1,70 @@
 """The stages of the pipeline as calls to the server's other models (Business Logic Scripting)."""
 
 import json
-import threading
-import uuid
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import triton_python_backend_utils as pb_utils
 from torch import Tensor
 
 from stepvideo_serve.errors import RequestError, WorkerFailed
 from stepvideo_serve.pipeline import Cancelled, Frames, Waiting
+from stepvideo_serve.request import GenerationRequest
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
+from stepvideo_serve.serving.model_run import ask, call, run
+from stepvideo_serve.serving.quote import stage_work
+from stepvideo_serve.serving.telemetry import UNKNOWN, Origin
 from stepvideo_serve.text.states import TextStates
 
-CANCEL_POLL_S = 0.05
-CANCEL_AGAIN_S = 1.0
+_logger = logging.getLogger(__name__)
 
 
 class BlsStages:
     """One request's way through the models of this server."""
 
     def __init__(
-        self, latent_channels: int, description: dict[str, Any], cancelled: Cancelled, ranks_decode: bool, priority: int
+        self,
+        latent_channels: int,
+        description: dict[str, Any],
+        cancelled: Cancelled,
+        ranks_decode: bool,
+        priority: int,
+        origin: Callable[[], Origin] = lambda: UNKNOWN,
     ) -> None:
+        self._origin = origin
         self.latent_channels = latent_channels
         self._description = description
         self._cancelled = cancelled
         self._ranks_decode = ranks_decode
         self._priority = priority
+        self._cached: dict[str, list[bool]] = {"text": [], "image": []}
+        self.new_tokens = 0
+        """Of the prompts that were not in the cache."""
 
     def encode_text(self, prompt: str) -> TextStates:
-        out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, ("LLM_STATES", "CLIP_STATES"))
+        outputs = ("LLM_STATES", "CLIP_STATES", "CACHED")
+        out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, outputs, self._origin())
+        self._cached["text"].append(bool(out["CACHED"].flat[0]))
+        self.new_tokens += 0 if self._cached["text"][-1] else len(out["LLM_STATES"])
         return TextStates(llm=torch.from_numpy(out["LLM_STATES"]), clip=torch.from_numpy(out["CLIP_STATES"]))
 
     def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        out = call("vae_encoder", {"PIXELS": pixels.numpy(), "NOISE": noise.numpy()}, ("LATENT",))
+        inputs = {"PIXELS": pixels.numpy(), "NOISE": noise.numpy()}
+        out = call("vae_encoder", inputs, ("LATENT", "CACHED"), self._origin())
+        self._cached["image"].append(bool(out["CACHED"].flat[0]))
         return torch.from_numpy(out["LATENT"])
 
     def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone | Waiting]:
         """The last step is held back until its latents are there."""
         last: StepDone | None = None
         latents: Tensor | None = None
-        with closing(
-            run("dit_denoiser", {**_job_inputs(job), "PRIORITY": np.array([self._priority], np.int32)}, cancelled)
-        ) as responses:
+        inputs = {**_job_inputs(job), "PRIORITY": np.array([self._priority], np.int32)}
+        with closing(run("dit_denoiser", inputs, cancelled, self._origin())) as responses:
             for out in responses:
                 if "LATENTS" in out:
                     latents = torch.from_numpy(out["LATENTS"])
@@ -72,12 +87,17 @@ class BlsStages:
         model = "vae_decoder"
         if self._ranks_decode:
             model, inputs["KIND"] = "dit_denoiser", bytes_array(b"decode")
-        with closing(run(model, inputs, self._cancelled)) as responses:
+        with closing(run(model, inputs, self._cancelled, self._origin())) as responses:
             for out in responses:
                 yield out["FRAMES"]
 
+    @property
+    def image_is_new(self) -> bool:
+        """Whether the image's latent was computed."""
+        return not any(self._cached["image"])
+
     def describe(self) -> dict[str, Any]:
-        return dict(self._description)
+        return {**self._description, "cached": self._cached}
 
 
 class RanksLLM:
@@ -92,83 +112,14 @@ class RanksLLM:
         raise WorkerFailed("dit_denoiser must answer with text states, it ended without: see the server's log.")
 
 
-def call(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
-    """One request, one response. Raises the RequestError that the model answered with."""
-    return _read(_request(model, inputs, outputs).exec())
-
-
-def run(model: str, inputs: Arrays, cancelled: Cancelled) -> Generator[dict[str, np.ndarray[Any, Any]], None, None]:
-    """One run of a decoupled model, its responses in turn. Raises the RequestError that the model answered with.
-
-    `cancelled()` ends the run, and so does closing the generator early. Either way every response is taken: one that
-    is left stays in the server for good, which then cannot unload the calling model.
-    """
-    run_id = bytes_array(uuid.uuid4().hex.encode())
-    responses: Any = ()
+def report_pace(request: GenerationRequest, seconds: Mapping[str, float], stages: BlsStages, decoders: int) -> None:
+    """Tells the ledger how long the stages of a finished request took; it hears of the steps without that."""
+    work = stage_work(request, stages.new_tokens, stages.image_is_new, decoders)
+    note = {stage: (amount, seconds[stage]) for stage, amount in work.items() if stage in seconds}
     try:
-        with cancelling(model, run_id, cancelled):
-            responses = _request(model, {**inputs, "RUN_ID": run_id}, ()).exec(decoupled=True)  # until there is one
-            for response in responses:
-                if outputs := _read(response):
-                    yield outputs
-    finally:
-        for _ in responses:
-            continue
-
-
-@contextmanager
-def cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Cancelled) -> Iterator[None]:
-    """While the block runs, a cancel of the public request becomes one of the model's run; leaving the block by an
-    exception ends the run too."""
-    left = threading.Event()
-
-    def cancel_run() -> None:
-        for _ in _request(model, {"CANCEL_RUN": run_id}, ()).exec(decoupled=True):
-            continue
-
-    def watch() -> None:
-        pause_s = CANCEL_POLL_S
-        while not left.wait(pause_s):
-            if cancelled():
-                cancel_run()
-                pause_s = CANCEL_AGAIN_S  # in case it was there before the run
-
-    watcher = threading.Thread(target=watch, name="cancel-watch")
-    watcher.start()
-    try:
-        yield
-    except BaseException:
-        cancel_run()
-        raise
-    finally:
-        left.set()
-        watcher.join()
-
-
-def _request(model: str, inputs: Arrays, outputs: tuple[str, ...]) -> Any:
-    return pb_utils.InferenceRequest(
-        model_name=model,
-        requested_output_names=list(outputs),
-        inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
-    )
-
-
-def _read(response: Any) -> dict[str, np.ndarray[Any, Any]]:
-    if response.has_error():
-        raise error_from_text(response.error().message())
-    outputs = {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
-    if "ERROR" in outputs:
-        raise error_from_text(outputs["ERROR"].flat[0].decode())
-    return outputs
-
-
-def error_from_text(message: str) -> RequestError:
-    """The RequestError of a "CODE: sentence"; anything else was not sent by our models and is INTERNAL."""
-    code, _, sentence = message.partition(": ")
-    for kind in RequestError.__subclasses__():
-        if kind.code == code:
-            return kind(sentence)
-    return WorkerFailed(f"A model of this server failed: {message.splitlines()[0] if message else 'no message'}")
+        ask("dit_denoiser", {"KIND": bytes_array(b"note"), "NOTE": bytes_array(json.dumps(note).encode())})
+    except RequestError as error:  # the request itself is answered
+        _logger.warning("the pace of a request was not noted: %s", error)
 
 
 def _job_inputs(job: DenoiseJob) -> dict[str, np.ndarray[Any, Any]]:

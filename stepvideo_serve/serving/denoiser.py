@@ -3,6 +3,9 @@
 KIND says what a run is: "denoise" (the default: a response per step, then LATENTS), and for layouts of several ranks
 "decode" (FRAMES chunk by chunk) and "text" (LLM_STATES of INPUT_IDS). Decoding and text belong to a request that is
 under way or about to be, so they go before the denoising runs that wait.
+
+Two kinds are no runs and are answered at once: "pace" (REPORT: what the server has measured, how long a run of PRIORITY
+would wait, and how the ranks are) and "note" (adds the measurements in NOTE, {stage: [work, seconds]}, to the ledger).
 """
 
 import json
@@ -18,12 +21,18 @@ from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.run import ResultEvent, StepEvent
+from stepvideo_serve.parallel.vitals import DEAD_BEATS
 from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
 from stepvideo_serve.serving.adapter import Arrays, bytes_array, clear_setup_errors
-from stepvideo_serve.serving.pace import Pace
+from stepvideo_serve.serving.logs import configure_logging
+from stepvideo_serve.serving.metric_families import OK
+from stepvideo_serve.serving.metrics import Heartbeats, Metrics
+from stepvideo_serve.serving.pace import Pace, TurnPace
 from stepvideo_serve.serving.queued import QueuedModel
 from stepvideo_serve.serving.resume import Repeated, Resumable, ResumableDenoise, run_on
 from stepvideo_serve.serving.run_queue import URGENT, QueuedRun, QueueRules, RunQueue
+from stepvideo_serve.serving.run_watch import RankWatch, RunWatch, Turn
+from stepvideo_serve.serving.telemetry import Tracer
 
 RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
 TENSORS = {
@@ -44,6 +53,8 @@ class DenoiserModel(QueuedModel):
     def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
         with clear_setup_errors():
             config = ServeConfig.from_environment()
+            configure_logging(config.logging, "dit_denoiser", in_stub=True)
+            self._tracer = Tracer(config.telemetry, "dit_denoiser")
             ranks = Layout.parse(config.denoiser.layout).world_size
             self._max_steps = config.limits.max_steps
             self._max_resumes = config.denoiser.max_resumes
@@ -59,16 +70,35 @@ class DenoiserModel(QueuedModel):
                 threads_per_rank=config.denoiser.threads or max((os.cpu_count() or 1) // ranks, 1),
             )
             self._group.start()
+        self._heartbeat_s = config.denoiser.heartbeat_s
         self._pace = Pace(DiTConfig.load(config.model.dir / "transformer" / "config.json"))  # without torch
         rules = QueueRules(config.denoiser.max_queued, config.denoiser.max_parks, config.denoiser.aging_s)
-        self.queue = RunQueue(rules, self._serve, self._group.cancel, self._seconds_of)
+        metrics = Metrics()
+        self._beats = Heartbeats(metrics, "dit_denoiser")
+        self._ranks_watch = RankWatch(metrics, self._group)
+        self._watch = RunWatch(
+            metrics,
+            self._tracer,
+            lambda run: self._pace.step_flops(run.tensors),
+            config.telemetry.steps_per_span,
+            config.denoiser.peak_tflops * 1e12 * ranks,
+        )
+        self.queue = RunQueue(rules, self._serve, self._group.cancel, self._seconds_of, self._watch)
 
     def is_ready(self) -> bool:
-        """Asked by servers from 26.03 on: not while ranks that were lost are started anew."""
-        return self._group.healthy
+        """Asked by servers from 26.03 on: not while ranks that were lost are started anew, nor when one is silent."""
+        silence_s = self._group.silence_s
+        return self._group.healthy and silence_s is not None and silence_s < DEAD_BEATS * self._heartbeat_s
+
+    def answer_at_once(self, inputs: Arrays) -> Arrays | None:
+        kind = _kind(inputs)
+        if kind == "note":
+            self._take_note(inputs)
+            return {}
+        return {"REPORT": bytes_array(json.dumps(self._state(inputs)).encode())} if kind == "pace" else None
 
     def describe_run(self, inputs: Arrays) -> dict[str, Any]:
-        kind = inputs["KIND"].flat[0].decode(errors="replace") if "KIND" in inputs else "denoise"
+        kind = _kind(inputs)
         if kind not in TENSORS:
             raise InvalidRequest(f"KIND must be one of {', '.join(TENSORS)}, got {kind[:40]!r}: correct it.")
         missing = [name for name in REQUIRED[kind] if name not in inputs]
@@ -81,18 +111,40 @@ class DenoiserModel(QueuedModel):
 
     def finalize(self) -> None:
         self.queue.close()
+        self._ranks_watch.close()
+        self._beats.close()
         self._group.close()
+        self._tracer.close()
         super().finalize()
+
+    def _state(self, inputs: Arrays) -> dict[str, Any]:
+        """What `ti2v_quote` and whoever looks after the server's health ask for."""
+        waiting, wait_s = self.queue.forecast(_priority(inputs))
+        group = self._group
+        return {
+            "rates": self._pace.ledger.points(),
+            "waiting": waiting,
+            "wait_s": wait_s,
+            "ranks": group.size,
+            "ranks_ready": group.healthy,
+            "silence_s": group.silence_s,
+            "generation": group.generation,
+            "silence_limit_s": DEAD_BEATS * self._heartbeat_s,
+        }
+
+    def _take_note(self, inputs: Arrays) -> None:
+        try:
+            for stage, (work, seconds) in json.loads(inputs["NOTE"].flat[0]).items():
+                self._pace.ledger.note(stage, float(work), float(seconds))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InvalidRequest(f"NOTE must be a JSON object of [work, seconds] by stage: {error}.") from None
 
     def _loop_params(self, inputs: Arrays) -> dict[str, Any]:
         steps = int(inputs["STEPS"].flat[0])
         if not 1 <= steps <= self._max_steps:
             raise InvalidRequest(f"STEPS must be 1 to {self._max_steps}, got {steps}: ask for fewer.")
-        priority = int(inputs["PRIORITY"].flat[0]) if "PRIORITY" in inputs else PRIORITY_NORMAL
-        if not PRIORITY_HIGH <= priority <= PRIORITY_LOW:
-            raise InvalidRequest(f"PRIORITY must be {PRIORITY_HIGH} to {PRIORITY_LOW}, got {priority}: correct it.")
         return {
-            "priority": priority,
+            "priority": _priority(inputs),
             "steps": steps,
             "cfg_scale": _finite(inputs, "CFG_SCALE"),
             "time_shift": _finite(inputs, "TIME_SHIFT"),
@@ -102,20 +154,31 @@ class DenoiserModel(QueuedModel):
 
     def _serve(self, run: QueuedRun) -> bool:
         run.job = run.job or _resumable(run)
-        try:
-            with closing(run_on(self._group, run, run.job, self._max_resumes)) as events:
-                for event in events:
-                    if isinstance(event, StepEvent) and "seconds" in event.params:
-                        self._pace.note(run.tensors, event.params["seconds"])
-                    outputs = self._outputs(run.params["kind"], event)
-                    if outputs:
-                        run.answer.send(outputs)
-        except Exception as error:  # every error becomes this run's response
-            if isinstance(error, RequestCancelled) and run.gives_way:
-                return False
-            run.answer.fail(error)
-        run.answer.close()
-        return True
+        pace = TurnPace(self._pace, run.tensors)
+        with Turn(self._watch, run) as turn:
+            try:
+                with closing(run_on(self._group, run, run.job, self._max_resumes, turn.resumed)) as events:
+                    for event in events:
+                        self._note(turn, pace, event)
+                        outputs = self._outputs(run.params["kind"], event)
+                        if outputs:
+                            run.answer.send(outputs)
+                turn.outcome = OK
+            except Exception as error:  # every error becomes this run's response
+                if isinstance(error, RequestCancelled) and run.gives_way:
+                    return False
+                turn.failed(error)
+                run.answer.fail(error)
+            run.answer.close()
+            return True
+
+    def _note(self, turn: Turn, pace: TurnPace, event: StepEvent | ResultEvent) -> None:
+        """What is learned from an event."""
+        if isinstance(event, StepEvent) and "seconds" in event.params:
+            pace.step(event.params["seconds"])
+            turn.step(event.params["step"], event.params["seconds"])
+        if isinstance(event, ResultEvent) and "rank_seconds" in event.params:
+            self._ranks_watch.used(event.params["rank_seconds"])
 
     def _seconds_of(self, run: QueuedRun) -> float | None:
         """Of the steps that are left; decoding and text are short beside them."""
@@ -146,6 +209,17 @@ def _resumable(run: QueuedRun) -> Resumable:
     kind = run.params["kind"]
     tensors = {name.lower(): run.tensors[name] for name in TENSORS[kind] if name in run.tensors}
     return ResumableDenoise(run.params, tensors) if kind == "denoise" else Repeated(run.params, tensors)
+
+
+def _kind(inputs: Arrays) -> str:
+    return str(inputs["KIND"].flat[0].decode(errors="replace")) if "KIND" in inputs else "denoise"
+
+
+def _priority(inputs: Arrays) -> int:
+    priority = int(inputs["PRIORITY"].flat[0]) if "PRIORITY" in inputs else PRIORITY_NORMAL
+    if not PRIORITY_HIGH <= priority <= PRIORITY_LOW:
+        raise InvalidRequest(f"PRIORITY must be {PRIORITY_HIGH} to {PRIORITY_LOW}, got {priority}: correct it.")
+    return priority
 
 
 def _finite(inputs: Arrays, name: str) -> float:

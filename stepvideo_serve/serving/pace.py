@@ -1,45 +1,177 @@
-"""How fast the ranks are, told from the steps so far, and what that means for a run that is still to come."""
+"""How fast this server is, told from what it has done, and what that means for what is still to come.
+
+The ledger is kept by `dit_denoiser`, which sees the steps; `ti2v` and `ti2v_unary` report the stages that they time at
+the end of a request, and `ti2v_quote` asks for all of it. The unit of work of each stage (WORK) is such that its
+seconds grow in a straight line with it.
+"""
 
 import threading
-from collections.abc import Mapping
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from math import log
 from typing import Any
 
 from numpy.typing import NDArray
 
 from stepvideo_serve.dit.config import FFN_MULTIPLE, DiTConfig
 
-NEWEST = 0.2  # weight of the newest step in the average
+WORK: Mapping[str, str] = {
+    "text": "tokens of the prompts that are not in the cache",
+    "image": "pixels of a frame",
+    "vae_encode": "pixels of a frame",
+    "prepare": "tokens of the video",
+    "step": "FLOPs of a step",
+    "vae_decode": "pixels of the frames that one decoder makes",
+    "check": "pixels of all frames",
+    "mp4": "pixels of all frames",
+}
+NEWEST = 0.2  # least weight of the newest measurement in the average of its size
+SIZES_KEPT = 32
+DISTURBED_S = 2.0  # a step that comes so much later than it took: the ranks were started anew meanwhile
+SAME_SIZE = log(1.02)  # amounts of work that differ by less share an average
 
 Arrays = Mapping[str, NDArray[Any]]
+Points = list[tuple[float, float]]
+
+
+class Rate:
+    """Average seconds by amount of work, of one stage; amounts in between are interpolated.
+
+    The first measurement at a size, which may include warming up, is forgotten when the second comes. Beyond the sizes
+    seen, seconds are a fixed part, from a straight line fitted to all of them, plus a part in proportion to the work.
+    """
+
+    def __init__(self, points: Sequence[Sequence[float]] = ()) -> None:
+        self._averages: OrderedDict[int, tuple[float, float, int]] = OrderedDict()
+        for work, seconds in points:
+            self.note(work, seconds)
+
+    def note(self, work: float, seconds: float) -> None:
+        """So much work (above 0) took so long."""
+        size = round(log(work) / SAME_SIZE)
+        old_work, old_seconds, count = self._averages.pop(size, (work, seconds, 0))
+        weight = 1.0 if count < 2 else max(1.0 / count, NEWEST)
+        average = (old_work + weight * (work - old_work), old_seconds + weight * (seconds - old_seconds), count + 1)
+        self._averages[size] = average
+        if len(self._averages) > SIZES_KEPT:
+            self._averages.popitem(last=False)
+
+    def points(self) -> Points:
+        """(work, seconds) by size; more work never takes less time: where it did, neighbours share their mean."""
+        groups: list[list[tuple[float, float]]] = []
+        for work, seconds, _ in sorted(self._averages.values()):
+            groups.append([(work, seconds)])
+            while len(groups) > 1 and _mean(groups[-2]) > _mean(groups[-1]):
+                groups[-2:] = [groups[-2] + groups[-1]]
+        return [(work, _mean(group)) for group in groups for work, _ in group]
+
+    def seconds(self, work: float) -> float | None:
+        """What so much work will take; never less for more. None before the first measurement."""
+        points = self.points()
+        if not points:
+            return None
+        if work <= points[0][0] or work >= points[-1][0]:
+            end_work, end_s = points[0] if work <= points[0][0] else points[-1]
+            fixed = min(_fixed_part(points), points[0][1])
+            return fixed + (end_s - fixed) * work / end_work
+        above = next(index for index, (known, _) in enumerate(points) if known > work)
+        (low, low_s), (high, high_s) = points[above - 1 : above + 1]
+        return low_s + (high_s - low_s) * (work - low) / (high - low)
+
+
+class Ledger:
+    """The rates of all stages; any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rates: dict[str, Rate] = {}
+
+    def note(self, stage: str, work: float, seconds: float) -> None:
+        """A stage did so much work in so long. Raises ValueError for a stage or an amount that there cannot be."""
+        if stage not in WORK or not 0 < work < float("inf") or not 0 <= seconds < float("inf"):
+            raise ValueError(f"{stage} cannot have done {work} in {seconds} s")
+        with self._lock:
+            self._rates.setdefault(stage, Rate()).note(work, seconds)
+
+    def seconds(self, stage: str, work: float) -> float | None:
+        """What so much work will take; None before the first measurement."""
+        with self._lock:
+            rate = self._rates.get(stage)
+            return None if rate is None else rate.seconds(work)
+
+    def points(self) -> dict[str, Points]:
+        """(work, seconds) of every stage that has been measured."""
+        with self._lock:
+            return {stage: rate.points() for stage, rate in self._rates.items()}
 
 
 class Pace:
-    """An exponential average of seconds per FLOP, over steps of any size."""
+    """The ledger of a server with this DiT, and what it says about runs."""
 
     def __init__(self, config: DiTConfig) -> None:
         self._config = config
-        self._lock = threading.Lock()
-        self._seconds_per_flop: float | None = None
+        self.ledger = Ledger()
 
     def note(self, tensors: Arrays, seconds: float) -> None:
         """A step of a run with these inputs took so long."""
-        rate = seconds / self.step_flops(tensors)
-        with self._lock:
-            old = self._seconds_per_flop
-            self._seconds_per_flop = rate if old is None else old + NEWEST * (rate - old)
+        self.ledger.note("step", self.step_flops(tensors), seconds)
 
     def step_seconds(self, tensors: Arrays) -> float | None:
         """What a step of a run with these inputs will take; None before the first step of all."""
-        rate = self._seconds_per_flop
-        return None if rate is None else rate * self.step_flops(tensors)
+        return self.ledger.seconds("step", self.step_flops(tensors))
 
     def step_flops(self, tensors: Arrays) -> float:
-        """Matrix products and attentions of all blocks, of all guidance branches; LATENTS is [F, C, h, w]."""
-        config, width = self._config, self._config.width
-        frames, _, height, columns = tensors["LATENTS"].shape
-        tokens = frames * height * columns // config.patch_size**2
+        """FLOPs of a step of a run with these inputs."""
         branches = [name for name in ("POSITIVE", "NEGATIVE") if f"{name}_LLM" in tensors]
-        text = sum(len(tensors[f"{name}_{kind}"]) for name in branches for kind in ("LLM", "CLIP"))
-        linears = 2 * tokens * width**2 * (6 + 2 * FFN_MULTIPLE) * len(branches)  # qkv, out, cross q and out
-        attention = 4 * tokens * width * (tokens * len(branches) + text)
-        return float(config.num_layers * (linears + attention))
+        texts = [sum(len(tensors[f"{name}_{kind}"]) for kind in ("LLM", "CLIP")) for name in branches]
+        return step_flops(self._config, self.tokens(tensors), texts)
+
+    def tokens(self, tensors: Arrays) -> int:
+        """Tokens of the video; LATENTS is [F, C, h, w]."""
+        frames, _, height, width = tensors["LATENTS"].shape
+        return int(frames * height * width) // self._config.patch_size**2
+
+
+class TurnPace:
+    """The steps of one turn of a run, which begins now, as whoever waits for them sees them."""
+
+    def __init__(self, pace: Pace, tensors: Arrays) -> None:
+        self._pace, self._tensors = pace, tensors
+        self._last_s = time.monotonic()
+        self._prepared = False
+
+    def step(self, seconds: float) -> None:
+        """A step has come, which took the ranks so long; the time before the first one was its preparation."""
+        now_s = time.monotonic()
+        took_s, self._last_s = now_s - self._last_s, now_s
+        undisturbed = took_s < 2.0 * seconds + DISTURBED_S
+        if not self._prepared and undisturbed:
+            self._pace.ledger.note("prepare", self._pace.tokens(self._tensors), max(took_s - seconds, 0.0))
+        self._pace.note(self._tensors, took_s if self._prepared and undisturbed else seconds)
+        self._prepared = True
+
+
+def step_flops(config: DiTConfig, tokens: int, texts: Sequence[int]) -> float:
+    """Matrix products and attentions of all blocks; `texts`: tokens of each guidance branch's text."""
+    width = config.width
+    linears = 2 * tokens * width**2 * (6 + 2 * FFN_MULTIPLE) * len(texts)  # qkv, out, cross q and out, feed-forward
+    attention = 4 * tokens * width * (tokens * len(texts) + sum(texts))
+    return float(config.num_layers * (linears + attention))
+
+
+def _mean(group: Sequence[tuple[float, float]]) -> float:
+    return sum(seconds for _, seconds in group) / len(group)
+
+
+def _fixed_part(points: Points) -> float:
+    """What work = 0 takes on the straight line with the least squares of relative errors; at least 0."""
+    weights = [1.0 / max(seconds, 1e-9) ** 2 for _, seconds in points]
+    total = sum(weights)
+    mean_work = sum(weight * work for weight, (work, _) in zip(weights, points, strict=True)) / total
+    mean_s = sum(weight * seconds for weight, (_, seconds) in zip(weights, points, strict=True)) / total
+    spread = sum(weight * (work - mean_work) ** 2 for weight, (work, _) in zip(weights, points, strict=True))
+    if spread <= 1e-9 * total * mean_work**2:  # one size
+        return 0.0
+    product = sum(w * (work - mean_work) * (s - mean_s) for w, (work, s) in zip(weights, points, strict=True))
+    return max(mean_s - product / spread * mean_work, 0.0)

@@ -14,18 +14,20 @@ from stepvideo_serve.assembly import describe, latent_channels
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import QueueFull
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.pipeline import Progress, Result, generate
+from stepvideo_serve.pipeline import Cancelled, Progress, Result, generate
 from stepvideo_serve.request import GenerationRequest, parse_request
 from stepvideo_serve.serving.adapter import (
     Sender,
+    UnarySender,
     bytes_array,
     clear_setup_errors,
     end_process,
-    error_response,
+    is_probe,
     read_inputs,
-    response,
 )
-from stepvideo_serve.serving.bls import BlsStages
+from stepvideo_serve.serving.bls import BlsStages, report_pace
+from stepvideo_serve.serving.request_watch import RequestWatch, RequestWatches, WatchedAnswer
+from stepvideo_serve.serving.results import Answer, Results, fingerprint
 from stepvideo_serve.video.preview import encode_jpeg
 
 HEARTBEAT_S = 15.0
@@ -34,68 +36,55 @@ Outputs = dict[str, np.ndarray[Any, Any]]
 
 
 class PublicModel:
-    """What both public models share."""
-
-    def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
-        with clear_setup_errors():
-            self._config = ServeConfig.from_environment()
-            self._latent_channels = latent_channels(self._config)
-            self._ranks_decode = Layout.parse(self._config.denoiser.layout).world_size > 1
-
-    def finalize(self) -> None:
-        end_process()
-
-    def _parse(self, request: Any) -> GenerationRequest:
-        return parse_request(read_inputs(request), self._config.limits, self._latent_channels)
-
-    def _events(self, request: GenerationRequest, cancelled: Any) -> Iterator[Progress | Result]:
-        description = describe(self._config)
-        stages = BlsStages(self._latent_channels, description, cancelled, self._ranks_decode, request.priority)
-        return generate(request, stages, self._config.video, cancelled)
-
-
-class UnaryModel(PublicModel):
-    """`ti2v_unary`: one request at a time per instance."""
-
-    def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request: Any) -> Any:
-        try:
-            for event in self._events(self._parse(request), request.is_cancelled):
-                if isinstance(event, Result):
-                    return response(result_outputs(event))
-            raise RuntimeError("the pipeline ended without a result")
-        except Exception as error:  # every error becomes this request's response
-            return error_response(error)
-
-
-class StreamingModel(PublicModel):
-    """`ti2v`: requests run side by side on threads; `dit_denoiser` lets one at a time at the ranks.
+    """What both public models share: requests run side by side on threads; `dit_denoiser` lets one at a time at the
+    ranks.
 
     A request is validated before it is accepted, so a bad one is answered at once however busy the server is.
     """
 
+    sender: type[Sender]
+
     def initialize(self, args: dict[str, str]) -> None:
-        super().initialize(args)
+        with clear_setup_errors():
+            self._config = ServeConfig.from_environment()
+            self._watches = RequestWatches(self._config, args["model_name"])
+            self._latent_channels = latent_channels(self._config)
+            self._decoders = Layout.parse(self._config.denoiser.layout).world_size
+        kept = self._config.idempotency
+        self._results = Results(kept.ttl_s, kept.max_mib << 20)
         self._max_accepted = 1 + self._config.denoiser.max_queued
         self._accepted = 0
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(self._max_accepted, thread_name_prefix="ti2v")
+        self._threads = ThreadPoolExecutor(self._max_accepted, thread_name_prefix="request")
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = Sender(request)
-            try:
-                parsed = self._parse(request)
-                self._accept()
-                self._threads.submit(self._run, parsed, sender)
-            except Exception as error:  # every error becomes this request's response
-                sender.fail(error)
+            self._take(request)
 
     def finalize(self) -> None:
         self._threads.shutdown()
-        super().finalize()
+        self._watches.close()
+        end_process()
+
+    def _take(self, request: Any) -> None:
+        if is_probe(request):
+            self.sender(request).finish({"REPORT": bytes_array(json.dumps({"accepted": self._accepted}).encode())})
+            return
+        watch = self._watches.begin(request)
+        answer: Answer = WatchedAnswer(self.sender(request), watch)
+        try:
+            inputs = read_inputs(request)
+            parsed = parse_request(inputs, self._config.limits, self._latent_channels)
+            watch.identify(parsed.request_id)
+            if parsed.request_id is not None:
+                run = self._results.join(parsed.request_id, fingerprint(inputs), answer, parsed.timeout_s)
+                if run is None:
+                    return
+                answer = run
+            self._accept()
+            self._threads.submit(self._run, parsed, answer, watch)
+        except Exception as error:  # every error becomes this request's response
+            answer.fail(error)
 
     def _accept(self) -> None:
         with self._lock:
@@ -109,32 +98,60 @@ class StreamingModel(PublicModel):
         with self._lock:
             self._accepted -= 1
 
-    def _run(self, parsed: GenerationRequest, sender: Sender) -> None:
+    def _run(self, parsed: GenerationRequest, answer: Answer, watch: RequestWatch) -> None:
         try:
             try:
-                result = self._result(parsed, sender)
+                result = self._result(parsed, answer, watch)
             finally:
                 self._release()  # before the answer: whoever has it may send the next request
-            sender.send(result_outputs(result))
-            sender.close()
+            answer.finish(result_outputs(result))
         except Exception as error:  # as above
-            sender.fail(error)
+            answer.fail(error)
 
-    def _result(self, parsed: GenerationRequest, sender: Sender) -> Result:
-        with Heartbeat(sender, parsed.steps) as heartbeat:
-            for event in self._events(parsed, sender.cancelled):
+    def _result(self, parsed: GenerationRequest, answer: Answer, watch: RequestWatch) -> Result:
+        with Heartbeat(answer, parsed.steps) as heartbeat:
+            for event in self._events(parsed, answer.cancelled, watch):
                 if isinstance(event, Result):
                     return event
                 heartbeat.send(event)
         raise RuntimeError("the pipeline ended without a result")
+
+    def _events(
+        self, request: GenerationRequest, cancelled: Cancelled, watch: RequestWatch
+    ) -> Iterator[Progress | Result]:
+        description = describe(self._config)
+        stages = BlsStages(
+            self._latent_channels,
+            description,
+            cancelled,
+            self._decoders > 1,
+            request.priority,
+            lambda: watch.origin,
+        )
+        for event in generate(request, stages, self._config.video, cancelled, self._config.gates, watch.stage):
+            if isinstance(event, Result):
+                report_pace(request, event.report["seconds"], stages, self._decoders)
+            yield event
+
+
+class StreamingModel(PublicModel):
+    """`ti2v`."""
+
+    sender = Sender
+
+
+class UnaryModel(PublicModel):
+    """`ti2v_unary`."""
+
+    sender = UnarySender
 
 
 class Heartbeat:
     """Sends a request's progress, and the latest (step 0 at first) again whenever 15 s pass without any, so that a
     client can tell a slow stage or a queue from a dead server."""
 
-    def __init__(self, sender: Sender, total_steps: int) -> None:
-        self._sender = sender
+    def __init__(self, answer: Answer, total_steps: int) -> None:
+        self._answer = answer
         self._began_s = time.monotonic()
         self._latest = Progress(0, total_steps, 0.0, None)
         self._changed = threading.Condition()  # also keeps the responses in order
@@ -145,7 +162,7 @@ class Heartbeat:
         with self._changed:
             self._latest = replace(progress, preview=None)
             self._sent = True
-            self._sender.send({**progress_outputs(progress), **_preview_outputs(progress)})
+            self._answer.send({**progress_outputs(progress), **_preview_outputs(progress)})
             self._changed.notify()
 
     def __enter__(self) -> "Heartbeat":
@@ -164,7 +181,7 @@ class Heartbeat:
                 self._sent = False
                 if not self._changed.wait_for(lambda: self._sent or self._ended, HEARTBEAT_S):
                     elapsed_s = time.monotonic() - self._began_s
-                    self._sender.send(progress_outputs(replace(self._latest, elapsed_s=elapsed_s)))
+                    self._answer.send(progress_outputs(replace(self._latest, elapsed_s=elapsed_s)))
 
 
 def progress_outputs(progress: Progress) -> Outputs:

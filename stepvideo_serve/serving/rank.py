@@ -2,11 +2,12 @@
 
 The model's side of a message is numpy and JSON only, so that the Triton stub needs neither torch nor a GPU.
 All ranks run the same jobs in lock-step. At each step boundary the leader decides for all whether to go on, so that a
-cancel or a deadline ends the job on every rank after the same step.
+cancel, a deadline or a value that is not finite ends the job on every rank after the same step.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,25 +18,29 @@ from numpy.typing import NDArray
 from stepvideo_serve.assembly import Denoiser
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import ConfigError, DeadlineExceeded, EngineError, InvalidRequest, RequestCancelled
+from stepvideo_serve.gates import is_finite, not_finite
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.rendezvous import init_process_group
 from stepvideo_serve.parallel.worker import JobContext
 from stepvideo_serve.sampling.job import DenoiseJob
+from stepvideo_serve.serving.logs import configure_logging
 from stepvideo_serve.sharded_assembly import ShardedDecoder, ShardedDenoiser, build_sharded_llm
 from stepvideo_serve.text.states import TextStates
 from stepvideo_serve.weights.checkpoint import Checkpoint
 
 TensorMap = dict[str, NDArray[Any]]
 Outcome = tuple[dict[str, Any], TensorMap]
+GoOn = Callable[[str, torch.Tensor | None], None]
 
-GO_ON, CANCELLED, TOO_LATE = range(3)
+GO_ON, CANCELLED, TOO_LATE, NOT_FINITE = range(4)
 COLLECTIVE_TIMEOUT_S = 86_400.0  # the parent finds stuck ranks, long before
 
 
 def build_rank(settings: dict[str, Any]) -> "DenoiserRank":
     """The factory for `RankGroup`; settings["config"] is the path of serve.toml."""
     config = ServeConfig.load(Path(settings["config"]))
+    configure_logging(config.logging, f"dit_denoiser rank {settings['rank']}", in_stub=False)
     layout = Layout.parse(config.denoiser.layout)
     if config.model.device == "cuda":
         torch.cuda.set_device(settings["rank"])
@@ -53,6 +58,7 @@ class DenoiserRank:
         self._denoiser: Denoiser | ShardedDenoiser
         self._collectives: Collectives | None = None
         self._decoder: ShardedDecoder | None = None
+        self._busy_s = 0.0
         if layout.world_size == 1:
             self._denoiser = Denoiser(config)
         else:
@@ -73,21 +79,29 @@ class DenoiserRank:
         """Runs a "denoise", "decode" or "text" job. Raises a RequestError on all ranks together."""
         began_s = time.monotonic()
 
-        def go_on(where: str) -> None:
-            context.mark_step()
-            self._raise_together(_verdict(context, params["timeout_s"], began_s), where)
+        def go_on(where: str, latents: torch.Tensor | None) -> None:
+            self._raise_together(_verdict(context, params["timeout_s"], began_s, latents), where)
+            context.mark_step()  # behind the agreement: a rank without a chunk to decode waits there for the others
 
         try:
             if params["kind"] == "decode":
-                return self._decode(tensors, context, go_on)
+                with self._busy():
+                    return self._decode(tensors, context, go_on)
             if params["kind"] == "text":
-                return {}, {"llm_states": self._encode(tensors["input_ids"])}
+                with self._busy():
+                    return {}, {"llm_states": self._encode(tensors["input_ids"])}
             return self._denoise(job_from_message(params, tensors), context, go_on)
         except EngineError as error:  # shapes that no graph takes: every rank finds them at the same place
             raise InvalidRequest(f"The tensors must fit the graphs, they do not: {error}") from None
 
-    def _denoise(self, job: DenoiseJob, context: JobContext, go_on: Callable[[str], None]) -> Outcome:
-        """Reports step, total_steps, seconds and latents (and a preview) after each step; returns the latents."""
+    def _denoise(self, job: DenoiseJob, context: JobContext, go_on: GoOn) -> Outcome:
+        """Reports step, total_steps, seconds and latents (and a preview) after each step; returns the latents, and
+        rank_seconds: see _rank_seconds."""
+        with self._busy():
+            latents = self._steps(job, context, go_on)
+        return {"rank_seconds": self._rank_seconds()}, {"latents": latents.numpy()}
+
+    def _steps(self, job: DenoiseJob, context: JobContext, go_on: GoOn) -> torch.Tensor:
         latents = job.latents
         for done in self._denoiser.run(job):
             latents = latents if done.latents is None else done.latents
@@ -95,14 +109,31 @@ class DenoiserRank:
             preview = {} if done.preview is None else {"preview": done.preview}
             context.report(report, {"latents": latents.numpy(), **preview})
             if done.step < done.total_steps:
-                go_on(f"after step {done.step} of {done.total_steps}")
-        return {}, {"latents": latents.numpy()}
+                go_on(f"after step {done.step} of {done.total_steps}", latents)
+        return latents
 
-    def _decode(self, tensors: TensorMap, context: JobContext, go_on: Callable[[str], None]) -> Outcome:
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_s += time.monotonic() - began_s
+
+    def _rank_seconds(self) -> dict[str, list[float]]:
+        """Since the last report, by rank: "busy" with jobs of any kind, and of these waiting in "communication". What
+        was spent on a job that ended early, or on decoding, counts with the next report."""
+        busy_s, self._busy_s = self._busy_s, 0.0
+        if self._collectives is None:
+            return {"busy": [busy_s], "communication": [0.0]}
+        ranks = self._collectives.from_all([busy_s, self._collectives.clock.take()])
+        return {"busy": [busy for busy, _ in ranks], "communication": [waited for _, waited in ranks]}
+
+    def _decode(self, tensors: TensorMap, context: JobContext, go_on: GoOn) -> Outcome:
         """Reports frames uint8 [n, H, W, 3] chunk by chunk."""
         if self._decoder is None:
             raise InvalidRequest("Only several ranks decode, this layout has one: call the model vae_decoder instead.")
-        for frames in self._decoder.decode(_tensor(tensors, "latents", 4), lambda: go_on("while decoding")):
+        for frames in self._decoder.decode(_tensor(tensors, "latents", 4), lambda: go_on("while decoding", None)):
             context.report({}, {"frames": frames})
         return {}, {}
 
@@ -123,15 +154,19 @@ class DenoiserRank:
             _end(verdict, where)
 
 
-def _verdict(context: JobContext, timeout_s: float | None, began_s: float) -> int:
+def _verdict(context: JobContext, timeout_s: float | None, began_s: float, latents: torch.Tensor | None) -> int:
     if context.cancelled():
         return CANCELLED
+    if latents is not None and not is_finite(latents):
+        return NOT_FINITE
     return TOO_LATE if timeout_s is not None and time.monotonic() - began_s > timeout_s else GO_ON
 
 
 def _end(verdict: int, where: str) -> NoReturn:
     if verdict == CANCELLED:
         raise RequestCancelled("The request was cancelled by its caller.")
+    if verdict == NOT_FINITE:
+        raise not_finite(where)
     raise DeadlineExceeded(
         f"The video must be ready within TIMEOUT_S, which ran out {where}: ask for fewer steps or frames, or allow "
         "more time."

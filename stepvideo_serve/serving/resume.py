@@ -1,7 +1,7 @@
 """Jobs that outlive the ranks: begun again where they were left, on the ranks that were started anew."""
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -90,10 +90,13 @@ class Repeated:
         return None
 
 
-def run_on(group: RankGroup, run: QueuedRun, job: Resumable, max_resumes: int) -> Generator[Event, None, None]:
+def run_on(
+    group: RankGroup, run: QueuedRun, job: Resumable, max_resumes: int, resumed: Callable[[int], None] = lambda _: None
+) -> Generator[Event, None, None]:
     """The job's events, each once and in order, then its result.
 
-    When the ranks fail, the job goes on from where it stands once they are ready again, `max_resumes` times at most.
+    When the ranks fail, the job goes on from where it stands once they are ready again, `max_resumes` times at most;
+    `resumed` hears which failure it was.
     A run that gives way ends with RequestCancelled too; called again with the same job, it goes on.
 
     Raises the RequestError that ends the run: WorkerFailed with the last reason after too many failures,
@@ -115,6 +118,7 @@ def run_on(group: RankGroup, run: QueuedRun, job: Resumable, max_resumes: int) -
             if failures > max_resumes:
                 raise WorkerFailed(f"The ranks failed {failures} times during the request, at last: {error}") from error
             _logger.warning("run %s goes on after failure %d: %s", run.run_id, failures, error)
+            resumed(failures)
 
 
 def _attempt(group: RankGroup, run: QueuedRun, job: Resumable) -> Generator[Event, None, None]:

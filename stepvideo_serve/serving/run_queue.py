@@ -7,7 +7,8 @@ parked at its next step; it takes its old place in the queue and goes on later w
 
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,7 +38,11 @@ class QueuedRun:
     params["timeout_s"], absent or None without a deadline, counts from `accepted_s`; params["priority"] is NORMAL where
     absent; params["parkable"] says whether `serve` can stop it at a step and go on later.
     job: whatever `serve` keeps of it between two turns. arrival: its place, given by the queue.
+    asked_s: when its caller last showed that it is there.
     parked: it is to give way; parks: how often it has, to runs that were not URGENT.
+    request_id, traceparent: of the public request that it belongs to; "" where unknown.
+    waits_since_s (time.monotonic()), waited_s (all waits so far) and turns (how often it has begun) are the queue's;
+    served_s (all turns so far) is whose it is that watches the turns.
     """
 
     run_id: str
@@ -45,11 +50,18 @@ class QueuedRun:
     tensors: dict[str, NDArray[Any]]
     answer: Answer
     accepted_s: float = field(default_factory=time.monotonic)
+    asked_s: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     parked: threading.Event = field(default_factory=threading.Event)
     parks: int = 0
     arrival: int = 0
     job: Any = None
+    request_id: str = ""
+    traceparent: str = ""
+    waits_since_s: float = 0.0
+    waited_s: float = 0.0
+    served_s: float = 0.0
+    turns: int = 0
 
     @property
     def priority(self) -> int:
@@ -88,6 +100,22 @@ class QueueRules:
     aging_s: float = 600.0
 
 
+class QueueListener:
+    """Told what happens in a queue, while its lock is held: to be quick, and not to call the queue. Does nothing."""
+
+    def waiting(self, counts: Mapping[int, int]) -> None:
+        """How many wait now, by priority; priorities without any are left out."""
+
+    def began(self, run: QueuedRun, waited_s: float) -> None:
+        """A run has its turn, its first where `turns` is 1, after a wait of `waited_s`."""
+
+    def parked(self, run: QueuedRun) -> None:
+        """A run has given way and waits again."""
+
+    def left(self, run: QueuedRun) -> None:
+        """A run that waited was taken out: cancelled, or too late, or the queue was closed."""
+
+
 class RunQueue:
     """Runs `serve(run)` for one run after another on a thread of its own.
 
@@ -95,6 +123,7 @@ class RunQueue:
     returns False. A run whose time is over while it waits is answered then. To end or park the one under way, its
     `cancelled` or `parked` is set and then `interrupt` called, which may find that it has not begun: `serve` looks at
     both once it has. `seconds_of(run)`: how long a run will still take, None where that is not known.
+    `listener` is told what happens.
     """
 
     def __init__(
@@ -103,7 +132,9 @@ class RunQueue:
         serve: Callable[[QueuedRun], bool],
         interrupt: Callable[[], None],
         seconds_of: Callable[[QueuedRun], float | None],
+        listener: QueueListener | None = None,
     ) -> None:
+        self._listener = listener or QueueListener()
         self._rules, self._serve, self._interrupt, self._seconds_of = rules, serve, interrupt, seconds_of
         self._waiting: dict[str, QueuedRun] = {}
         self._expiries: dict[str, threading.Timer] = {}
@@ -139,21 +170,51 @@ class RunQueue:
             waiting = self._take(run_id)
             if waiting is None and self._running is not None and self._running.run_id == run_id:
                 self._end_running()
+            if waiting is not None:
+                self._listener.left(waiting)
             self._tell_positions()
         if waiting is not None:
             waiting.answer.fail(_cancelled())
+
+    def renew(self, run_id: str) -> bool:
+        """The run's caller is there; whether the run waits or is under way."""
+        with self._changed:
+            found = next((run for run in self._all() if run.run_id == run_id), None)
+            if found is not None:
+                found.asked_s = time.monotonic()
+            return found is not None
+
+    def end_abandoned(self, lease_s: float) -> None:
+        """Ends the runs whose callers have not shown themselves for so long."""
+        now_s = time.monotonic()
+        with self._changed:
+            abandoned = [run.run_id for run in self._all() if now_s - run.asked_s > lease_s]
+        for run_id in abandoned:
+            self.cancel(run_id)
+
+    def forecast(self, priority: int) -> tuple[int, float | None]:
+        """How many runs wait now, and in how many seconds a run of this priority would begin, None if not known."""
+        with self._changed:
+            run = QueuedRun("", {"priority": priority}, {}, _Nobody(), arrival=self._arrivals + 1)
+            return len(self._waiting), self._wait_s(run)
 
     def close(self) -> None:
         """Ends all runs and the thread."""
         with self._changed:
             self._closed = True
             left = [self._take(run_id) for run_id in list(self._waiting)]
+            for run in left:
+                if run is not None:
+                    self._listener.left(run)
             self._end_running()
             self._changed.notify_all()
         for run in left:
             if run is not None:
                 run.answer.fail(_shutting_down())
         self._thread.join()
+
+    def _all(self) -> list[QueuedRun]:
+        return [*self._waiting.values(), *([] if self._running is None else [self._running])]
 
     def _check_room(self, run: QueuedRun) -> None:
         most = self._rules.max_waiting
@@ -208,6 +269,7 @@ class RunQueue:
     def _add(self, run: QueuedRun) -> None:
         """Among those that wait; the caller holds the lock, and so on below."""
         self._waiting[run.run_id] = run
+        run.waits_since_s = time.monotonic()
         timeout_s = run.params.get("timeout_s")
         if timeout_s is not None:
             left_s = max(run.accepted_s + float(timeout_s) - time.monotonic(), 0.0)
@@ -226,6 +288,7 @@ class RunQueue:
 
     def _tell_positions(self) -> None:
         """Every run that waits and can be parked hears its place (1: next) and its estimated start, -1 if unknown."""
+        self._listener.waiting(Counter(run.priority for run in self._waiting.values()))
         if self._running is None:
             return  # the first of them is about to begin
         for place, run in enumerate(sorted(self._waiting.values(), key=self._order), start=1):
@@ -242,6 +305,7 @@ class RunQueue:
             if self._waiting.get(run.run_id) is not run:
                 return
             self._take(run.run_id)
+            self._listener.left(run)
             self._tell_positions()
         run.answer.fail(waited_too_long())
 
@@ -268,6 +332,10 @@ class RunQueue:
             self._take(run.run_id)
             run.parked.clear()
             self._running = run
+            waited_s = time.monotonic() - run.waits_since_s
+            run.waited_s += waited_s
+            run.turns += 1
+            self._listener.began(run, waited_s)
             self._tell_positions()
             return run
 
@@ -277,9 +345,18 @@ class RunQueue:
             ended = _shutting_down() if self._closed else _cancelled() if run.cancelled.is_set() else None
             self._running = None
             if ended is None:
+                self._listener.parked(run)
                 self._add(run)
         if ended is not None:
             run.answer.fail(ended)
+
+
+class _Nobody:
+    """The answer of a run that is only imagined."""
+
+    def send(self, outputs: dict[str, NDArray[Any]]) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def close(self) -> None: ...
 
 
 def _shutting_down() -> ServiceUnavailable:

@@ -14,10 +14,13 @@ from stepvideo_serve.serving.adapter import (
     clear_setup_errors,
     end_process,
     error_response,
+    is_probe,
     read_inputs,
     response,
 )
 from stepvideo_serve.serving.bls import RanksLLM
+from stepvideo_serve.serving.logs import configure_logging
+from stepvideo_serve.serving.metrics import CacheMetrics, Heartbeats, Metrics
 from stepvideo_serve.serving.queued import QueuedModel
 from stepvideo_serve.serving.run_queue import QueuedRun, QueueRules, RunQueue
 
@@ -25,14 +28,19 @@ from stepvideo_serve.serving.run_queue import QueuedRun, QueueRules, RunQueue
 class StageModel(ABC):
     """A model that answers each request with one response."""
 
-    def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
+    def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
-            self.load(ServeConfig.from_environment())
+            config = ServeConfig.from_environment()
+            configure_logging(config.logging, args["model_name"], in_stub=True)
+            self.metrics = Metrics()
+            self.load(config)
+            self._beats = Heartbeats(self.metrics, args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:
+        self._beats.close()
         end_process()
 
     @abstractmethod
@@ -45,7 +53,7 @@ class StageModel(ABC):
 
     def _respond(self, request: Any) -> Any:
         try:
-            return response(self.answer(read_inputs(request)))
+            return response({} if is_probe(request) else self.answer(read_inputs(request)))
         except Exception as error:  # every error becomes this request's response, never the end of the model
             return error_response(error)
 
@@ -55,33 +63,45 @@ class TextEncoderModel(StageModel):
 
     def load(self, config: ServeConfig) -> None:
         self._encoder = build_text_encoder(config, RanksLLM() if config.text.on_ranks else None)
+        self._cache = CacheMetrics(self.metrics, "text")
 
     def answer(self, inputs: Arrays) -> Arrays:
         states, cached = self._encoder.encode(_text(inputs["PROMPT"]))
+        self._cache.note(cached)
         return {"LLM_STATES": states.llm.numpy(), "CLIP_STATES": states.clip.numpy(), "CACHED": np.array([cached])}
 
 
 class VaeEncoderModel(StageModel):
-    """PIXELS, NOISE -> LATENT."""
+    """PIXELS, NOISE -> LATENT, CACHED."""
 
     def load(self, config: ServeConfig) -> None:
         self._encoder = ImageEncoder(config)
+        self._cache = CacheMetrics(self.metrics, "image")
 
     def answer(self, inputs: Arrays) -> Arrays:
         pixels, noise = (torch.from_numpy(inputs[name]) for name in ("PIXELS", "NOISE"))
         if not (torch.isfinite(pixels).all() and torch.isfinite(noise).all()):
             raise InvalidRequest("PIXELS and NOISE must be finite, got NaN or infinite values: correct them.")
-        return {"LATENT": self._encoder.encode(pixels, noise).numpy()}
+        latent, cached = self._encoder.encode(pixels, noise)
+        self._cache.note(cached)
+        return {"LATENT": latent.numpy(), "CACHED": np.array([cached])}
 
 
 class VaeDecoderModel(QueuedModel):
     """LATENTS -> FRAMES, one response per chunk. A run stops after a chunk once it is cancelled."""
 
-    def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
+    def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
-            self._decoder = FrameDecoder(ServeConfig.from_environment())
+            config = ServeConfig.from_environment()
+            configure_logging(config.logging, args["model_name"], in_stub=True)
+            self._decoder = FrameDecoder(config)
+        self._beats = Heartbeats(Metrics(), args["model_name"])
         # No bound: who comes here has been let in by the queue of the denoiser.
         self.queue = RunQueue(QueueRules(None), self._serve, lambda: None, lambda _: None)
+
+    def finalize(self) -> None:
+        self._beats.close()
+        super().finalize()
 
     def describe_run(self, inputs: Arrays) -> dict[str, Any]:
         if "LATENTS" not in inputs:

@@ -3,6 +3,7 @@
 import json
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -78,6 +79,11 @@ def error(message: str) -> Action:
 def abort(code: grpc.StatusCode, details: str) -> Action:
     """An error of the whole call."""
     return lambda _server, context: context.abort(code, details)
+
+
+def wait(seconds: float) -> Action:
+    """Silence for so long."""
+    return lambda _server, _context: time.sleep(seconds)
 
 
 def hang() -> Action:

@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 from stepvideo_client import MOVEMENTS
-from tests.client.fake_server import JPEG, MP4, FakeServer, abort, error, final, hang, result, step
+from tests.client.fake_server import (
+    JPEG,
+    MP4,
+    Action,
+    FakeServer,
+    abort,
+    error,
+    final,
+    hang,
+    respond,
+    result,
+    step,
+    wait,
+)
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 NOBODY = "127.0.0.1:1"
@@ -158,8 +171,61 @@ def test_a_silent_server_is_given_up(server: FakeServer, cli: Cli, image: Path, 
         *("generate", "--url", server.url, "--image", image, "--prompt", "", "--out", tmp_path / "V.mp4"),
         *("--idle-timeout", "0.3"),
     )
-    assert done.returncode == 3
-    assert done.stderr.startswith(f"stepvideo: UNAVAILABLE: Nothing was received from {server.url} for 0.3 s")
+    assert done.returncode == 4
+    assert done.stderr.startswith(f"stepvideo: UNAVAILABLE: Nothing was received from {server.url} for 0.3 s after ")
+    assert "not even a sign of life" in done.stderr
+
+
+def test_signs_of_life_are_not_silence(server: FakeServer, cli: Cli, image: Path, tmp_path: Path) -> None:
+    """A step that takes four times the idle timeout, during which the server repeats what it said last."""
+    server.script = [step(3, 50), *[wait(0.3), step(3, 50)] * 8, step(50, 50), result(), final()]
+    done = cli(
+        *("generate", "--url", server.url, "--image", image, "--prompt", "", "--out", tmp_path / "V.mp4"),
+        *("--idle-timeout", "0.6"),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+QUOTE = ["SECONDS", "GPU_SECONDS", "PEAK_MEMORY_MIB", "QUEUE_WAIT_S"]
+QUOTE_REPORT = {"seconds": {"total": 12.5, "text": 0.5, "denoise": 12.0}, "waiting": 3}
+
+
+def quoted() -> Action:
+    numbers = {name: np.array([12.5 * 2**index], np.float32) for index, name in enumerate(QUOTE)}
+    return respond(**numbers, REPORT=json.dumps(QUOTE_REPORT).encode())
+
+
+def test_quote(server: FakeServer, cli: Cli) -> None:
+    server.unary = quoted()
+    sizes = ("--num-frames", "34", "--height", "128", "--width", "192", "--infer-steps", "8", "--priority", "1")
+    done = cli("quote", "--url", server.url, *sizes, "--cfg-scale", "1", "--prompt-tokens", "99", "--output", "frames")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "12.5 s (text 0.5, denoise 12.0)",
+        "25.0 GPU-seconds, 50 MiB on the fullest GPU (predicted)",
+        "starts in 100.0 s, 3 waiting",
+    ]
+    assert server.requests[0].model_name == "ti2v_quote"
+    assert server.sent() == {
+        "NUM_FRAMES": 34,
+        "HEIGHT": 128,
+        "WIDTH": 192,
+        "STEPS": 8,
+        "CFG_SCALE": 1.0,
+        "OUTPUT": b"frames",
+        "REQUEST_PRIORITY": 1,
+        "PROMPT_TOKENS": 99,
+    }
+    done = cli("quote", "--url", server.url, "--json")
+    assert json.loads(done.stdout) == QUOTE_REPORT
+
+
+def test_a_quote_that_the_server_cannot_give(server: FakeServer, cli: Cli) -> None:
+    server.unary = abort(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE: A quote needs measurements.")
+    done = cli("quote", "--url", server.url)
+    assert (done.returncode, done.stderr) == (1, "stepvideo: UNAVAILABLE: A quote needs measurements.\n")
+    server.unary = respond(SECONDS=np.array([1.0], np.float32))
+    assert "INTERNAL: The quote cannot be read" in cli("quote", "--url", server.url).stderr
 
 
 def test_nobody_there_is_exit_code_3(cli: Cli, image: Path, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_sends_every_option_with_the_datatype_of_the_interface(server: FakeServe
             preview_every=2,
             timeout_s=60.0,
             priority=1,
+            request_id="job-7",
         )
     sent = server.sent()
     np.testing.assert_array_equal(sent.pop("LATENTS"), LATENTS)
@@ -111,6 +112,7 @@ def test_sends_every_option_with_the_datatype_of_the_interface(server: FakeServe
         "PREVIEW_EVERY": 2,
         "TIMEOUT_S": 60.0,
         "REQUEST_PRIORITY": 1,
+        "REQUEST_ID": b"job-7",
     }
     datatypes = {tensor.name: tensor.datatype for tensor in server.requests[0].inputs}
     assert datatypes["SEED"] == "INT64"

@@ -196,8 +196,7 @@ class Server:
 
     def process(self, marker: str) -> psutil.Process:
         """The one process of the server with `marker` in its command line."""
-        children = psutil.Process(self.pid).children(recursive=True)
-        [found] = [child for child in children if any(marker in part for part in child.cmdline())]
+        [found] = [child for child in psutil.Process(self.pid).children(recursive=True) if marker in command(child)]
         return found
 
     def rank(self) -> psutil.Process:
@@ -209,6 +208,14 @@ class Server:
         with tritonclient.http.InferenceServerClient(self.http_url) as client:
             stats = client.get_inference_statistics(model)["model_stats"][0]
         return int(stats["execution_count"])
+
+
+def command(process: psutil.Process) -> str:
+    """Its command line; empty when the process has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def as_array(value: NDArray[Any] | bytes) -> NDArray[Any]:

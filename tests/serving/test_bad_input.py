@@ -125,7 +125,7 @@ OURS: dict[str, tuple[Change, str]] = {
 }
 # What Triton refuses by the models' configurations, in its own words.
 BY_CORE: dict[str, tuple[Change, str]] = {
-    "one-input": (lambda small: {"PROMPT": small["PROMPT"]}, "expected number of inputs between 2 and 18 but got 1"),
+    "one-input": (lambda small: {"PROMPT": small["PROMPT"]}, "expected number of inputs between 2 and 19 but got 1"),
     "unknown-input": (change(FRAMES=np.array([17], np.int32)), "unexpected inference input 'FRAMES'"),
     "wrong-dtype": (number(np.int64, NUM_FRAMES=17), "NUM_FRAMES.*INT32|INT64.*NUM_FRAMES"),
     "wrong-dtype-text": (integer(PROMPT=1), "PROMPT"),

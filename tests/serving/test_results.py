@@ -165,7 +165,7 @@ def test_the_report_says_what_ran_and_where_the_time_went(server: Server, clip: 
     assert report.items() >= {**asked, **ran}.items()
     assert re.fullmatch(r"\d+ graphs, [0-9a-f]{12}", report["engines"])
     seconds = report["seconds"]
-    assert seconds.keys() == {"total", "image", "text", "vae_encode", "denoise", "vae_decode", "mp4"}
+    assert seconds.keys() == {"total", "image", "text", "vae_encode", "denoise", "vae_decode", "mp4", "check"}
     assert all(value > 0 for value in seconds.values())
     assert len(report["step_seconds"]) == STEPS
     assert sum(report["step_seconds"]) <= seconds["denoise"] <= seconds["total"]

@@ -1,0 +1,54 @@
+"""What a generation would take on a server, told from what it has measured."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from tritonclient.grpc import InferResult
+
+from stepvideo_client.errors import MalformedResponse
+
+QUOTE_MODEL = "ti2v_quote"
+
+
+class QuoteOptions(TypedDict, total=False):
+    """Keyword arguments of Client.quote; those of Client.generate that decide about the cost, with the same defaults.
+
+    prompt_tokens (320): of the prompt with its suffix, in tokens of the server's text encoder, if it is new to the
+    server. negative_tokens (none): of a negative prompt that is new to the server.
+    """
+
+    num_frames: int | None
+    height: int | None
+    width: int | None
+    steps: int | None
+    cfg_scale: float | None
+    output: str | None
+    priority: int | None
+    prompt_tokens: int | None
+    negative_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Quote:
+    """seconds: of the generation itself; gpu_seconds: of all GPUs together; peak_memory_mib: of the fullest GPU,
+    predicted; queue_wait_s: until it would begin, if it were sent now. report: the parts (text, vae_encode, denoise,
+    vae_decode, mp4), seconds per step, tokens, layout."""
+
+    seconds: float
+    gpu_seconds: float
+    peak_memory_mib: float
+    queue_wait_s: float
+    report: dict[str, Any]
+
+
+def read_quote(response: Any) -> Quote:
+    """The quote in a ModelInferResponse. Raises MalformedResponse."""
+    outputs = InferResult(response)
+    try:
+        seconds, gpu_seconds, memory, wait_s = (
+            float(outputs.as_numpy(name)[0]) for name in ("SECONDS", "GPU_SECONDS", "PEAK_MEMORY_MIB", "QUEUE_WAIT_S")
+        )
+        return Quote(seconds, gpu_seconds, memory, wait_s, json.loads(outputs.as_numpy("REPORT")[0]))
+    except (TypeError, ValueError, IndexError) as error:
+        raise MalformedResponse(f"The quote cannot be read: {error}.") from error

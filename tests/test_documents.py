@@ -1,0 +1,118 @@
+"""SECURITY.md and docs/operations.md say what is so: tests that they cite, codes, alerts, predicted figures."""
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepvideo_serve.errors import RequestError
+from stepvideo_serve.plan_layout import main as plan_layout
+from stepvideo_serve.server_release import ADVISORIES, MINIMUM_NAME
+from stepvideo_serve.server_security import GRPC_OPERATOR_HEADER, OPERATOR_HEADER
+
+
+@pytest.fixture
+def security(root: Path) -> str:
+    return (root / "SECURITY.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def operations(root: Path) -> str:
+    return (root / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def section(text: str, title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, title
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table's rows, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_protection_cites_a_test_that_exists(root: Path, security: str) -> None:
+    cited = 0
+    for threat, _, shown_by in rows(section(security, "What is enforced, and the test that shows it")):
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", shown_by)
+        assert tests, threat
+        for path, name in tests:
+            tree = ast.parse((root / path).read_text(encoding="utf-8"))
+            assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"
+            cited += 1
+    assert cited > 20
+
+
+def test_the_lowest_release_and_its_advisories(security: str) -> None:
+    text = section(security, rf"The lowest release: Triton {re.escape(MINIMUM_NAME)}")
+    assert set(re.findall(r"CVE-\d+-\d+", text)) == set(ADVISORIES.split(", "))
+
+
+def subclasses(kind: type[RequestError]) -> set[type[RequestError]]:
+    return {kind}.union(*(subclasses(child) for child in kind.__subclasses__()))
+
+
+def test_every_error_code_has_a_cause_and_a_remedy(operations: str) -> None:
+    table = {row[0]: row[1:] for row in rows(section(operations, "Error codes"))}
+    assert set(table) == {kind.code for kind in subclasses(RequestError)}
+    assert all(len(row) == 3 and all(row) for row in table.values())
+
+
+def test_every_alert_is_in_the_runbook(root: Path, operations: str) -> None:
+    groups = yaml.safe_load((root / "docker" / "monitoring" / "alerts.yml").read_text(encoding="utf-8"))["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule]
+    table = {row[0]: row[1:] for row in rows(section(operations, "Runbook"))}
+    assert sorted(table) == sorted(alerts)
+    assert all(len(row) == 2 and all(row) for row in table.values())
+
+
+def sizing() -> list[list[str]]:
+    path = Path(__file__).parents[1] / "docs" / "operations.md"
+    return rows(section(path.read_text(encoding="utf-8"), "Sizing"))
+
+
+@pytest.mark.parametrize("row", sizing(), ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_sizing_table_is_the_planners(row: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    gpus, precision, layout, step_llm, memory, step, request = row
+    count, gpu = gpus.split(" x ")
+    assert plan_layout(["--gpu", gpu, "--gpus", count, "--precision", precision, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert layout == f"`{plan['recommended']}`"
+    [chosen] = [entry for entry in plan["layouts"] if entry["layout"] == plan["recommended"]]
+    assert step_llm == chosen["step_llm"]
+    assert memory == f"{chosen['memory_bytes']['total'][step_llm] / 2**30:.0f} GiB"
+    assert step == f"{chosen['step_s']['total']:.2f} s"
+    assert request == f"{chosen['request_s']:.0f} s"
+
+
+def test_keys_that_are_named_exist(root: Path, operations: str) -> None:
+    tables = tomllib.loads((root / "serve.toml").read_text(encoding="utf-8"))
+    named = re.findall(r"`\[(\w+)\] (\w+)(?: = [^`]*)?`", operations)
+    assert len(named) >= 4
+    for table, key in named:
+        assert key in tables[table], f"[{table}] {key}"
+    for key in ("max_parks", "aging_s", "max_queued", "step_slack_s", "max_resumes"):
+        assert f"`{key}`" in operations
+        assert key in tables["denoiser"]
+
+
+def test_the_operator_headers(operations: str) -> None:
+    assert f"`{GRPC_OPERATOR_HEADER}`" in operations
+    assert f"`{OPERATOR_HEADER}`" in operations
+
+
+@pytest.mark.parametrize("name", ["SECURITY.md", "docs/operations.md"])
+def test_links_and_paths_lead_somewhere(root: Path, name: str) -> None:
+    path = root / name
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text) if "://" not in link]
+    paths = re.findall(r"`((?:docker|docs|tests|perf|client)/[\w./-]+)", text)
+    for target in [path.parent / link for link in links] + [root / found for found in paths]:
+        assert target.exists(), target
+    assert links or paths
