@@ -27,7 +27,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve bench bench-dit bench-parallel layouts onnx verify calibrate parity engines kernels \
+.PHONY: help setup demo serve bench bench-dit bench-parallel bench-quote perf layouts onnx verify calibrate parity engines kernels \
 	test test-slow test-kernels test-kernels-slow test-engines test-engines-slow test-toyworld lint format clean
 
 BIN := .venv/bin
@@ -90,11 +90,18 @@ serve: $(SERVED) ## run the server in the foreground until Ctrl-C
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
 
+bench-quote: $(SERVED) ## the server's quotes against what the requests then took
+	@$(RUN) perf.quote --config '$(CONFIG)'
+
 bench-parallel: $(INSTALLED) ## layouts of several ranks against one rank, on CPUs; how long the group needs to heal
 	@$(RUN) perf.parallel
 
 bench-dit: $(INSTALLED) ## one DiT step, eager and ONNX Runtime, against this machine's matrix-multiply rate
 	@$(RUN) perf.dit_step
+
+PERF_ARGS ?=
+perf: $(SERVED) ## perf_analyzer on the real server: build/perf (PERF_ARGS='--concurrency 1,4,8 --rates 0.1 --requests 50')
+	@$(RUN) perf.perf_analyzer --config '$(CONFIG)' $(PERF_ARGS)
 
 GPU ?= H100
 GPUS ?= 8

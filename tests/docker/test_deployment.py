@@ -1,0 +1,369 @@
+"""The chart rendered by Helm and checked against Kubernetes' schemas; compose and monitoring wired to files that exist;
+the Dockerfile by hadolint."""
+
+import argparse
+import copy
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.serving.metric_families import FAMILIES
+from stepvideo_serve.tritonserver import add_server_arguments
+from tests.docker.chart import VERSION, Helm, Manifest, Values, only
+
+KUBERNETES = "1.37"
+CUSTOM = ("PodMonitor",)  # kinds that Kubernetes itself does not know
+
+SETTINGS: dict[str, Values] = {
+    "defaults": {},
+    "everything": {
+        "replicas": 3,
+        "image": {"repository": "registry.example.org/stepvideo", "tag": "1.2", "pullSecrets": ["pull"]},
+        "tls": {"secret": "stepvideo-tls", "mutual": True},
+        "operatorKey": {"secret": "stepvideo-operator"},
+        "service": {"type": "LoadBalancer", "annotations": {"example.org/internal": "true"}},
+        "autoscaling": {"enabled": True, "maxReplicas": 8},
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "networkPolicy": {"egress": [{"to": [{"podSelector": {}}], "ports": [{"protocol": "TCP", "port": 4318}]}]},
+        "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
+        "affinity": {"nodeAffinity": {}},
+        "runtimeClassName": "nvidia",
+        "podAnnotations": {"example.org/team": "video"},
+    },
+    "one GPU": {"gpus": 1, "config": '[model]\ndir = "/model"\nengines_dir = "/engines"\n'},
+    "host paths": {"volumes": {"model": {"hostPath": "/data/a"}, "engines": {"hostPath": "/data/b"}}},
+    "least": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}, "tolerations": []},
+}
+
+
+@pytest.fixture(scope="session")
+def helm(root: Path) -> Helm:
+    return Helm.install(root)
+
+
+@pytest.fixture(scope="module")
+def rendered(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
+    """The chart with each of SETTINGS."""
+    folder = tmp_path_factory.mktemp("values")
+    return {name: helm.render(values, folder) for name, values in SETTINGS.items()}
+
+
+@pytest.fixture(params=SETTINGS)
+def manifests(request: pytest.FixtureRequest, rendered: dict[str, list[Manifest]]) -> list[Manifest]:
+    return copy.deepcopy(rendered[request.param])
+
+
+@pytest.fixture
+def everything(rendered: dict[str, list[Manifest]]) -> list[Manifest]:
+    return rendered["everything"]
+
+
+@pytest.fixture
+def defaults(rendered: dict[str, list[Manifest]]) -> list[Manifest]:
+    return rendered["defaults"]
+
+
+def server_arguments(given: list[str]) -> argparse.Namespace:
+    """What the server makes of a container's arguments."""
+    parser = argparse.ArgumentParser()
+    add_server_arguments(parser, (8001, 8000, 8002))
+    return parser.parse_args(given)
+
+
+def container(manifests: list[Manifest]) -> dict[str, Any]:
+    [found] = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_it_is_the_pinned_helm(helm: Helm) -> None:
+    assert f'Version:"v{VERSION}"' in helm.run("version").stdout
+
+
+def test_helm_lint(helm: Helm) -> None:
+    done = helm.run("lint", "--strict", str(helm.chart))
+    assert done.returncode == 0, done.stdout
+    assert "1 chart(s) linted, 0 chart(s) failed" in done.stdout + done.stderr
+
+
+def test_kubernetes_takes_every_manifest(manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        if manifest["kind"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_a_wrong_manifest_would_be_noticed(manifests: list[Manifest]) -> None:
+    deployment = only(manifests, "Deployment")
+    deployment["spec"]["template"]["spec"]["containers"][0]["probe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, KUBERNETES, strict=True)
+
+
+def test_every_kind_is_rendered(everything: list[Manifest]) -> None:
+    kinds = ["ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy"]
+    kinds += ["PodDisruptionBudget", "PodMonitor", "Service"]
+    assert sorted(manifest["kind"] for manifest in everything) == kinds
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gpus": 3}, "gpus"),
+        ({"gpus": 4}, "gpus must be what the layout in config needs, 8 for .*cfg2.tp4.*, got 4"),
+        ({"config": '[model]\n[denoiser]\nlayout = "tp4"\n'}, "needs, 4 for .*tp4.*, got 8"),
+        ({"gpus": 8, "config": "[model]\n"}, "needs, 1 for the default layout, got 8"),
+        ({"tls": {"mutual": True}}, "tls.mutual needs tls.secret"),
+        ({"replica": 2}, "replica"),
+        ({"replicas": "2"}, "replicas"),
+        ({"probes": {"loadMinutes": 0}}, "loadMinutes"),
+        ({"volumes": {"model": {"hostPath": "data"}}}, "hostPath"),
+        ({"resources": {"limits": {"memory": "lots"}}}, "memory"),
+        ({"config": "nothing"}, "config"),
+    ],
+)
+def test_values_that_helm_refuses(helm: Helm, tmp_path: Path, values: Values, message: str) -> None:
+    assert re.search(message, helm.refusal(values, tmp_path), re.DOTALL)
+
+
+def test_the_schema_knows_every_value(root: Path) -> None:
+    chart = root / "docker" / "chart"
+    schema = json.loads((chart / "values.schema.json").read_text(encoding="utf-8"))
+    values = yaml.safe_load((chart / "values.yaml").read_text(encoding="utf-8"))
+    jsonschema.Draft7Validator.check_schema(schema)
+    assert set(values) == set(schema["properties"]) - {"global"}
+    for name, value in values.items():
+        known = schema["properties"][name].get("properties")
+        if known is not None:
+            assert set(value) == set(known), name
+
+
+def test_the_configuration_fits_the_gpus(defaults: list[Manifest], tmp_path: Path, docker: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(only(defaults, "ConfigMap")["data"]["serve.toml"], encoding="utf-8")
+    config = ServeConfig.load(path)
+    gpus = container(defaults)["resources"]["limits"]["nvidia.com/gpu"]
+    assert gpus == str(Layout.parse(config.denoiser.layout).world_size)
+    assert config == ServeConfig.load(docker / "serve.toml"), "the image's own configuration, with its layout"
+
+
+def test_nothing_runs_as_root_or_writes_but_to_scratch(manifests: list[Manifest]) -> None:
+    pod, server = only(manifests, "Deployment")["spec"]["template"]["spec"], container(manifests)
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["automountServiceAccountToken"] is False
+    assert server["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    written = {mount["name"] for mount in server["volumeMounts"] if not mount.get("readOnly")}
+    assert written == {"shared-memory", "tmp"}
+    assert {mount["name"] for mount in server["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_probes_wait_for_the_engines(manifests: list[Manifest]) -> None:
+    server = container(manifests)
+    startup = server["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 3600
+    assert only(manifests, "Deployment")["spec"]["progressDeadlineSeconds"] > 3600
+    assert "--ready-timeout=3600" in server["args"]
+    grace_s = only(manifests, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert "--exit-timeout=600" in server["args"]
+    assert grace_s > 600
+
+
+def test_the_arguments_are_ones_that_the_server_takes(manifests: list[Manifest]) -> None:
+    given = server_arguments(container(manifests)["args"])
+    assert (given.exit_timeout, given.ready_timeout) == (600, 3600.0)
+
+
+def probe_commands(manifests: list[Manifest], dockerfile: str) -> Iterator[list[str]]:
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        yield container(manifests)[name]["exec"]["command"]
+    [check] = re.findall(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", dockerfile, re.MULTILINE)
+    yield json.loads(check)
+
+
+def test_the_probes_can_be_run(defaults: list[Manifest], root: Path) -> None:
+    """Against nothing, they say in a sentence that nothing is there."""
+    dockerfile = (root / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    for python, *arguments in probe_commands(defaults, dockerfile):
+        assert python == "python3"
+        assert importlib.util.find_spec(arguments[1]) is not None
+        done = subprocess.run(
+            [sys.executable, *arguments, "--url", "127.0.0.1:9"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_with_tls_only_tls_is_reachable(defaults: list[Manifest], everything: list[Manifest]) -> None:
+    def reachable(manifests: list[Manifest]) -> set[str]:
+        ports = {port["name"] for port in container(manifests)["ports"]}
+        assert {port["targetPort"] for port in only(manifests, "Service")["spec"]["ports"]} == ports - {"metrics"}
+        rules = only(manifests, "NetworkPolicy")["spec"]["ingress"]
+        assert {port["port"] for rule in rules for port in rule["ports"]} == ports
+        return ports
+
+    assert reachable(everything) == {"grpc", "metrics"}
+    assert reachable(defaults) == {"grpc", "http", "metrics"}
+
+
+def test_nobody_listed_is_nobody_admitted(helm: Helm, tmp_path: Path) -> None:
+    policy = only(helm.render({"networkPolicy": {"clients": [], "monitoring": []}}, tmp_path), "NetworkPolicy")
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert not policy["spec"]["ingress"]
+    assert not policy["spec"]["egress"]
+
+
+def test_the_autoscaler_asks_for_metrics_that_exist(everything: list[Manifest], helm: Helm) -> None:
+    asked = [
+        metric["pods"]["metric"]["name"] for metric in only(everything, "HorizontalPodAutoscaler")["spec"]["metrics"]
+    ]
+    text = (helm.chart / "files" / "prometheus-adapter.yaml").read_text(encoding="utf-8")
+    rules = yaml.safe_load(text)["rules"]["custom"]
+    assert (
+        asked
+        == [rule["name"]["as"] for rule in rules]
+        == ["stepvideo_queue_wait_seconds_mean", "stepvideo_queue_length"]
+    )
+    exported = {name for name, family in FAMILIES.items() if family.kind != "histogram"}
+    for name, family in FAMILIES.items():
+        if family.kind == "histogram":
+            exported |= {f"{name}_{part}" for part in ("sum", "count", "bucket")}
+    used = set(re.findall(r"stepvideo_\w+", " ".join(rule["seriesQuery"] + rule["metricsQuery"] for rule in rules)))
+    assert used <= exported
+
+
+def test_the_pod_monitor_finds_the_pods(everything: list[Manifest]) -> None:
+    monitor = only(everything, "PodMonitor")
+    labels = only(everything, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in container(everything)["ports"]}
+
+
+@pytest.fixture
+def docker(root: Path) -> Path:
+    return root / "docker"
+
+
+@pytest.fixture
+def compose(docker: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load((docker / "compose.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def mounts(compose: dict[str, Any]) -> list[tuple[str, str]]:
+    """Host side and container side of what is bound from this repository."""
+    every = [volume for service in compose["services"].values() for volume in service["volumes"]]
+    return [tuple(volume.split(":")[:2]) for volume in every if volume.startswith(".")]
+
+
+def test_compose_mounts_files_that_exist_read_only(compose: dict[str, Any], docker: Path) -> None:
+    assert len(mounts(compose)) >= 6
+    for source, _ in mounts(compose):
+        assert (docker / source).is_file(), source
+    bound = [v for s in compose["services"].values() for v in s["volumes"] if v.startswith((".", "$"))]
+    assert all(volume.endswith(":ro") for volume in bound)
+
+
+def test_compose_publishes_on_loopback_only(compose: dict[str, Any]) -> None:
+    published = [port for service in compose["services"].values() for port in service["ports"]]
+    assert len(published) >= 4
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_compose_pins_images_and_takes_rights_away(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert "build" in service or re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), name
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    assert compose["services"]["stepvideo"]["read_only"] is True
+    named = {
+        volume.split(":")[0] for s in compose["services"].values() for volume in s["volumes"] if volume[0] not in ".$"
+    }
+    assert named == set(compose["volumes"])
+
+
+def test_compose_builds_this_image(compose: dict[str, Any], docker: Path) -> None:
+    build = compose["services"]["stepvideo"]["build"]
+    context = (docker / build["context"]).resolve()
+    assert (context / build["dockerfile"]) == docker / "Dockerfile"
+    assert server_arguments(compose["services"]["stepvideo"]["command"]).exit_timeout == 600
+    assert int(compose["services"]["stepvideo"]["stop_grace_period"].removesuffix("s")) > 600
+
+
+@pytest.mark.parametrize(
+    ("choice", "started"),
+    [
+        ({}, "-m stepvideo_serve.tritonserver serve --config {config} --address 127.0.0.1 --exit-timeout=5"),
+        (
+            {"STEPVIDEO_SUPERVISE": "1", "STEPVIDEO_ADDRESS": "0.0.0.0"},
+            "-m stepvideo_serve.supervise --config {config} --address 0.0.0.0 --exit-timeout=5",
+        ),
+        ({"STEPVIDEO_SUPERVISE": "yes"}, None),
+    ],
+)
+def test_the_entry_point_starts_the_server_or_its_supervisor(
+    docker: Path, choice: dict[str, str], started: str | None
+) -> None:
+    config = str(docker / "serve.toml")
+    environment = {"PATH": "/usr/bin:/bin", "STEPVIDEO_PYTHON": "echo", "STEPVIDEO_CONFIG": config, **choice}
+    command = [str(docker / "entrypoint.sh"), "--exit-timeout=5"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if started is None:
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: STEPVIDEO_SUPERVISE must be 0 or 1, got yes")
+    else:
+        assert done.stdout.strip() == started.format(config=config)
+
+
+def test_prometheus_scrapes_the_server_of_compose(compose: dict[str, Any], docker: Path) -> None:
+    prometheus = yaml.safe_load((docker / "monitoring" / "prometheus.yml").read_text(encoding="utf-8"))
+    [job] = prometheus["scrape_configs"]
+    [[target]] = [entry["targets"] for entry in job["static_configs"]]
+    assert target.split(":")[0] in compose["services"]
+    assert target.endswith(":8002")
+    mounted = dict(mounts(compose))
+    folder = Path(mounted["./monitoring/prometheus.yml"]).parent
+    assert {str(folder / name) for name in prometheus["rule_files"]} == {mounted["./monitoring/alerts.yml"]}
+
+
+def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any], docker: Path) -> None:
+    [source] = yaml.safe_load((docker / "grafana" / "datasource.yaml").read_text(encoding="utf-8"))["datasources"]
+    service = re.fullmatch(r"http://(\w+):9090", source["url"])
+    assert service is not None
+    assert service[1] in compose["services"]
+    assert set(compose["services"]["grafana"]["networks"]) & set(compose["services"][service[1]]["networks"])
+    [provider] = yaml.safe_load((docker / "grafana" / "dashboards.yaml").read_text(encoding="utf-8"))["providers"]
+    dashboard = dict(mounts(compose))["./monitoring/dashboard.json"]
+    assert str(Path(dashboard).parent) == provider["options"]["path"]
+
+
+def test_the_alerts_know_the_job_of_the_pod_monitor(everything: list[Manifest], docker: Path) -> None:
+    jobs = set(re.findall(r'job="(\w+)"', (docker / "monitoring" / "alerts.yml").read_text(encoding="utf-8")))
+    [endpoint] = only(everything, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert jobs == {rule["replacement"] for rule in endpoint["relabelings"] if rule["targetLabel"] == "job"}
+
+
+def test_hadolint_has_nothing_to_say(docker: Path) -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([str(program), str(docker / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
