@@ -33,7 +33,8 @@ BINDING = (
     " Name: x, IOMode: Input, DataType: BFloat16, Dimensions: [1,-1,256], Location: Device, IsShapeInferenceIO: false, "
     "ProfileInfo: [ { MinShape: [1,32,256], OptShape: [1,48,256], MaxShape: [1,64,256], Format: Row major }]"
 )
-LOG = f"[INFO] Total Activation Memory: 123 bytes\n[VERBOSE] Layers:\n{GEMM}\n\nI/O Tensors:\n{BINDING}\n"
+TOTALS = "[INFO] Total Activation Memory: 123 bytes\n[INFO] Total Weights Memory: 456 bytes\n"
+LOG = f"{TOTALS}[VERBOSE] Layers:\n{GEMM}\n\nI/O Tensors:\n{BINDING}\n"
 NOTHING = Expected((), (), (), (), activation_bytes=GIB)
 
 
@@ -47,7 +48,12 @@ def test_parse() -> None:
     assert (layer.weight.name, layer.weight.dims) == ("w", (1, 256, 768))
     assert layer.outputs[0].dtype == "BFloat16"
     assert plan.bindings[0].profile == ((1, 32, 256), (1, 48, 256), (1, 64, 256))
-    assert plan.activation_bytes == 123
+    assert (plan.activation_bytes, plan.weight_bytes) == (123, 456)
+
+
+def test_a_plan_must_say_how_much_memory_it_takes() -> None:
+    with pytest.raises(ExportError, match="must print the total of its weights memory, found none"):
+        parse_plan(LOG.replace("Weights", "Other"))
 
 
 def test_a_log_without_a_plan() -> None:
