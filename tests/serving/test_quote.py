@@ -236,11 +236,11 @@ def test_a_server_that_is_busy_quotes_the_wait(server: Running, long: Values, sm
     assert waits[1] > 60.0, "a hundred thousand steps are ahead"
 
 
-def test_a_server_refuses_bad_quotes(server: Running) -> None:
+def test_a_server_refuses_bad_quotes(server: Running, small: Values) -> None:
     with Client(server.grpc_url) as client, pytest.raises(RefusedByServer, match="NUM_FRAMES must be a positive"):
         client.quote(num_frames=5)
     with pytest.raises(Refused, match="INVALID_ARGUMENT: STEPS must be from 1"):
-        server.http({"STEPS": np.array([0], np.int32)}, "ti2v_quote")
+        server.http({**{name: small[name] for name in SIZES}, "STEPS": np.array([0], np.int32)}, "ti2v_quote")
 
 
 def test_notes_that_make_no_sense_are_refused(server: Running) -> None:
