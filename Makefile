@@ -6,29 +6,33 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 CONFIG ?= serve.toml
-MODEL_DIR ?= build/tiny
-ENGINE_DIR ?= build/onnx
+MODEL_DIR ?= toyworld/checkpoint
+ENGINE_DIR ?= build/toyworld
 GOLDENS ?= ../shared/goldens/tiny-a
 VERIFY_MODEL_DIR ?= $(GOLDENS)
 BACKEND ?= eager
-IMAGE ?= client/examples/first_frame.png
-PROMPT ?= 一艘小船在平静的湖面上缓缓驶过，镜头慢慢推近。
+# What the toy-world checkpoint was trained for: 34 frames of 64x64, such prompts and images, this guidance.
+IMAGE ?= build/first_image.png
+PROMPT ?= 红色圆形向右移动。
 FRAMES ?= 34
-HEIGHT ?= 128
-WIDTH ?= 192
-STEPS ?= 4
+HEIGHT ?= 64
+WIDTH ?= 64
+STEPS ?= 20
+CFG_SCALE ?= 4
+MOTION_SCORE ?= 5
 SEED ?= 7
 OUT ?= out/demo.mp4
 BENCH_RUNS ?= 3
-export IMAGE PROMPT FRAMES HEIGHT WIDTH STEPS SEED OUT
+export IMAGE PROMPT FRAMES HEIGHT WIDTH STEPS CFG_SCALE MOTION_SCORE SEED OUT
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve bench bench-dit bench-parallel bench-quote perf layouts onnx verify calibrate parity engines kernels \
-	test test-slow test-kernels test-kernels-slow test-engines test-engines-slow test-toyworld lint format clean
+.PHONY: help setup demo quality prices serve bench bench-dit bench-parallel bench-quote perf soak layouts onnx \
+	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
+	test-engines-slow test-toyworld lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -64,10 +68,15 @@ $(ENGINE_DIR).made: $(INSTALLED) $(GRAPH_CODE) $(if $(filter build/tiny,$(MODEL_
 	@$(RUN) export.to_onnx --model-dir $(MODEL_DIR) --out $(ENGINE_DIR)
 	@touch $@
 
-# The committed configuration serves the tiny checkpoint; another one names files that are there already.
+# What the tiny checkpoint knows how to move: a red circle.
+build/first_image.png: $(INSTALLED) toyworld/first_image.py toyworld/world.py
+	@$(RUN) toyworld.first_image --out $@
+
+# The committed configuration serves the toy-world checkpoint; another one names files that are there already.
 SERVED := $(INSTALLED) $(if $(filter serve.toml,$(CONFIG)),$(ENGINE_DIR).made)
 GENERATE := $(RUN) stepvideo_client generate --url "$$STEPVIDEO_GRPC_URL" --image "$$IMAGE" --prompt "$$PROMPT" \
-	--num-frames "$$FRAMES" --height "$$HEIGHT" --width "$$WIDTH" --infer-steps "$$STEPS" --seed "$$SEED"
+	--num-frames "$$FRAMES" --height "$$HEIGHT" --width "$$WIDTH" --infer-steps "$$STEPS" --seed "$$SEED" \
+	--cfg-scale "$$CFG_SCALE" --motion-score "$$MOTION_SCORE"
 SHOW_JSON := $(BIN)/python -c 'import json, sys; \
 	[print(f"{key:>13}  {value}") for key, value in json.load(open(sys.argv[1], encoding="utf-8")).items()]'
 
@@ -77,7 +86,7 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make the environment in .venv
 
-demo: $(SERVED) ## tiny checkpoint, export, real server, one generation: out/demo.mp4
+demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint, export, real server, one generation: out/demo.mp4
 	@mkdir -p "$(dir $(OUT))"
 	$(SAY) "Triton Inference Server (log: build/demo-server.log), then one generation: $(FRAMES) frames, $(WIDTH)x$(HEIGHT)"
 	@$(RUN) stepvideo_serve.tritonserver run --config '$(CONFIG)' --log build/demo-server.log -- \
@@ -103,10 +112,22 @@ PERF_ARGS ?=
 perf: $(SERVED) ## perf_analyzer on the real server: build/perf (PERF_ARGS='--concurrency 1,4,8 --rates 0.1 --requests 50')
 	@$(RUN) perf.perf_analyzer --config '$(CONFIG)' $(PERF_ARGS)
 
+SOAK_ARGS ?=
+soak: $(SERVED) ## many callers, right and wrong, while ranks are killed (SOAK_ARGS='--requests 1000 --concurrency 32')
+	@$(RUN) perf.soak --config '$(CONFIG)' $(SOAK_ARGS)
+
 GPU ?= H100
 GPUS ?= 8
 layouts: $(INSTALLED) ## predicted memory, traffic and seconds of every layout of GPUS x GPU
 	@$(RUN) stepvideo_serve.plan_layout --gpu $(GPU) --gpus $(GPUS)
+
+QUALITY_ARGS ?=
+PRICES_ARGS ?=
+quality: $(INSTALLED) ## does the toy-world checkpoint do what its prompts say? 64 held-out prompts: out/quality
+	@$(RUN) toyworld.evaluate --out out/quality $(QUALITY_ARGS)
+
+prices: $(INSTALLED) ## what precisions and layouts cost, against fp32 samples of the same seed (PRICES_ARGS='--engines fp8=DIR')
+	@$(RUN) toyworld.price_list --json build/prices.json $(PRICES_ARGS)
 
 onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 

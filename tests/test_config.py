@@ -143,5 +143,5 @@ def test_the_committed_file_shows_every_key(root: Path) -> None:
 def test_the_committed_file_shows_the_defaults(root: Path, tmp_path: Path) -> None:
     config = ServeConfig.load(root / "serve.toml")
     assert config == replace(ServeConfig.load(written(tmp_path, MODEL)), model=config.model)
-    assert config.model.dir == root / "build" / "tiny"
-    assert config.model.engines_dir == root / "build" / "onnx"
+    assert config.model.dir == root / "toyworld" / "checkpoint"
+    assert config.model.engines_dir == root / "build" / "toyworld"
