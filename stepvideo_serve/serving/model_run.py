@@ -26,6 +26,7 @@ ASK_AFTER_S = 5.0  # how long a run may say nothing before its process is asked 
 SHOW_EVERY_S = 10.0  # how often the run's process hears that its caller is there
 DOUBTS = 2  # answers "no" in a row, with nothing in between, until the run is given up: it may just have ended
 ANSWER_S = 60.0  # how long a process may take to answer
+KEEP_S = 5.0  # see _responses; the clean-up takes milliseconds
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def call(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origin = 
 def ask(model: str, inputs: Arrays) -> Outputs:
     """A question that a decoupled model answers at once. Raises the RequestError that it answered with."""
     answer: Outputs = {}
-    for response in list(_request(model, inputs, ()).exec(decoupled=True)):  # all are taken, also when one is an error
+    for response in list(_responses(_request(model, inputs, ()))):  # all are taken, also when one is an error
         answer |= _read(response)
     return answer
 
@@ -92,7 +93,7 @@ class _Reader:
 
     def _take(self, inputs: Arrays, origin: Origin) -> None:
         try:
-            for response in _request(self._model, inputs, (), origin).exec(decoupled=True):  # waits for the first one
+            for response in _responses(_request(self._model, inputs, (), origin)):
                 try:
                     if outputs := _read(response):
                         self._inbox.put(outputs)
@@ -173,6 +174,23 @@ def _request(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origi
         requested_output_names=list(outputs),
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
     )
+
+
+def _responses(request: Any) -> Iterator[Any]:
+    """The responses of a decoupled model; waits for the first one.
+
+    What Triton gives for them is kept for a while after the last. Its clean-up thread forgets a finished call under the
+    lock of the table of calls; if nobody else holds that call, it frees it there, for which it needs the interpreter's
+    lock. `exec` takes the two the other way round when it returns, and the process would stand still for ever
+    (`Stub::SendCleanupId` and `Stub::GetResponseIterator` in pb_stub.cc of the Python backend).
+    """
+    responses = request.exec(decoupled=True)
+    try:
+        yield from responses
+    finally:
+        kept = threading.Timer(KEEP_S, lambda _: None, (responses,))
+        kept.daemon = True
+        kept.start()
 
 
 def _read(response: Any) -> Outputs:
