@@ -49,7 +49,7 @@ def animation(path: Path, rows: list[list[tuple[str, Tensor]]]) -> None:
                 picture = Image.fromarray(pixels_to_bytes(frames[index : index + 1])[0])
                 enlarged = picture.resize((size, size), Image.Resampling.NEAREST)
                 page.paste(enlarged, (GAP_PX + column * step_x, row * step_y + LABEL_PX))
-        pictures.append(page.quantize(128))
+        pictures.append(page.quantize(48, dither=Image.Dither.NONE))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=FRAME_MS, loop=0, optimize=True)
 
 

@@ -102,7 +102,8 @@ def _generate(args: argparse.Namespace) -> None:
         about = {"path": str(args.out), "bytes": size, "wall_seconds": round(wall_s, 3)}
         save_json(report_path, {**result.report, "seed": result.seed, **about})
     if not args.quiet:
-        print(f"{args.out}: {size / 1e6:.2f} MB, seed {result.seed}, {wall_s:.1f} s")
+        amount = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+        print(f"{args.out}: {amount}, seed {result.seed}, {wall_s:.1f} s")
 
 
 def _stream(client: Client, args: argparse.Namespace, prompt: str, options: Options) -> Result:
