@@ -1,6 +1,7 @@
 """The command line: `stepvideo generate`, `quote` and `ready` (also `python -m stepvideo_client ...`)."""
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -43,7 +44,14 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    args = _parser().parse_args(arguments)
+    code = _run(_parser().parse_args(arguments))
+    # A failed call is part of a reference cycle with its error. It must go while gRPC's threads run: at exit they stop
+    # where they are, perhaps with the call's lock in their hands, and the collector would wait for it for ever.
+    gc.collect()
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         {"generate": _generate, "quote": _quote, "ready": _ready}[args.command](args)
     except KeyboardInterrupt:

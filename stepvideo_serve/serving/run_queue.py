@@ -237,8 +237,8 @@ class RunQueue:
         """Until the run begins, as far as is known now."""
         running = self._running
         ahead = [other for other in self._waiting.values() if self._order(other) < self._order(run)]
-        if running is not None and not self._must_give_way(running, run):
-            ahead.append(running)
+        if running is not None and not running.cancelled.is_set() and not self._must_give_way(running, run):
+            ahead.append(running)  # one that was cancelled ends at its next step
         seconds = [self._seconds_of(other) for other in ahead]
         known = [value for value in seconds if value is not None]
         return sum(known) if len(known) == len(seconds) else None
