@@ -202,10 +202,11 @@ class RankGroup:
         setbacks = 0  # generations in a row that came to nothing
         was_ready = False
         while not self._closing.is_set():
+            job_id = self._job_id  # read before the ranks can be seen: a job may begin before `_begin` has returned
             began = self._begin()
             if isinstance(began, Ranks):
                 was_ready = True
-                job_id, ready_s = self._job_id, time.monotonic()
+                ready_s = time.monotonic()
                 failure: RequestError = WorkerFailed(f"The ranks were lost at once, because {self._watch(began)}.")
                 if self._job_id > job_id or time.monotonic() - ready_s > PROVEN_S:
                     setbacks = 0

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from stepvideo_serve.errors import ServiceUnavailable, WorkerFailed
-from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.group import REBUILD_ATTEMPTS, RankGroup
 
 MakeGroup = Callable[..., RankGroup]
 
@@ -195,6 +195,28 @@ def test_a_dead_rank_is_not_alive_while_another_thread_is_about_to_reap_it(make_
     with lock:  # as Popen.wait holds it
         kill_and_wait(group.pids[0])
         assert not ranks.alive()
+    assert_serves(group)
+
+
+def test_ranks_that_served_at_once_did_not_fail_to_start(
+    make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may begin before the thread that started the ranks goes on: here, it always does."""
+    begin = RankGroup._begin
+
+    def begin_and_be_overtaken(group: RankGroup) -> object:
+        before = group._job_id
+        began = begin(group)
+        limit_s = time.monotonic() + 10
+        while group._job_id == before and time.monotonic() < limit_s:
+            time.sleep(0.005)
+        return began
+
+    monkeypatch.setattr(RankGroup, "_begin", begin_and_be_overtaken)
+    group = make_group()
+    for _ in range(REBUILD_ATTEMPTS + 1):
+        assert_serves(group)
+        kill_and_wait(group.pids[0])
     assert_serves(group)
 
 
