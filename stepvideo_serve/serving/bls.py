@@ -16,10 +16,12 @@ from stepvideo_serve.pipeline import Cancelled, Frames, Waiting
 from stepvideo_serve.request import GenerationRequest
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
-from stepvideo_serve.serving.model_run import ask, call, run
+from stepvideo_serve.serving.model_run import ask, call, in_time, run
 from stepvideo_serve.serving.quote import stage_work
 from stepvideo_serve.serving.telemetry import UNKNOWN, Origin
 from stepvideo_serve.text.states import TextStates
+
+NOTE_S = 1.0  # what a finished request waits for the ledger: its process may have died meanwhile
 
 _logger = logging.getLogger(__name__)
 
@@ -116,10 +118,11 @@ def report_pace(request: GenerationRequest, seconds: Mapping[str, float], stages
     """Tells the ledger how long the stages of a finished request took; it hears of the steps without that."""
     work = stage_work(request, stages.new_tokens, stages.image_is_new, decoders)
     note = {stage: (amount, seconds[stage]) for stage, amount in work.items() if stage in seconds}
+    inputs = {"KIND": bytes_array(b"note"), "NOTE": bytes_array(json.dumps(note).encode())}
     try:
-        ask("dit_denoiser", {"KIND": bytes_array(b"note"), "NOTE": bytes_array(json.dumps(note).encode())})
-    except RequestError as error:  # the request itself is answered
-        _logger.warning("the pace of a request was not noted: %s", error)
+        in_time(lambda: ask("dit_denoiser", inputs), NOTE_S)
+    except (TimeoutError, RequestError) as error:  # the video is there all the same
+        _logger.warning("the pace of a request was not noted: %s", str(error) or type(error).__name__)
 
 
 def _job_inputs(job: DenoiseJob) -> dict[str, np.ndarray[Any, Any]]:

@@ -91,7 +91,7 @@ class TritonHandler(logging.Handler):
                 self._triton.log_warn(text)
             else:
                 self._triton.log_info(text)
-        except Exception:
+        except Exception:  # as every Handler of the standard library: told on standard error, never to who logs
             self.handleError(record)
 
 

@@ -152,8 +152,8 @@ def _cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Callable[[]
         watcher.join()
 
 
-def in_time(function: Callable[[], T]) -> T:
-    """The function's result, or its exception; TimeoutError after ANSWER_S, when its thread is left behind."""
+def in_time(function: Callable[[], T], limit_s: float = ANSWER_S) -> T:
+    """The function's result, or its exception; TimeoutError after limit_s, when its thread is left behind."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -163,7 +163,7 @@ def in_time(function: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=work, name="question", daemon=True).start()
-    return future.result(ANSWER_S)
+    return future.result(limit_s)
 
 
 def _request(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origin = UNKNOWN) -> Any:

@@ -130,7 +130,7 @@ class SharedAnswer:
             for caller in list(self._callers):
                 try:
                     send(caller)
-                except Exception:
+                except Exception:  # whatever Triton raises for it; logged whole
                     _logger.exception("request %s: a caller could not be answered", self.request_id)
                     self._callers.remove(caller)
 

@@ -5,29 +5,20 @@ from pathlib import Path
 import numpy as np
 
 from export.tiny_checkpoint import write_checkpoint
-from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.run import ResultEvent, StepEvent
 from tests.mini import MINI
+from tests.serving.launch import EAGER, ranks
 
 SLACK_S = 0.05  # far less than a chunk takes
 LATENTS = (3, MINI.dit.in_channels, 8, 12)  # one chunk of 128x192
 
 
-def test_a_rank_that_decodes_nothing_does_not_set_the_pace(tmp_path: Path) -> None:
+def test_a_rank_that_decodes_nothing_does_not_set_the_pace(root: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", MINI)
     config = tmp_path / "serve.toml"
-    model = f'[model]\ndir = "{tmp_path / "model"}"\nengines_dir = "{tmp_path}"\nbackend = "eager"\n'
-    config.write_text(f'{model}[denoiser]\nlayout = "cfg2"\nthreads = 1\n[decoder]\nthreads = 1\n')
+    config.write_text(EAGER.format(model=tmp_path / "model", layout="cfg2"))
     latents = np.random.default_rng(0).standard_normal(LATENTS, dtype=np.float32)
-    with RankGroup(
-        "stepvideo_serve.serving.rank:build_rank",
-        {"config": str(config)},
-        size=2,
-        start_timeout_s=120.0,
-        step_slack_s=SLACK_S,
-        arena_bytes=1 << 24,
-        threads_per_rank=1,
-    ) as group:
+    with ranks(root, config, 2, step_slack_s=SLACK_S) as group:
         events = list(group.run({"kind": "decode", "timeout_s": None}, {"latents": latents}))
         assert group.generation == 1, "the ranks were lost and started again"
     frames = [event.tensors["frames"] for event in events if isinstance(event, StepEvent)]

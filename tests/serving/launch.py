@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.tritonserver import ServerOptions, TritonServer
 
 READY_S = 300.0
@@ -27,6 +29,20 @@ max_image_bytes = 2000000
 [denoiser]
 max_queued = {max_queued}
 max_resumes = 1
+"""
+# Eager torch on one thread everywhere.
+EAGER = """
+[model]
+dir = "{model}"
+engines_dir = "none"
+backend = "eager"
+
+[denoiser]
+layout = "{layout}"
+threads = 1
+
+[decoder]
+threads = 1
 """
 MAX_QUEUED = 36  # more than the 32 threads that the server has for one model's calls of others
 
@@ -64,3 +80,18 @@ def serving(root: Path, folder: Path, config: str) -> Iterator[TritonServer]:
     with TritonServer(options) as server:
         server.wait_ready(READY_S)
         yield server
+
+
+@contextmanager
+def ranks(root: Path, config: Path, size: int, **overrides: Any) -> Iterator[RankGroup]:
+    """The ranks of `dit_denoiser` without a server, ready; `config` is a serve.toml."""
+    arguments: dict[str, Any] = {
+        "start_timeout_s": 120.0,
+        "arena_bytes": 1 << 24,
+        "threads_per_rank": 1,
+        "env": {"PYTHONPATH": str(root)},
+    }
+    factory = "stepvideo_serve.serving.rank:build_rank"
+    with RankGroup(factory, {"config": str(config)}, size=size, **{**arguments, **overrides}) as group:
+        group.start()
+        yield group

@@ -13,28 +13,14 @@ from safetensors.torch import load_file, save_file
 from stepvideo_serve.assembly import LocalStages
 from stepvideo_serve.config import GatesConfig, ServeConfig
 from stepvideo_serve.errors import BadOutput
-from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.run import StepEvent
 from stepvideo_serve.pipeline import Result, generate
 from stepvideo_serve.request import parse_request
 from stepvideo_serve.video.probe import Mp4Facts, probe_mp4
 from tests.serving.calls import Refused, Server, Values, as_array, report_of
-from tests.serving.launch import CONFIG, Engines, serving
+from tests.serving.launch import CONFIG, EAGER, Engines, ranks, serving
 
 FRAMES, HEIGHT, WIDTH, STEPS = 17, 32, 48, 2
-EAGER = """
-[model]
-dir = "{model}"
-engines_dir = "none"
-backend = "eager"
-
-[denoiser]
-layout = "{layout}"
-threads = 1
-
-[decoder]
-threads = 1
-"""
 # Thresholds that every video fails.
 UNREACHABLE = """
 [gates]
@@ -137,17 +123,7 @@ def test_all_ranks_stop_at_the_step_whose_latents_are_not_finite(
         **{f"{branch}_clip": NORMAL((77, 32)).astype(np.float32) for branch in ("positive", "negative")},
     }
     numbers = {"steps": 5, "cfg_scale": 4.0, "time_shift": 7.0, "motion_score": 5.0, "preview_every": 0}
-    group = RankGroup(
-        "stepvideo_serve.serving.rank:build_rank",
-        {"config": str(path)},
-        size=size,
-        start_timeout_s=120.0,
-        arena_bytes=1 << 22,
-        threads_per_rank=1,
-        env={"PYTHONPATH": str(root)},
-    )
-    with group:
-        group.start()
+    with ranks(root, path, size) as group:
         pids = group.pids
         for _ in range(2):
             with group.run({"kind": "denoise", "timeout_s": None, **numbers}, tensors) as events:

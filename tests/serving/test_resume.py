@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.run import Event, ResultEvent, StepEvent
 from stepvideo_serve.serving.resume import Repeated, Resumable, ResumableDenoise, run_on
 from stepvideo_serve.serving.run_queue import QueuedRun
+from tests.serving.launch import EAGER, ranks
 
 STEPS = 5
 NORMAL = np.random.default_rng(7).standard_normal
@@ -51,40 +51,21 @@ def make_config(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def make(layout: str) -> Path:
         path = tmp_path_factory.mktemp("resume") / "serve.toml"
-        path.write_text(
-            f'[model]\ndir = "{mini_checkpoint}"\nengines_dir = "none"\nbackend = "eager"\n'
-            f'[denoiser]\nlayout = "{layout}"\nthreads = 1\n[decoder]\nthreads = 1\n'
-        )
+        path.write_text(EAGER.format(model=mini_checkpoint, layout=layout))
         return path
 
     return make
 
 
-@contextmanager
-def ranks(config: Path, size: int, root: Path) -> Iterator[RankGroup]:
-    """The ranks of `dit_denoiser`."""
-    group = RankGroup(
-        "stepvideo_serve.serving.rank:build_rank",
-        {"config": str(config)},
-        size=size,
-        start_timeout_s=120.0,
-        arena_bytes=1 << 22,
-        threads_per_rank=1,
-        env={"PYTHONPATH": str(root)},
-    )
-    with group:
-        yield group
-
-
 @pytest.fixture(scope="module")
 def one_rank(make_config: Callable[[str], Path], root: Path) -> Iterator[RankGroup]:
-    with ranks(make_config("single"), 1, root) as group:
+    with ranks(root, make_config("single"), 1) as group:
         yield group
 
 
 @pytest.fixture(scope="module")
 def two_ranks(make_config: Callable[[str], Path], root: Path) -> Iterator[RankGroup]:
-    with ranks(make_config("cfg2"), 2, root) as group:
+    with ranks(root, make_config("cfg2"), 2) as group:
         yield group
 
 

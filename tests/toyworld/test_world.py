@@ -4,11 +4,14 @@ import statistics
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 
-from toyworld import metrics
+from export.stages import read_requests
+from stepvideo_serve.video.image import decode_image
+from toyworld import calibration_pairs, metrics
 from toyworld.evaluate import held_out_scene, measure
 from toyworld.latents import scene_number
 from toyworld.prompts import OPPOSITE, prompt, wordings
@@ -126,3 +129,17 @@ def test_a_jump_between_the_chunks_shows_in_the_seam() -> None:
     clip = render(replace(SCENE, motion_score=MOTION_SCORES[1]))
     jumped = torch.cat([clip[:17], clip[21:], clip[-4:]])
     assert metrics.seam(jumped) > 2 * metrics.seam(clip)
+
+
+def test_calibration_pairs_are_pictures_with_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["calibration_pairs", "--out", str(tmp_path / "new"), "--count", "3"])
+    assert calibration_pairs.main() == 0
+    requests = read_requests(tmp_path / "new", None, 8, num_frames=34, height=SIZE_PX, width=SIZE_PX)
+    assert list(requests) == ["toy_000", "toy_001", "toy_002"]
+    trained = [Scene(*subject, 0, 2, 0.0, 0.0) for subject in subjects(held_out=False)]
+    known = {text for scene in trained for text in wordings(scene)}
+    for request in requests.values():
+        assert request.prompt in known
+        picture = decode_image(request.image)
+        assert picture.size == (SIZE_PX, SIZE_PX)
+        assert len(picture.getcolors(SIZE_PX**2) or []) > 2, "a shape on a background"
