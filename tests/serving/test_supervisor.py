@@ -144,9 +144,15 @@ def test_a_process_that_stays_stopped_is_replaced(supervised: Supervised, small:
     assert_right(supervised, small)
 
 
-def test_a_server_that_is_killed_is_started_anew_on_its_ports(supervised: Supervised, small: Values) -> None:
+def test_a_server_that_is_killed_is_started_anew_on_its_ports(
+    supervised: Supervised, long: Values, small: Values
+) -> None:
     since, old = len(supervised.said), supervised.server.pid
-    os.kill(old, signal.SIGKILL)
+    processes = psutil.Process(old).children(recursive=True)
+    with supervised.server.open(long) as stream:
+        stream.wait_for_step(1)
+        os.kill(old, signal.SIGKILL)
+        assert not psutil.wait_procs(processes, timeout=10.0)[1], "models and ranks end with it, busy or not"
     supervised.wait_for("the server is started anew in 1 s: it has exited with code -9", since)
     supervised.wait_for("the server is ready again", since)
     assert supervised.server.pid != old
