@@ -73,8 +73,8 @@ def questions() -> dict[str, tuple[str, dict[str, object]]]:
         "ti2v_quote": ("infer", {"inputs": [], "parameters": probe}),
         "text_encoder": ("infer", {"inputs": prompt, "parameters": probe}),
         "vae_encoder": ("infer", {"inputs": pixels, "parameters": probe}),
-        RANKS_MODEL: ("generate_stream", {"KIND": "pace"}),
-        "vae_decoder": ("generate_stream", {"CANCEL_RUN": "probe"}),
+        RANKS_MODEL: ("infer", {"inputs": [_tensor("KIND", [1], "BYTES", ["pace"])]}),
+        "vae_decoder": ("infer", {"inputs": [_tensor("CANCEL_RUN", [1], "BYTES", ["probe"])]}),
     }
 
 
@@ -153,10 +153,9 @@ def _call(
 
 
 def _report(said: str) -> Mapping[str, Any]:
-    """REPORT in the answer of a stream ("data: {...}"), else nothing."""
-    _, _, data = said.partition("data: ")
-    report = json.loads(data.splitlines()[0]).get("REPORT") if data else None
-    return json.loads(report) if isinstance(report, str) else {}
+    """REPORT among the outputs of a response, else nothing; a stream's events are none."""
+    outputs = [] if said.startswith("data: ") else json.loads(said).get("outputs", [])
+    return next((json.loads(output["data"][0]) for output in outputs if output["name"] == "REPORT"), {})
 
 
 def _error(said: str) -> str:

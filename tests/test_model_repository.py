@@ -59,7 +59,7 @@ DENOISER_INPUTS: Tensors = {
     "RUN_ID": TEXT_SCALAR,
     "KIND": TEXT_SCALAR,
     "CANCEL_RUN": TEXT_SCALAR,
-    "ASK_RUN": TEXT_SCALAR,
+    "NEXT_OF": TEXT_SCALAR,
     "NOTE": TEXT_SCALAR,
     "LATENTS": LATENTS,
     "CONDITION": IMAGE_LATENT,
@@ -87,12 +87,12 @@ DENOISER_OUTPUTS: Tensors = {
     "FRAMES": FRAMES,
     "LLM_STATES": ("TYPE_FP32", [1, -1, -1]),
     "REPORT": TEXT_SCALAR,
-    "ERROR": TEXT_SCALAR,
+    "ENDED": ("TYPE_BOOL", [1]),
 }
 DECODER_INPUTS: Tensors = {
     "RUN_ID": TEXT_SCALAR,
     "CANCEL_RUN": TEXT_SCALAR,
-    "ASK_RUN": TEXT_SCALAR,
+    "NEXT_OF": TEXT_SCALAR,
     "LATENTS": LATENTS,
 }
 QUOTE_INPUTS: Tensors = {
@@ -132,9 +132,9 @@ MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
         {},
         {"LATENT": IMAGE_LATENT, "CACHED": ("TYPE_BOOL", [1])},
     ),
-    "dit_denoiser": (True, 1, {}, DENOISER_INPUTS, DENOISER_OUTPUTS),
+    "dit_denoiser": (False, 1, {}, DENOISER_INPUTS, DENOISER_OUTPUTS),
     "ti2v_quote": (False, 1, {}, QUOTE_INPUTS, QUOTE_OUTPUTS),
-    "vae_decoder": (True, 1, {}, DECODER_INPUTS, {"FRAMES": FRAMES, "ERROR": TEXT_SCALAR}),
+    "vae_decoder": (False, 1, {}, DECODER_INPUTS, {"FRAMES": FRAMES, "ENDED": ("TYPE_BOOL", [1])}),
 }
 
 

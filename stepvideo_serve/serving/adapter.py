@@ -5,12 +5,10 @@ Loaded by Triton's stub processes only, where `triton_python_backend_utils` exis
 
 import json
 import os
-import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,8 +27,6 @@ from stepvideo_serve.errors import (
 )
 
 Arrays = Mapping[str, NDArray[Any]]
-
-LAST_RESPONSE_S = 5.0  # how long the last response to another model may take
 
 
 def read_inputs(request: Any) -> dict[str, NDArray[Any]]:
@@ -146,44 +142,6 @@ class UnarySender(Sender):
                 self._open = False
                 # In one piece: servers such as 24.10 crash when the end of an error comes by itself.
                 self._sender.send(last, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-class CallSender(Sender):
-    """The same for a model that other models of this server call: an error is the output ERROR, "CODE: sentence".
-
-    A decoupled model's error never reaches a caller by BLS on servers such as 24.10, which then waits for ever. And a
-    response to a caller whose process has died is never taken: they are sent on a thread of their own, so that only
-    that thread waits for ever.
-    """
-
-    def __init__(self, request: Any) -> None:
-        super().__init__(request)
-        self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._writer: threading.Thread | None = None
-
-    def send(self, outputs: Arrays) -> None:
-        if self._writer is None:
-            self._writer = threading.Thread(target=self._write, name="responses", daemon=True)
-            self._writer.start()
-        self._outbox.put(partial(super().send, outputs))
-
-    def fail(self, error: BaseException) -> None:
-        self._finish(response({"ERROR": bytes_array(coded_sentence(error).encode())}))
-
-    def _finish(self, last: Any) -> None:
-        if self._writer is None:
-            super()._finish(last)
-            return
-        self._outbox.put(partial(super()._finish, last))
-        self._outbox.put(None)
-        self._writer.join(LAST_RESPONSE_S)  # a stopping process must not end before the response is out
-
-    def _write(self) -> None:
-        while (act := self._outbox.get()) is not None:
-            try:
-                act()
-            except Exception as error:  # the next response may still be sent
-                log_traceback(error)
 
 
 def _status(error: BaseException) -> Any:

@@ -16,7 +16,7 @@ from stepvideo_serve.pipeline import Cancelled, Frames, Waiting
 from stepvideo_serve.request import GenerationRequest
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
-from stepvideo_serve.serving.model_run import ask, call, in_time, run
+from stepvideo_serve.serving.model_run import call, in_time, run
 from stepvideo_serve.serving.quote import stage_work
 from stepvideo_serve.serving.telemetry import UNKNOWN, Origin
 from stepvideo_serve.text.states import TextStates
@@ -120,7 +120,7 @@ def report_pace(request: GenerationRequest, seconds: Mapping[str, float], stages
     note = {stage: (amount, seconds[stage]) for stage, amount in work.items() if stage in seconds}
     inputs = {"KIND": bytes_array(b"note"), "NOTE": bytes_array(json.dumps(note).encode())}
     try:
-        in_time(lambda: ask("dit_denoiser", inputs), NOTE_S)
+        in_time(lambda: call("dit_denoiser", inputs, ()), NOTE_S)
     except (TimeoutError, RequestError) as error:  # the video is there all the same
         _logger.warning("the pace of a request was not noted: %s", str(error) or type(error).__name__)
 

@@ -1,7 +1,7 @@
 """Calls of the server's other models that end even where the process of that model does not.
 
-A process that is killed leaves whoever waits for its responses waiting for ever: a run is therefore read on a thread of
-its own, and asked after while it says nothing.
+A process that is killed leaves whoever waits for its response waiting for ever: a run's responses are therefore fetched
+on a thread of its own, and the process is asked whether it lives when a fetch is not answered.
 """
 
 import contextlib
@@ -18,15 +18,14 @@ import triton_python_backend_utils as pb_utils
 
 from stepvideo_serve.errors import RequestError, WorkerFailed
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
+from stepvideo_serve.serving.mailbox import ENDED
 from stepvideo_serve.serving.telemetry import UNKNOWN, Origin
 
 CANCEL_POLL_S = 0.05
 CANCEL_AGAIN_S = 1.0
-ASK_AFTER_S = 5.0  # how long a run may say nothing before its process is asked whether it has it
-SHOW_EVERY_S = 10.0  # how often the run's process hears that its caller is there
-DOUBTS = 2  # answers "no" in a row, with nothing in between, until the run is given up: it may just have ended
+SILENCE_S = 5.0  # how long a fetch may take before the run's process is asked whether it lives
+DOUBTS = 2  # times in a row that it lives and yet the fetch is not answered, until the run is given up
 ANSWER_S = 60.0  # how long a process may take to answer
-KEEP_S = 5.0  # see _responses; the clean-up takes milliseconds
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 T = TypeVar("T")
@@ -37,51 +36,46 @@ def call(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origin = 
     return _read(_request(model, inputs, outputs, origin).exec())
 
 
-def ask(model: str, inputs: Arrays) -> Outputs:
-    """A question that a decoupled model answers at once. Raises the RequestError that it answered with."""
-    answer: Outputs = {}
-    for response in list(_responses(_request(model, inputs, ()))):  # all are taken, also when one is an error
-        answer |= _read(response)
-    return answer
-
-
 def run(
     model: str, inputs: Arrays, cancelled: Callable[[], bool], origin: Origin = UNKNOWN
 ) -> Generator[Outputs, None, None]:
-    """One run of a decoupled model, its responses in turn. Raises the RequestError that the model answered with, and
-    WorkerFailed when its process has died or does not answer.
+    """One run of a model that queues them (queued.py), its responses in turn. Raises the RequestError that the model
+    answered with, and WorkerFailed when its process has died or does not answer.
 
-    `cancelled()` ends the run, and so does closing the generator early. Either way every response is taken: one that
-    is left stays in the server for good, which then cannot unload the calling model.
+    `cancelled()` ends the run, and so does closing the generator early.
     """
     run_id = bytes_array(uuid.uuid4().hex.encode())
     reader = _Reader(model, {**inputs, "RUN_ID": run_id}, origin)
     try:
         with _cancelling(model, run_id, cancelled):
-            yield from reader.responses(run_id)
+            yield from reader.responses()
     finally:
         with contextlib.suppress(RequestError):
-            for _ in reader.responses(run_id):
+            for _ in reader.responses():
                 continue
 
 
 class _Reader:
-    """The responses of one run, taken on a thread of its own, which is left behind when the run's process has died."""
+    """The responses of one run, fetched on a thread of its own, which is left behind when the process has died."""
 
     def __init__(self, model: str, inputs: Arrays, origin: Origin) -> None:
-        self._model = model
+        self._model, self._run_id = model, inputs["RUN_ID"]
         self._inbox: queue.SimpleQueue[Outputs | Exception | None] = queue.SimpleQueue()
+        self._heard_s = time.monotonic()
         self._ended = False
         threading.Thread(target=self._take, args=(inputs, origin), name="run-reader", daemon=True).start()
 
-    def responses(self, run_id: np.ndarray[Any, Any]) -> Iterator[Outputs]:
+    def responses(self) -> Iterator[Outputs]:
         """Those that were not taken yet; none once the run has ended or was given up."""
         doubts = 0
         while not self._ended:
             try:
-                message = self._inbox.get(timeout=ASK_AFTER_S)
+                message = self._inbox.get(timeout=SILENCE_S)
             except queue.Empty:
-                doubts = self._ask_after(run_id, doubts)
+                silent = time.monotonic() - self._heard_s > SILENCE_S
+                doubts = doubts + 1 if silent else 0
+                if silent:
+                    self._ask(doubts)
                 continue
             doubts = 0
             if message is None:
@@ -93,28 +87,27 @@ class _Reader:
 
     def _take(self, inputs: Arrays, origin: Origin) -> None:
         try:
-            for response in _responses(_request(self._model, inputs, (), origin)):
-                try:
-                    if outputs := _read(response):
-                        self._inbox.put(outputs)
-                except RequestError as error:
-                    self._inbox.put(error)
+            call(self._model, inputs, (), origin)
+            while ENDED not in (outputs := call(self._model, {"NEXT_OF": self._run_id}, ())):
+                self._heard_s = time.monotonic()
+                if outputs:
+                    self._inbox.put(outputs)
         except Exception as error:  # belongs to whoever reads
             self._inbox.put(error)
         self._inbox.put(None)
 
-    def _ask_after(self, run_id: np.ndarray[Any, Any], doubts: int) -> int:
-        """How many doubts there are now. Raises WorkerFailed when there are too many."""
+    def _ask(self, doubts: int) -> None:
+        """Raises WorkerFailed when the process is dead, or another one than the run began in."""
         try:
-            in_time(lambda: ask(self._model, {"ASK_RUN": run_id}))
+            in_time(lambda: call(self._model, {"CANCEL_RUN": bytes_array(b"nobody")}, ()))
         except TimeoutError:
             reason = f"gave no answer for {ANSWER_S:g} s"
         except RequestError as error:
-            if doubts + 1 < DOUBTS:
-                return doubts + 1
-            reason = f"is not the one that began the run, or is gone ({error})"
+            reason = f"is gone ({error})"
         else:
-            return 0
+            if doubts < DOUBTS:
+                return
+            reason = "is not the one that began the run"
         self._ended = True
         raise WorkerFailed(f"The process of {self._model} was lost during the request, it {reason}: send it again.")
 
@@ -127,18 +120,14 @@ def _cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Callable[[]
 
     def cancel_run() -> None:
         with contextlib.suppress(TimeoutError, RequestError):  # a process that is gone runs nothing
-            in_time(lambda: ask(model, {"CANCEL_RUN": run_id}))
+            in_time(lambda: call(model, {"CANCEL_RUN": run_id}, ()))
 
     def watch() -> None:
-        pause_s, shown_s = CANCEL_POLL_S, time.monotonic()
+        pause_s = CANCEL_POLL_S
         while not left.wait(pause_s):
             if cancelled():
                 cancel_run()
                 pause_s = CANCEL_AGAIN_S  # in case it was there before the run
-            elif time.monotonic() - shown_s > SHOW_EVERY_S:
-                with contextlib.suppress(TimeoutError, RequestError):  # for the reader to find out
-                    in_time(lambda: ask(model, {"ASK_RUN": run_id}))
-                shown_s = time.monotonic()
 
     watcher = threading.Thread(target=watch, name="cancel-watch")
     watcher.start()
@@ -176,30 +165,10 @@ def _request(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origi
     )
 
 
-def _responses(request: Any) -> Iterator[Any]:
-    """The responses of a decoupled model; waits for the first one.
-
-    What Triton gives for them is kept for a while after the last. Its clean-up thread forgets a finished call under the
-    lock of the table of calls; if nobody else holds that call, it frees it there, for which it needs the interpreter's
-    lock. `exec` takes the two the other way round when it returns, and the process would stand still for ever
-    (`Stub::SendCleanupId` and `Stub::GetResponseIterator` in pb_stub.cc of the Python backend).
-    """
-    responses = request.exec(decoupled=True)
-    try:
-        yield from responses
-    finally:
-        kept = threading.Timer(KEEP_S, lambda _: None, (responses,))
-        kept.daemon = True
-        kept.start()
-
-
 def _read(response: Any) -> Outputs:
     if response.has_error():
         raise error_from_text(response.error().message())
-    outputs = {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
-    if "ERROR" in outputs:
-        raise error_from_text(outputs["ERROR"].flat[0].decode())
-    return outputs
+    return {tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()}
 
 
 def error_from_text(message: str) -> RequestError:

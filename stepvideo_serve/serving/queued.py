@@ -1,27 +1,37 @@
-"""What `dit_denoiser` and `vae_decoder` share: decoupled models that do one run at a time, on a thread of their own.
+"""What `dit_denoiser` and `vae_decoder` share: models that do one run at a time, on a thread of their own.
 
-A request with RUN_ID is a run. A request with CANCEL_RUN ends the run of that id, waiting or under way, and is answered
-with nothing: servers before 25.04 cannot cancel one model's call of another. A request with ASK_RUN is answered with
-nothing while the run of that id waits or is under way, and with an error once it is not: where a process died and was
-replaced, its runs are gone, and nobody else tells their callers. The other way round, a run is ended when nobody has
-asked for LEASE_S: its caller's process has died, and no server tells.
+RUN_ID      begins a run and is answered with nothing; its inputs come along
+NEXT_OF     fetches the next of the run's responses: outputs, ENDED, or its error; nothing, when there is none yet.
+            Where a process died and was replaced its runs are gone, and the answer is an error
+CANCEL_RUN  ends the run, waiting or under way, and is answered with nothing: servers before 25.04 cannot cancel one
+            model's call of another
+
+A run is ended when nothing was fetched for LEASE_S: its caller's process has died, and no server tells.
 """
 
+import threading
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 from stepvideo_serve.errors import InvalidRequest, WorkerFailed
-from stepvideo_serve.serving.adapter import Arrays, CallSender, end_process, read_inputs
+from stepvideo_serve.serving.adapter import Arrays, UnarySender, end_process, read_inputs
+from stepvideo_serve.serving.mailbox import Mailbox
 from stepvideo_serve.serving.run_queue import QueuedRun, RunQueue
 from stepvideo_serve.serving.telemetry import origin_of
 
-LEASE_S = 60.0  # six times as long as callers wait between two signs (model_run.py)
+LEASE_S = 60.0
+LAST_RESPONSES_S = 5.0  # how long a stopping model waits until its runs' callers know
 
 
 class QueuedModel(ABC):
     """A subclass starts `self.queue` in `initialize`."""
 
     queue: RunQueue
+
+    def __init__(self) -> None:
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._lock = threading.Lock()  # guards it
 
     @abstractmethod
     def describe_run(self, inputs: Arrays) -> dict[str, Any]:
@@ -33,35 +43,66 @@ class QueuedModel(ABC):
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = CallSender(request)
+            sender = UnarySender(request)
             try:
-                inputs = read_inputs(request)
-                self.queue.end_abandoned(LEASE_S)  # in time: who would wait for them comes by here
-                if "CANCEL_RUN" in inputs:
-                    self.queue.cancel(_identity(inputs, "CANCEL_RUN"))
-                    sender.close()
-                elif "ASK_RUN" in inputs:
-                    self._vouch_for(_identity(inputs, "ASK_RUN"))
-                    sender.close()
-                elif (answer := self.answer_at_once(inputs)) is not None:
-                    sender.finish(answer)
-                else:
-                    run_id = _identity(inputs, "RUN_ID")
-                    sender.send({})  # a caller by BLS holds one of the server's 32 threads until the first response
-                    run = QueuedRun(run_id, self.describe_run(inputs), inputs, sender)
-                    origin = origin_of(request)
-                    run.request_id, run.traceparent = origin.request_id, origin.traceparent
-                    self.queue.put(run)
+                self._take(request, sender)
             except Exception as error:  # every error becomes this request's response
                 sender.fail(error)
 
     def finalize(self) -> None:
         self.queue.close()
+        for mailbox in self._all_mailboxes():
+            mailbox.join(LAST_RESPONSES_S)
         end_process()
 
-    def _vouch_for(self, run_id: str) -> None:
-        if not self.queue.renew(run_id):
+    def _take(self, request: Any, sender: UnarySender) -> None:
+        inputs = read_inputs(request)
+        self.queue.end_abandoned(LEASE_S)  # in time: who would wait for them comes by here
+        if "CANCEL_RUN" in inputs:
+            self.queue.cancel(_identity(inputs, "CANCEL_RUN"))
+            sender.finish({})
+        elif "NEXT_OF" in inputs:
+            self._fetch(_identity(inputs, "NEXT_OF"), sender)
+        elif (answer := self.answer_at_once(inputs)) is not None:
+            sender.finish(answer)
+        else:
+            self._begin(request, inputs)
+            sender.finish({})
+
+    def _begin(self, request: Any, inputs: Arrays) -> None:
+        run_id, origin = _identity(inputs, "RUN_ID"), origin_of(request)
+        params = self.describe_run(inputs)
+        mailbox = self._new_mailbox(run_id)
+        run = QueuedRun(run_id, params, dict(inputs), mailbox)
+        run.request_id, run.traceparent = origin.request_id, origin.traceparent
+        try:
+            self.queue.put(run)
+        except BaseException:
+            self._forget(run_id)
+            raise
+
+    def _fetch(self, run_id: str, sender: UnarySender) -> None:
+        self.queue.renew(run_id)
+        with self._lock:
+            mailbox = self._mailboxes.get(run_id)
+        if mailbox is None:
             raise WorkerFailed("The run must be known to this process, it is not: it has ended, or began in another.")
+        mailbox.fetch(sender)
+
+    def _new_mailbox(self, run_id: str) -> Mailbox:
+        with self._lock:
+            if run_id in self._mailboxes:
+                raise InvalidRequest(f"RUN_ID must be new, got {run_id[:40]!r} of another run: choose another.")
+            self._mailboxes[run_id] = mailbox = Mailbox(partial(self._forget, run_id))
+            return mailbox
+
+    def _forget(self, run_id: str) -> None:
+        with self._lock:
+            self._mailboxes.pop(run_id, None)
+
+    def _all_mailboxes(self) -> list[Mailbox]:
+        with self._lock:
+            return list(self._mailboxes.values())
 
 
 def _identity(inputs: Arrays, name: str) -> str:

@@ -10,7 +10,7 @@ from stepvideo_serve.assembly import latent_channels
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import ServiceUnavailable
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
-from stepvideo_serve.serving.model_run import ANSWER_S, ask, in_time
+from stepvideo_serve.serving.model_run import ANSWER_S, call, in_time
 from stepvideo_serve.serving.quote import QuoteRequest, Server, quote
 from stepvideo_serve.serving.stages import StageModel
 
@@ -26,7 +26,7 @@ class QuoteModel(StageModel):
         asked = QuoteRequest.parse(inputs, self._config, self._latent_channels)
         question = {"KIND": bytes_array(b"pace"), "PRIORITY": np.array([asked.request.priority], np.int32)}
         try:
-            state = in_time(lambda: ask("dit_denoiser", question))
+            state = in_time(lambda: call("dit_denoiser", question, ("REPORT",)))
         except TimeoutError:
             raise ServiceUnavailable(
                 f"dit_denoiser must answer within {ANSWER_S:g} s, it does not: see python -m stepvideo_serve.health."

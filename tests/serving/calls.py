@@ -173,6 +173,22 @@ class Server:
             except grpc.RpcError as error:
                 raise Refused(call.details(), call.code().name) from error
 
+    def run(self, values: Values, model: str) -> list[Outputs]:
+        """A run of a model that queues them, begun and fetched to its end: its responses."""
+        self.grpc(values, model)
+        return self.run_on(values["RUN_ID"], model)
+
+    def run_on(self, run_id: NDArray[Any] | bytes, model: str) -> list[Outputs]:
+        """The responses that are left of a run."""
+        responses: list[Outputs] = []
+        while "ENDED" not in (outputs := self.grpc({"NEXT_OF": run_id}, model)):
+            responses += [outputs] if outputs else []
+        return responses
+
+    def waiting(self) -> int:
+        """How many runs wait for the ranks."""
+        return int(report_of(self.grpc({"KIND": b"pace"}, "dit_denoiser"))["waiting"])
+
     @contextmanager
     def grpc_call(self, values: Values, model: str = "ti2v_unary", timeout_s: float = PATIENCE_S) -> Iterator[Any]:
         """A unary gRPC request under way, as a grpc future."""

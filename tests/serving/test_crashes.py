@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from stepvideo_serve.tritonserver import SHARED_MEMORY
-from tests.serving.calls import Refused, Server, Values, until
+from tests.serving.calls import Refused, Server, Values
 from tests.serving.launch import serving
 
 SOON_S = 60.0
@@ -29,7 +29,7 @@ RUN: Values = {
 }
 NAN = np.full((3, 8, 2, 2), np.nan, np.float32)
 
-# Calls that a decoupled model answers with the output ERROR: what is wrong, and the words of the answer.
+# Runs that are refused, or fail: what is wrong, and the words of the answer.
 MALFORMED: dict[str, tuple[str, Values, str]] = {
     "nothing": ("dit_denoiser", {}, "INVALID_ARGUMENT: A run needs RUN_ID"),
     "no-run-id": ("dit_denoiser", {"STEPS": RUN["STEPS"]}, "INVALID_ARGUMENT: A run needs RUN_ID"),
@@ -91,16 +91,17 @@ def server_goes_on(server: Server, small: Values) -> Iterator[None]:
 
 
 def test_the_run_that_the_malformed_calls_are_made_from_is_answered(server: Server) -> None:
-    assert server.stream(RUN, "dit_denoiser").result.keys() == {"LATENTS", "REPORT"}
+    *steps, result = server.run(RUN, "dit_denoiser")
+    assert [step["STEP"][0] for step in steps] == [1]
+    assert result.keys() == {"LATENTS", "REPORT"}
 
 
 @pytest.mark.parametrize(("model", "values", "words"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_a_malformed_run_is_answered_with_an_error(server: Server, model: str, values: Values, words: str) -> None:
-    answer = server.stream(values, model)
-    assert answer.result.keys() == {"ERROR"}
-    text = answer.result["ERROR"][0].decode()
-    assert text.startswith(words)
-    assert "Traceback" not in text
+    with pytest.raises(Refused) as caught:
+        server.run(values, model)
+    assert caught.value.text.startswith(words)
+    assert "Traceback" not in caught.value.text
 
 
 @pytest.mark.parametrize(("model", "values", "words"), MALFORMED_UNARY.values(), ids=MALFORMED_UNARY.keys())
@@ -112,13 +113,12 @@ def test_a_malformed_call_is_answered_with_an_error(server: Server, model: str, 
 def test_two_runs_of_one_name_do_not_meet(server: Server, long: Values) -> None:
     with server.open(long) as running:
         running.wait_for_step(1)
-        before = server.executions("dit_denoiser")
-        with server.open(RUN, "dit_denoiser") as first:
-            until(lambda: server.executions("dit_denoiser") > before, "the first run to wait")
-            error = server.stream(RUN, "dit_denoiser").result["ERROR"][0].decode()
-            assert error.startswith("INVALID_ARGUMENT: RUN_ID must be new")
-            server.stream({"CANCEL_RUN": RUN["RUN_ID"]}, "dit_denoiser")
-            assert first.collect().result["ERROR"][0].startswith(b"CANCELLED: ")
+        server.grpc(RUN, "dit_denoiser")
+        with pytest.raises(Refused, match="INVALID_ARGUMENT: RUN_ID must be new"):
+            server.grpc(RUN, "dit_denoiser")
+        server.grpc({"CANCEL_RUN": RUN["RUN_ID"]}, "dit_denoiser")
+        with pytest.raises(Refused, match="CANCELLED: "):
+            server.run_on(RUN["RUN_ID"], "dit_denoiser")
 
 
 def kill_rank(server: Server) -> psutil.Process:

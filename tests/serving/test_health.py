@@ -48,7 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         elif model in self.server.errors:
             self.answer(400, json.dumps({"error": self.server.errors[model]}))
         elif model == RANKS_MODEL:
-            self.answer(200, f"data: {json.dumps({'REPORT': json.dumps(self.server.ranks)})}\n\n")
+            report = {"name": "REPORT", "data": [json.dumps(self.server.ranks)]}
+            self.answer(200, json.dumps({"outputs": [report]}))
         else:
             self.answer(200, "{}")
 
