@@ -36,7 +36,7 @@ class Mailbox:
     """What a run answers, in order: outputs, then an error or the output ENDED, which is the last.
 
     Any thread may call. A thread of its own replies: a reply to a caller whose process has died never returns.
-    `gone()` is called when nothing will be replied any more.
+    `gone()` is called, once started, when nothing will be replied any more.
     """
 
     def __init__(self, gone: Callable[[], None]) -> None:
@@ -46,6 +46,9 @@ class Mailbox:
         self._complete = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._deliver, name="mailbox", daemon=True)
+
+    def start(self) -> None:
+        """Once the run has been accepted: from now on there are replies."""
         self._thread.start()
 
     def send(self, outputs: Outputs) -> None:
@@ -67,8 +70,9 @@ class Mailbox:
             self._changed.notify()
 
     def join(self, timeout_s: float) -> None:
-        """Until all has been fetched."""
-        self._thread.join(timeout_s)
+        """Until all has been fetched; at once if never started."""
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def _put(self, letter: Outputs | BaseException, last: bool) -> None:
         with self._changed:

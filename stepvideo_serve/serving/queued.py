@@ -80,6 +80,7 @@ class QueuedModel(ABC):
         except BaseException:
             self._forget(run_id)
             raise
+        mailbox.start()
 
     def _fetch(self, run_id: str, sender: UnarySender) -> None:
         self.queue.renew(run_id)

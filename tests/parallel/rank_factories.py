@@ -53,13 +53,6 @@ class ScriptedWorker:
             job.context.report({"step": step}, {"latent": np.full(job.params["values"], step, np.float32)})
         return {"steps": job.params["steps"]}, {}
 
-    def marks(self, job: Job) -> Result:
-        """Marks steps that take no time at all, and says how long a mark takes."""
-        began_s = time.perf_counter()
-        for _ in range(job.params["steps"]):
-            job.context.mark_step()
-        return {"mark_s": (time.perf_counter() - began_s) / job.params["steps"]}, {}
-
     def until_cancelled(self, job: Job) -> Result:
         job.context.report({"step": 0}, {})
         while not job.context.cancelled():

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from numpy.typing import NDArray
 
@@ -265,22 +264,3 @@ sys.stdin.read()
             poll.register(fd, select.POLLIN)
             assert poll.poll(5000)
             os.close(fd)
-
-
-def test_print_the_cost_of_heartbeats_and_marks(make_group: MakeGroup) -> None:
-    """Below 1 %: of the time of a step of 20 ms, and of one processor for the parent and each rank when idle."""
-    group = make_group(size=2)
-    *_, result = group.run({"do": "marks", "steps": 2000}, {})
-    mark_s = result.params["mark_s"]
-    own, *ranks = (psutil.Process(pid) for pid in (os.getpid(), *group.pids))
-    before_s = [cpu_s(process) for process in (own, *ranks)]
-    time.sleep(3.0)
-    shares = [(cpu_s(process) - then_s) / 3.0 for process, then_s in zip((own, *ranks), before_s, strict=True)]
-    print(f"a mark {mark_s * 1e6:.0f} us; idle: parent {shares[0]:.2%}, ranks {shares[1]:.2%} of a processor")
-    assert mark_s < 0.01 * 0.02
-    assert max(shares) < 0.01
-
-
-def cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)

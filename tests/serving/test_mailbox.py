@@ -48,6 +48,7 @@ def gone() -> threading.Event:
 @pytest.fixture
 def box(gone: threading.Event) -> Iterator[Mailbox]:
     box = Mailbox(gone.set)
+    box.start()
     yield box
     box.close()
 
@@ -116,7 +117,15 @@ def test_a_caller_that_has_died_holds_up_nobody(box: Mailbox) -> None:
 def test_an_end_that_nobody_comes_for_is_dropped(gone: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "UNFETCHED_S", 0.05)
     box = Mailbox(gone.set)
+    box.start()
     box.send(number(1))
     assert not gone.wait(0.3), "the run goes on"
     box.close()
     assert gone.wait(PATIENCE_S)
+
+
+def test_one_that_was_never_started_has_no_thread() -> None:
+    before = threading.active_count()
+    for _ in range(10):
+        Mailbox(lambda: None).send(number(1))
+    assert threading.active_count() == before
