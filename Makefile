@@ -58,12 +58,15 @@ $(INSTALLED):
 # --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
 GRAPH_CODE := $(wildcard export/*.py stepvideo_serve/components.py $(foreach f,text vae dit engine weights,stepvideo_serve/$(f)/*.py))
 
+TOY_WEIGHTS := $(wildcard toyworld/checkpoint/*/*.safetensors toyworld/checkpoint/*/*/*.safetensors)
+
 build/tiny.made: $(INSTALLED) $(GRAPH_CODE)
 	$(SAY) "tiny random checkpoint in build/tiny"
 	@$(RUN) export.tiny_checkpoint --out build/tiny
 	@touch $@
 
-$(ENGINE_DIR).made: $(INSTALLED) $(GRAPH_CODE) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made)
+$(ENGINE_DIR).made: $(INSTALLED) $(GRAPH_CODE) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) \
+		$(if $(filter toyworld/checkpoint,$(MODEL_DIR)),$(TOY_WEIGHTS))
 	$(SAY) "ONNX graphs of $(MODEL_DIR) in $(ENGINE_DIR)"
 	@$(RUN) export.to_onnx --model-dir $(MODEL_DIR) --out $(ENGINE_DIR)
 	@touch $@
@@ -126,8 +129,13 @@ PRICES_ARGS ?=
 quality: $(INSTALLED) ## does the toy-world checkpoint do what its prompts say? 64 held-out prompts: out/quality
 	@$(RUN) toyworld.evaluate --out out/quality $(QUALITY_ARGS)
 
-prices: $(INSTALLED) ## what precisions and layouts cost, against fp32 samples of the same seed (PRICES_ARGS='--engines fp8=DIR')
-	@$(RUN) toyworld.price_list --json build/prices.json $(PRICES_ARGS)
+build/toyworld-fp8.made: $(INSTALLED) $(GRAPH_CODE) $(wildcard export/quantize/*.py) $(TOY_WEIGHTS)
+	$(SAY) "FP8 graphs of the toy-world checkpoint in build/toyworld-fp8"
+	@$(RUN) toyworld.fp8_graphs --out build/toyworld-fp8
+	@touch $@
+
+prices: build/toyworld-fp8.made ## what precisions and layouts cost, against fp32 samples of the same seed: build/prices.json
+	@$(RUN) toyworld.price_list --fp8 build/toyworld-fp8/graphs --json build/prices.json $(PRICES_ARGS)
 
 onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 

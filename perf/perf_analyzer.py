@@ -25,7 +25,8 @@ from typing import Any
 from perf.perf_report import write_report
 from perf.wheel import Wheel
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.tritonserver import ServerOptions, TritonServer
+from stepvideo_serve.server_options import ServerOptions
+from stepvideo_serve.tritonserver import TritonServer
 
 ROOT = Path(__file__).absolute().parents[1]
 # Later ones need a newer C library than this project asks for.

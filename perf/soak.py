@@ -28,7 +28,8 @@ from perf.growth import Sampler, ranks_of
 from perf.soak_plan import Planned, good_requests, plan
 from perf.soak_report import Books, Ended, Soak, growing, summary, table, violations
 from stepvideo_serve.errors import SetupError, StepVideoError
-from stepvideo_serve.tritonserver import ServerOptions, TritonServer, raise_on_sigterm
+from stepvideo_serve.server_options import ServerOptions
+from stepvideo_serve.tritonserver import TritonServer, raise_on_sigterm
 
 LIMIT_S = 600.0  # a request that takes longer is stuck
 BACKOFF_S = (0.05, 2.0)  # first and longest wait after RESOURCE_EXHAUSTED

@@ -29,13 +29,12 @@ from pathlib import Path
 
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.health import SERVER, State, ask, check
+from stepvideo_serve.server_options import add_server_arguments, server_options
 from stepvideo_serve.triton_install import STUB
 from stepvideo_serve.tritonserver import (
     TritonServer,
-    add_server_arguments,
     announce,
     raise_on_sigterm,
-    server_options,
 )
 
 LOOK_S = 1.0

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.server_options import ServerOptions
 from stepvideo_serve.server_release import check_exposure, is_loopback, outdated, server_version
 from stepvideo_serve.triton_install import server_home
-from stepvideo_serve.tritonserver import ServerOptions, TritonServer, main
+from stepvideo_serve.tritonserver import TritonServer, main
 
 
 def home_of(folder: Path, version: str | None) -> Path:

@@ -16,8 +16,9 @@ import pytest
 from tritonclient import grpc
 
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.server_options import ServerOptions
 from stepvideo_serve.triton_install import link_stub
-from stepvideo_serve.tritonserver import SHARED_MEMORY, ServerOptions, TritonServer, main
+from stepvideo_serve.tritonserver import SHARED_MEMORY, TritonServer, main
 
 READY_S = 60.0
 GONE_S = 30.0

@@ -24,17 +24,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write them into")
     parser.add_argument("--count", type=int, default=16, help="how many pairs (default %(default)s)")
     options = parser.parse_args()
+    return write(options.out, options.count)
+
+
+def write(out: Path, count: int) -> int:
+    """The same pairs each time; returns the exit status."""
     generator = torch.Generator().manual_seed(SEED)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        for index in range(options.count):
+        out.mkdir(parents=True, exist_ok=True)
+        for index in range(count):
             scene = draw_scene(generator, held_out=False)
-            (options.out / f"toy_{index:03d}.png").write_bytes(png(first_image(scene)))
-            (options.out / f"toy_{index:03d}.txt").write_text(prompt(scene, generator) + "\n", encoding="utf-8")
+            (out / f"toy_{index:03d}.png").write_bytes(png(first_image(scene)))
+            (out / f"toy_{index:03d}.txt").write_text(prompt(scene, generator) + "\n", encoding="utf-8")
     except OSError as error:
-        print(f"toyworld.calibration_pairs: {options.out} could not be written: {error}", file=sys.stderr)
+        print(f"toyworld.calibration_pairs: {out} could not be written: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {options.count} pairs")
+    print(f"{out}: {count} pairs")
     return 0
 
 

@@ -1,19 +1,17 @@
 """What precision and parallelism cost: every variant against the fp32 sample of the same seed.
 
-    python -m toyworld.price_list [--scenes 4] [--layouts cfg2,tp2,sp2] [--engines fp8=DIR]
+    python -m toyworld.price_list [--scenes 4] [--layouts cfg2,cfg2.tp2] [--fp8 DIR]
 
 Samples held-out scenes and prints a table: relative RMS difference of the latents, PSNR of the decoded frames (both
-against fp32 in one process), and what the frames show. Layouts run on real ranks on this machine's CPU. Exits with 1
-when a layout differs by more than fp32 rounding, or FP8 by more than twice what bf16 does.
+against fp32 in one process), and what the frames show. --fp8 names a folder of export.to_onnx --precision fp8, whose
+graphs run in ONNX Runtime. Layouts run on real ranks on this machine's CPU. Exits with 1 when a layout differs by more
+than fp32 rounding, or FP8 by more than twice what bf16 does.
 """
 
 import argparse
 import json
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,21 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepvideo_serve.assembly import LocalStages
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.errors import ConfigError, StepVideoError
-from stepvideo_serve.parallel.group import RankGroup
-from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.parallel.run import ResultEvent, StepEvent
-from stepvideo_serve.pipeline import Cancelled, Stages
-from stepvideo_serve.sampling.job import DenoiseJob, StepDone
+from stepvideo_serve.errors import StepVideoError
+from stepvideo_serve.pipeline import Stages
 from toyworld import metrics
 from toyworld.evaluate import CHECKPOINT, Measured, held_out_scene, measure, wording
+from toyworld.price_stages import RankStages, fp8_stages, ranks_of
 from toyworld.samples import Sampling, bytes_to_pixels, local_stages, sample, serve_config
 
-RANK_FACTORY: Final = "stepvideo_serve.serving.rank:build_rank"
-START_TIMEOUT_S: Final = 300.0
-ARENA_BYTES: Final = 16 << 20
+LAYOUTS: Final = "cfg2,tp2,sp2,cfg2.tp2,cfg2.sp2"  # all that two heads allow
 LAYOUT_TOLERANCE: Final = 1e-4  # what two equivalent fp32 runs may differ by, end to end
 FP8_OVER_BF16: Final = 2.0
 REFERENCE: Final = "fp32"
@@ -62,48 +54,6 @@ class Price:
     direction: float
     colour: float
     first_frame_db: float
-
-
-class RankStages:
-    """The stages of this process, with the denoising on a group of ranks."""
-
-    def __init__(self, local: LocalStages, group: RankGroup) -> None:
-        self._local, self._group = local, group
-        self.latent_channels = local.latent_channels
-        self.encode_text, self.encode_image = local.encode_text, local.encode_image
-        self.decode, self.describe = local.decode, local.describe
-
-    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:  # noqa: ARG002  # nobody cancels
-        tensors = {"latents": job.latents, "condition": job.condition}
-        texts = {"positive": job.positive, "negative": job.negative}
-        for branch, text in texts.items():
-            if text is not None:
-                tensors |= {f"{branch}_llm": text.llm, f"{branch}_clip": text.clip}
-        names = ("steps", "cfg_scale", "time_shift", "motion_score", "preview_every", "timeout_s")
-        params = {"kind": "denoise", **{name: getattr(job, name) for name in names}}
-        for event in self._group.run(params, {name: tensor.numpy() for name, tensor in tensors.items()}):
-            if isinstance(event, ResultEvent):
-                yield StepDone(job.steps, job.steps, 0.0, None, torch.from_numpy(event.tensors["latents"]))
-            elif isinstance(event, StepEvent) and event.params["step"] < job.steps:
-                yield StepDone(event.params["step"], job.steps, event.params["seconds"], None, None)
-
-
-@contextmanager
-def ranks_of(checkpoint: Path, layout: str, threads: int) -> Iterator[RankGroup]:
-    """Rank processes of the layout on this machine's CPU. Raises SetupError or WorkerFailed."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "serve.toml"
-        model = f'[model]\ndir = "{checkpoint.absolute()}"\nengines_dir = "{folder}"\nbackend = "eager"\n'
-        config.write_text(f'{model}[denoiser]\nlayout = "{layout}"\nthreads = {threads}\n', encoding="utf-8")
-        with RankGroup(
-            RANK_FACTORY,
-            {"config": str(config)},
-            size=Layout.parse(layout).world_size,
-            start_timeout_s=START_TIMEOUT_S,
-            arena_bytes=ARENA_BYTES,
-            threads_per_rank=threads,
-        ) as group:
-            yield group
 
 
 def draw(stages: Stages, config: ServeConfig, scenes: int, sampling: Sampling, name: str) -> Drawn:
@@ -163,19 +113,19 @@ def table(prices: list[Price]) -> str:
 
 
 def price_all(
-    checkpoint: Path, layouts: list[str], engines: dict[str, Path], scenes: int, sampling: Sampling, threads: int
+    checkpoint: Path, layouts: list[str], fp8: Path | None, scenes: int, sampling: Sampling, threads: int
 ) -> list[Price]:
-    """All variants, the reference first. `engines`: folders of exported graphs, by precision."""
+    """All variants, the reference first. `fp8`: a folder of exported graphs."""
     config = serve_config(checkpoint, threads=threads)
     local = local_stages(config)
     reference = draw(local, config, scenes, sampling, REFERENCE)
     prices = [price(REFERENCE, reference, reference)]
     half = serve_config(checkpoint, "bf16", threads)
-    prices.append(price("bf16", draw(local_stages(half), half, scenes, sampling, "bf16"), reference))
-    for precision, folder in engines.items():
-        exported = serve_config(checkpoint, precision, threads, folder)
-        drawn = draw(local_stages(exported), exported, scenes, sampling, precision)
-        prices.append(price(precision, drawn, reference))
+    halves = local_stages(half)
+    prices.append(price("bf16", draw(halves, half, scenes, sampling, "bf16"), reference))
+    if fp8 is not None:
+        with fp8_stages(checkpoint, fp8, halves, threads) as stages:
+            prices.append(price("fp8", draw(stages, half, scenes, sampling, "fp8"), reference))
     for layout in layouts:
         with ranks_of(checkpoint, layout, threads) as group:
             drawn = draw(RankStages(local, group), config, scenes, sampling, layout)
@@ -186,10 +136,9 @@ def price_all(
 def main() -> int:
     options = _parser().parse_args()
     try:
-        engines = dict(_engine_folder(text) for text in options.engines)
         sampling = Sampling(steps=options.steps)
         layouts = [name for name in options.layouts.split(",") if name]
-        prices = price_all(options.checkpoint, layouts, engines, options.scenes, sampling, options.threads)
+        prices = price_all(options.checkpoint, layouts, options.fp8, options.scenes, sampling, options.threads)
     except (StepVideoError, OSError) as error:
         print(f"toyworld.price_list: {error}", file=sys.stderr)
         return 2
@@ -203,19 +152,12 @@ def main() -> int:
     return int(bool(found))
 
 
-def _engine_folder(text: str) -> tuple[str, Path]:
-    precision, separator, folder = text.partition("=")
-    if not separator:
-        raise ConfigError(f"--engines must be PRECISION=DIR, got {text}: write for example fp8=build/onnx-fp8.")
-    return precision, Path(folder)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m toyworld.price_list", description="Price precision and layouts.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--scenes", type=int, default=4, help="held-out scenes (default %(default)s)")
-    parser.add_argument("--layouts", default="cfg2,tp2,sp2", help="comma-separated (default %(default)s)")
-    parser.add_argument("--engines", action="append", default=[], metavar="PRECISION=DIR", help="exported graphs")
+    parser.add_argument("--layouts", default=LAYOUTS, help="comma-separated (default %(default)s)")
+    parser.add_argument("--fp8", type=Path, metavar="DIR", help="FP8 graphs of the checkpoint")
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank (default %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the table's numbers")

@@ -19,8 +19,8 @@ import yaml
 
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.server_options import add_server_arguments
 from stepvideo_serve.serving.metric_families import FAMILIES
-from stepvideo_serve.tritonserver import add_server_arguments
 from tests.docker.chart import VERSION, Helm, Manifest, Values, only
 
 KUBERNETES = "1.37"

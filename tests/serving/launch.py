@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stepvideo_serve.parallel.group import RankGroup
-from stepvideo_serve.tritonserver import ServerOptions, TritonServer
+from stepvideo_serve.server_options import ServerOptions
+from stepvideo_serve.tritonserver import TritonServer
 
 READY_S = 300.0
 

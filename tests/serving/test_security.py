@@ -14,8 +14,9 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.server_options import ServerOptions
 from stepvideo_serve.server_security import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, ServerSecurity
-from stepvideo_serve.tritonserver import ServerOptions, TritonServer, main
+from stepvideo_serve.tritonserver import TritonServer, main
 from tests.serving.calls import Values
 from tests.test_tritonserver import MODEL, ask, model_repository
 

@@ -12,8 +12,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from stepvideo_client import Client, Result, ServerUnreachable
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.server_options import ServerOptions
 from stepvideo_serve.server_security import ServerSecurity
-from stepvideo_serve.tritonserver import ServerOptions, TritonServer
+from stepvideo_serve.tritonserver import TritonServer
 from tests.serving.calls import Values
 from tests.serving.launch import READY_S
 from tests.test_tritonserver import MODEL, model_repository

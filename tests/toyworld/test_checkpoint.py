@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from stepvideo_serve.video.image import decode_image
 from stepvideo_serve.weights.checkpoint import Checkpoint
-from toyworld import evaluate, first_image, price_list
+from toyworld import evaluate, first_image, fp8_graphs, price_list
 from toyworld.evaluate import CHECKPOINT, TARGETS, Target, verdict
 from toyworld.latents import encode_clip
 from toyworld.price_list import Price, faults, price_all
@@ -94,11 +94,14 @@ def test_faults_name_what_is_too_dear() -> None:
 
 
 @pytest.mark.slow
-def test_layouts_cost_nothing_beyond_fp32_rounding() -> None:
-    prices = price_all(CHECKPOINT, ["cfg2", "tp2", "sp2"], {}, scenes=2, sampling=Sampling(), threads=1)
-    assert [row.variant for row in prices] == ["fp32", "bf16", "cfg2", "tp2", "sp2"]
+def test_no_variant_is_dearer_than_it_may_be(tmp_path: Path) -> None:
+    """FP8 with the layers kept in bf16 that its sensitivity report names; every layout that two heads allow."""
+    assert fp8_graphs.make(CHECKPOINT, tmp_path, budget=1.7) == 0
+    layouts = price_list.LAYOUTS.split(",")
+    prices = price_all(CHECKPOINT, layouts, tmp_path / "graphs", scenes=2, sampling=Sampling(), threads=1)
+    assert [row.variant for row in prices] == ["fp32", "bf16", "fp8", *layouts]
     assert faults(prices) == []
     by_name = {row.variant: row for row in prices}
     assert by_name["fp32"].latent_error == 0
-    assert by_name["bf16"].latent_error > 0
-    assert {name for name, one in by_name.items() if one.latent_error > price_list.LAYOUT_TOLERANCE} <= {"bf16"}
+    assert by_name["fp8"].latent_error > by_name["bf16"].latent_error > price_list.LAYOUT_TOLERANCE
+    assert all(row.direction == row.colour == 1 for row in prices)
