@@ -30,7 +30,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quality prices serve bench bench-dit bench-parallel bench-quote perf soak layouts onnx \
+.PHONY: help setup demo quality prices serve bench bench-dit bench-parallel bench-quote bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-toyworld lint format clean
 
@@ -110,6 +110,9 @@ bench-parallel: $(INSTALLED) ## layouts of several ranks against one rank, on CP
 
 bench-dit: $(INSTALLED) ## one DiT step, eager and ONNX Runtime, against this machine's matrix-multiply rate
 	@$(RUN) perf.dit_step
+
+bench-scheduling: $(INSTALLED) $(ENGINE_DIR).made ## cold start, saturation, preemption, cancelling: what is lost around the steps
+	@$(RUN) perf.scheduling --model-dir $(MODEL_DIR) --engines-dir $(ENGINE_DIR)
 
 PERF_ARGS ?=
 perf: $(SERVED) ## perf_analyzer on the real server: build/perf (PERF_ARGS='--concurrency 1,4,8 --rates 0.1 --requests 50')

@@ -142,7 +142,7 @@ class Evaluation:
                 frames = self._frames(scene, text, index)
                 results.append(measure(frames, expected))
                 if len(self.rows) < SHEET_ROWS and text:
-                    self.rows.append((text, frames))
+                    self.rows.append((text if text.isascii() else f"In Chinese: {wordings(expected)[-1]}", frames))
             right = sum(result.direction for result in self.prompted)
             minutes = (time.monotonic() - began_s) / 60
             self._say(f"{index + 1}/{count} scenes, direction right in {right}, {minutes:.1f} min")

@@ -20,15 +20,14 @@ INK, GREY, BLUE = (20, 20, 20), (190, 190, 190), (50, 80, 225)
 
 
 def contact_sheet(rows: list[tuple[str, Tensor]]) -> Image.Image:
-    """One row per sample: its frames SHOWN_FRAMES, enlarged; above them its prompt, of which Pillow's built-in font can
-    show Latin letters only, so that Chinese prompts stay unlabelled. Frames [34, 3, H, W] in [-1, 1]."""
+    """One row per sample: its frames SHOWN_FRAMES, enlarged, with a label in Latin letters (Pillow's built-in font has no
+    others). Frames [34, 3, H, W] in [-1, 1]."""
     size = rows[0][1].shape[-1] * ENLARGED
     step_x, step_y = size + GAP_PX, size + GAP_PX + LABEL_PX
     sheet = Image.new("RGB", (step_x * len(SHOWN_FRAMES) + GAP_PX, step_y * len(rows) + GAP_PX), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (label, frames) in enumerate(rows):
-        if label.isascii():
-            draw.text((GAP_PX, row * step_y + 1), label, fill=INK)
+        draw.text((GAP_PX, row * step_y + 1), label, fill=INK)
         for column, picture in enumerate(pixels_to_bytes(frames[list(SHOWN_FRAMES)])):
             enlarged = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (GAP_PX + column * step_x, row * step_y + LABEL_PX))
