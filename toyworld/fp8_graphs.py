@@ -1,6 +1,6 @@
 """FP8 graphs of the toy-world checkpoint: calibrates, finds the layers to keep in bf16, exports text and DiT.
 
-    python -m toyworld.fp8_graphs --out DIR [--budget 1.7]
+    python -m toyworld.fp8_graphs --out DIR [--budget 1.4]
 
 What a user does with a checkpoint of his own, with the same three commands. Interrupted, it goes on where it was.
 Exit status: that of the command that failed, or 0.
@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m toyworld.fp8_graphs", description="Export the toy world in FP8.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=Path, required=True, help="folder for the graphs and what they were made from")
-    parser.add_argument("--budget", type=float, default=1.7, help="loss over that of bf16 (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=1.4, help="loss over that of bf16 (default %(default)s)")
     options = parser.parse_args()
     return make(options.checkpoint, options.out, options.budget)
 

@@ -20,8 +20,8 @@ INK, GREY, BLUE = (20, 20, 20), (190, 190, 190), (50, 80, 225)
 
 
 def contact_sheet(rows: list[tuple[str, Tensor]]) -> Image.Image:
-    """One row per sample: its frames SHOWN_FRAMES, enlarged, with a label in Latin letters (Pillow's built-in font has no
-    others). Frames [34, 3, H, W] in [-1, 1]."""
+    """One row per sample: its frames SHOWN_FRAMES [34, 3, H, W] in [-1, 1], enlarged, and above them its label in Latin
+    letters: Pillow's built-in font has no others."""
     size = rows[0][1].shape[-1] * ENLARGED
     step_x, step_y = size + GAP_PX, size + GAP_PX + LABEL_PX
     sheet = Image.new("RGB", (step_x * len(SHOWN_FRAMES) + GAP_PX, step_y * len(rows) + GAP_PX), "white")

@@ -257,4 +257,4 @@ def test_a_fresh_server_says_what_is_missing(root: Path, config_text: str, tmp_p
         Client(fresh.grpc_url) as client,
         pytest.raises(ServiceUnavailable, match=missing),
     ):
-        client.quote()
+        client.quote(num_frames=17, height=64, width=96, steps=2)

@@ -140,7 +140,7 @@ def test_a_process_that_stays_stopped_is_replaced(supervised: Supervised, small:
     since, old = len(supervised.said), supervised.stub("vae_encoder")
     old.send_signal(signal.SIGSTOP)
     supervised.wait_for("vae_encoder answers again", since)
-    assert any("stays stopped" in line or "does not answer" in line for line in supervised.said[since:])
+    assert supervised.stub("vae_encoder").pid != old.pid  # the supervisor saw it stand, or the server gave it up first
     assert_right(supervised, small)
 
 
