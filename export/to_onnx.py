@@ -18,6 +18,7 @@ import fnmatch
 import gc
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -205,6 +206,26 @@ def write_graph(module: nn.Module, spec: EngineSpec, path: Path, table: Table | 
     if program is None:
         raise ExportError(f"{spec.name} must export to an ONNX program, the exporter returned none: run it alone.")
     program.save(str(path), external_data=True)
+    _name_sizes(path, program.exported_program, spec)
+
+
+def _name_sizes(path: Path, program: torch.export.ExportedProgram | None, spec: EngineSpec) -> None:
+    """Gives the sizes inside the graph the names of `spec`. The exporter has names of its own for a symbol that no axis
+    has without a factor, such as latent_height of pixels [.., 16*latent_height, ..]; plans are checked by these."""
+    if program is None:
+        raise ExportError(f"{spec.name} must come with its exported program, the exporter gave none: run it alone.")
+    nodes = {node.name: node for node in program.graph.nodes}
+    names: dict[str, str] = {}
+    for name, tensor in zip(program.graph_signature.user_inputs, spec.inputs, strict=True):
+        for size, dim in zip(nodes[str(name)].meta["val"].shape, tensor.shape, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(dim, str):
+                names |= {str(symbol): dim.rpartition("*")[2] for symbol in size.node.expr.free_symbols}
+    model = onnx.load(str(path), load_external_data=False)
+    for value in (*model.graph.value_info, *model.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), size.dim_param)
+    onnx.save(model, str(path))
 
 
 def _check_graph(spec: EngineSpec, path: Path) -> None:

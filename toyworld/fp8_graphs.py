@@ -20,25 +20,30 @@ PAIRS: Final = 4
 GRAPHS: Final = ("step_llm", "hunyuan_clip", "dit_*")  # the VAE has no FP8
 SHAPE: Final = ("--num-frames", "34", "--height", "64", "--width", "64")
 LOOP_STEPS: Final = "8"
+CALIBRATION: Final = "calibration.json"
+RANKING: Final = "sensitivity.json"
 
 
 def make(checkpoint: Path, out: Path, budget: float) -> int:
     """Writes `out`/graphs, and beside it what was measured on the way; returns the exit status."""
-    pairs, calibration, ranking = out / "pairs", out / "calibration.json", out / "sensitivity.json"
-    model = ["--model-dir", str(checkpoint)]
-    requests = ["--requests", str(pairs), *SHAPE]
-    measured = ["--calibration", str(calibration)]
+    if status := measure(checkpoint, out, budget):
+        return status
+    keep = json.loads((out / RANKING).read_text(encoding="utf-8"))["keep_bf16"]
+    source = ["--model-dir", str(checkpoint), "--calibration", str(out / CALIBRATION)]
+    kept = ["--keep-bf16", *keep] if keep else []
+    return to_onnx.main([*source, *kept, "--only", *GRAPHS, "--precision", "fp8", "--out", str(out / "graphs")])
+
+
+def measure(checkpoint: Path, out: Path, budget: float) -> int:
+    """Writes calibration.json and sensitivity.json into `out`; returns the exit status."""
+    pairs, calibration = out / "pairs", str(out / CALIBRATION)
+    source = ["--model-dir", str(checkpoint), "--requests", str(pairs), *SHAPE]
     if status := calibration_pairs.write(pairs, PAIRS):
         return status
-    if status := calibrate.main([*model, *requests, "--cfg-scale", "4", "--out", str(calibration)]):
+    if status := calibrate.main([*source, "--cfg-scale", "4", "--out", calibration]):
         return status
-    loop = [*requests, "--steps", LOOP_STEPS, "--budget", str(budget), "--out", str(ranking)]
-    if status := sensitivity.main([*model, *measured, *loop]):
-        return status
-    keep = json.loads(ranking.read_text(encoding="utf-8"))["keep_bf16"]
-    kept = ["--keep-bf16", *keep] if keep else []
-    graphs = ["--only", *GRAPHS, "--precision", "fp8", "--out", str(out / "graphs")]
-    return to_onnx.main([*model, *measured, *kept, *graphs])
+    loop = ["--steps", LOOP_STEPS, "--budget", str(budget), "--out", str(out / RANKING)]
+    return sensitivity.main([*source, "--calibration", calibration, *loop])
 
 
 def main() -> int:

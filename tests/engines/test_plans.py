@@ -125,11 +125,12 @@ def plan_of(onnx_file: Path, spec: EngineSpec, folder: Path) -> Plan:
 def test_the_video_vae_goes_by_blocks_of_queries(vae_graphs: Path, tmp_path: Path) -> None:
     done = build(vae_graphs, tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
-    spec = Manifest.load(vae_graphs).graph("vae_decoder").spec
-    full = profile_spec(spec, (VideoGeometry(102, 544, 992),), fixed=False)
-    assert not expected(vae_graphs, full).attentions, "scores of one block of queries are small"
-    huge = replace(spec, dims={symbol: Dim(2, 2, 128) for symbol in spec.dims})
-    assert len(expected(vae_graphs, huge).attentions) > 0, "at 2048 x 2048 pixels they are not"
+    for name, least in (("vae_decoder", 2), ("vae_encoder", 1)):
+        spec = Manifest.load(vae_graphs).graph(name).spec
+        full = profile_spec(spec, (VideoGeometry(102, 544, 992),), fixed=False)
+        assert not expected(vae_graphs, full).attentions, "scores of one block of queries are small"
+        huge = replace(spec, dims={symbol: Dim(least, 2, 128) for symbol in spec.dims})
+        assert len(expected(vae_graphs, huge).attentions) > 0, "at 2048 x 2048 pixels they are not"
 
 
 ATTENTION = EngineSpec(
