@@ -81,10 +81,11 @@ def graph_opener(directory: Path, manifest: Manifest, threads: int) -> Iterator[
             entry = manifest.graph(name)
             path = directory / entry.file
             chosen = entry.extras.get("ops", {}).values()
-            if path.suffix != ".onnx" or any(choice["implementation"] == "plugin" for choice in chosen):
+            fp4 = entry.extras.get("fp8", {}).get("fp4_linears", 0) > 0
+            if path.suffix != ".onnx" or fp4 or any(choice["implementation"] == "plugin" for choice in chosen):
                 raise ExportError(
                     f"{name} must be an ONNX graph of standard operators to run on a CPU, {path.name} is not: "
-                    "compare the graphs of an export without plugins."
+                    "compare the graphs of an export without plugins and NVFP4."
                 )
             spec = twin_spec(entry.spec)
             if spec != entry.spec:

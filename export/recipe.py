@@ -14,6 +14,7 @@ from torch import nn
 
 import export
 import stepvideo_serve
+from export.quantize import nvfp4
 from export.quantize.fp8 import Fp8, quantize_module
 from export.quantize.layers import OPERANDS, SHARED_CORE, check_globs, is_kept
 from export.quantize.qdq import scale_of, translation_table
@@ -26,9 +27,11 @@ if TYPE_CHECKING:  # the kernels are a folder of their own, which plain exports 
     from stepvideo_kernels.ops import Choice, Target
 
 OPSET = 23
-PRECISIONS = (*DTYPES, "fp8")
+QUANTIZED = ("fp8", "nvfp4")
+PRECISIONS = (*DTYPES, *QUANTIZED)
+FP4_LOWEST_SM = 100
 SOURCES = ("dit/*.py", "text/*.py", "vae/*.py", "sharding.py")
-FP8_SOURCES = ("quantize/fp8.py", "quantize/layers.py", "quantize/qdq.py")
+FP8_SOURCES = ("quantize/fp8.py", "quantize/layers.py", "quantize/nvfp4.py", "quantize/qdq.py")
 OPS_SOURCES = ("ops.py", "fused_modules.py")
 TOOLS = ("torch", "onnx", "onnxscript", "transformers")
 
@@ -44,13 +47,15 @@ class Built:
     ops: dict[str, Any]
 
     @property
-    def has_plugins(self) -> bool:
-        return any(choice["implementation"] == "plugin" for choice in self.ops.values())
+    def needs_tensorrt(self) -> bool:
+        """Whether the graph will have nodes that ONNX Runtime does not know: plugins, or TensorRT's own."""
+        fp4 = any(isinstance(part, nvfp4.Fp4Linear) for part in self.module.modules())
+        return fp4 or any(choice["implementation"] == "plugin" for choice in self.ops.values())
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """precision: "fp32", "bf16", "fp16", or "fp8", which needs `fp8` and is bf16 where it is not quantised.
+    """precision: "fp32", "bf16", "fp16", or "fp8" or "nvfp4", which need `fp8` and are bf16 where they do not quantise.
 
     target, ops  what the graphs are compiled for, and which operators to fuse ("auto", "plugin", "native",
                  "reference"); without a target all operators are standard ones
@@ -68,20 +73,24 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ExportError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
-        if (self.precision == "fp8") != (self.fp8 is not None):
+        if (self.precision in QUANTIZED) != (self.fp8 is not None):
             got = "none" if self.fp8 is None else f"one with {self.precision}"
             raise ExportError(
-                f"--calibration goes with --precision fp8, got {got}: make it with python -m export.calibrate."
+                f"--calibration goes with --precision fp8 or nvfp4, got {got}: make it with python -m export.calibrate."
             )
         if self.target is None and self.ops not in ("auto", "reference"):
             raise ExportError(f"--ops {self.ops} needs a target, got none: add --sm and --toolkit, such as --sm 89.")
         if self.fp8 is not None and self.target is not None and self.target.sm < 89:
             raise ExportError(f"FP8 needs an architecture of 89 or later, got --sm {self.target.sm}: use bf16.")
+        if self.precision == "nvfp4" and self.target is not None and self.target.sm < FP4_LOWEST_SM:
+            raise ExportError(
+                f"NVFP4 needs an architecture of {FP4_LOWEST_SM} or later, got --sm {self.target.sm}: use fp8."
+            )
 
     @property
     def base(self) -> str:
         """The precision of what is not quantised."""
-        return "bf16" if self.precision == "fp8" else self.precision
+        return "bf16" if self.precision in QUANTIZED else self.precision
 
     @property
     def check_precision(self) -> str:
@@ -103,7 +112,7 @@ class Recipe:
                 from export.ops import fuse_quantization
 
                 fuse_quantization(module)
-        return Built(module, {**table, **translation_table()}, ops)
+        return Built(module, {**table, **translation_table(), **nvfp4.translation_table()}, ops)
 
     def same_precision(self, component: Component) -> Callable[[], nn.Module]:
         """Loads the module whose loss is the measure of a graph's: quantised alike, without fused operators."""
@@ -140,7 +149,7 @@ class Recipe:
 
         core = SHARED_CORE if _is_shared_core(component) else f"{component.prefix}attn1.core"
         wide = self.fp8 is not None and is_kept(core, self.fp8.keep)
-        precision = self.base if wide else self.precision
+        precision = self.base if wide or self.fp8 is None else "fp8"
         return choose_ops(precision, self.target, self.ops, ModelSizes.of(checkpoint), ops_of(component.name))
 
     def _fused(self, component: Component, checkpoint: Checkpoint) -> tuple[nn.Module, Table, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Which layers suffer from FP8: quantises one group at a time and ranks them by what that does to the latents.
 
     python -m export.sensitivity --model-dir DIR --calibration FILE [--by layer|block|kind] [--budget 2] [--out FILE]
+                                 [--precision fp8|nvfp4]
 
 Each group runs one short loop in torch, everything else in fp32, from prompt and image to latents. With --budget R the
 groups to keep in bf16 are printed as arguments of export.to_onnx: quantising the others is expected to lose at most R
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = globs(checkpoint, options.by)
         request = _request(options, checkpoint)
         with tqdm(total=len(groups), desc="sensitivity", unit="group", disable=options.quiet, file=sys.stderr) as bar:
-            found = measure_sensitivity(checkpoint, calibration, request, groups, lambda: _advance(bar))
+            found = measure_sensitivity(
+                checkpoint, calibration, request, groups, lambda: _advance(bar), options.precision
+            )
         keep = None if options.budget is None else found.keep(options.budget)
         if options.out is not None:
             write_json(options.out, found.to_json() | {"budget": options.budget, "keep_bf16": keep})
@@ -79,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m export.sensitivity", description="Rank layers by FP8's effect.")
     parser.add_argument("--model-dir", type=Path, required=True, help="checkpoint in the official layout")
     parser.add_argument("--calibration", type=Path, required=True, help="from export.calibrate")
+    parser.add_argument(
+        "--precision", choices=("fp8", "nvfp4"), default="fp8", help="of linear layers; default: %(default)s"
+    )
     parser.add_argument("--by", choices=GROUPINGS, default="layer", help="what is quantised together")
     parser.add_argument("--budget", type=float, metavar="R", help="print what to keep in bf16 to lose R times as much")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the ranking here, as JSON")

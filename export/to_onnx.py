@@ -39,7 +39,8 @@ from export.compare import compare_plugins, compare_with_eager
 from export.plan import export_plan
 from export.preview_fit import fit_preview
 from export.quantize.calibration import Calibration
-from export.quantize.fp8 import Fp8, count_quantized
+from export.quantize.fp8 import Fp8, Linears, count_quantized
+from export.quantize.nvfp4 import type_codes
 from export.recipe import OPSET, PRECISIONS, TOOLS, Recipe, Table
 from export.samples import SMALL_SIZES, sample_inputs
 from stepvideo_serve.components import Component
@@ -174,7 +175,7 @@ class _Exporter:
         extras: dict[str, Any] = {"ops": built.ops} if built.ops else {}
         if self._recipe.fp8 is not None:
             extras["fp8"] = count_quantized(onnx.load(str(path), load_external_data=False).graph)
-        if built.has_plugins and self._recipe.compare:
+        if built.needs_tensorrt and self._recipe.compare:
             measure = self._recipe.same_precision(component)
             extras["parity"] = compare_plugins(component.spec, built.module, graph[2].load, measure)
         return extras
@@ -206,12 +207,13 @@ def write_graph(module: nn.Module, spec: EngineSpec, path: Path, table: Table | 
     if program is None:
         raise ExportError(f"{spec.name} must export to an ONNX program, the exporter returned none: run it alone.")
     program.save(str(path), external_data=True)
-    _name_sizes(path, program.exported_program, spec)
+    _finish(path, program.exported_program, spec)
 
 
-def _name_sizes(path: Path, program: torch.export.ExportedProgram | None, spec: EngineSpec) -> None:
-    """Gives the sizes inside the graph the names of `spec`. The exporter has names of its own for a symbol that no axis
-    has without a factor, such as latent_height of pixels [.., 16*latent_height, ..]; plans are checked by these."""
+def _finish(path: Path, program: torch.export.ExportedProgram | None, spec: EngineSpec) -> None:
+    """Gives packed weights their type, and the sizes inside the graph the names of `spec`, by which plans are checked.
+    The exporter has names of its own for a symbol that no axis has without a factor, such as latent_height in
+    pixels [.., 16*latent_height, ..]."""
     if program is None:
         raise ExportError(f"{spec.name} must come with its exported program, the exporter gave none: run it alone.")
     nodes = {node.name: node for node in program.graph.nodes}
@@ -225,6 +227,7 @@ def _name_sizes(path: Path, program: torch.export.ExportedProgram | None, spec: 
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), size.dim_param)
+    type_codes(model)
     onnx.save(model, str(path))
 
 
@@ -283,9 +286,10 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     fp8 = None
     if arguments.calibration is not None:
-        fp8 = Fp8(Calibration.load(arguments.calibration), tuple(arguments.keep_bf16))
+        linears: Linears = "nvfp4" if arguments.precision == "nvfp4" else "fp8"
+        fp8 = Fp8(Calibration.load(arguments.calibration), tuple(arguments.keep_bf16), linears)
     elif arguments.keep_bf16:
-        raise ExportError("--keep-bf16 goes with --precision fp8 and --calibration, got none: add them.")
+        raise ExportError("--keep-bf16 goes with --precision fp8 or nvfp4 and --calibration, got none: add them.")
     return Recipe(arguments.precision, fp8, arguments.ops, _target(arguments), not arguments.no_compare)
 
 

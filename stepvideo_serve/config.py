@@ -26,7 +26,7 @@ class ModelConfig:
     dir: Path
     engines_dir: Path
     backend: Literal["ort", "eager", "tensorrt", "tensorrt_rtx"] = "ort"
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"] = "fp32"
     device: Literal["cpu", "cuda"] = "cpu"
 
 

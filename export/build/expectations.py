@@ -32,6 +32,7 @@ _THROUGH = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", 
 _ATTENTION_OPS = ("Attention", "TRT_QuantizedAttention")
 _PRODUCTS = ("MatMul", "Gemm")
 PLUGIN_DOMAIN = "stepvideo"
+FP8, FP4 = "FP8", "FP4E2M1"  # as TensorRT writes them
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Expected:
     """Names of ONNX nodes by what the plan must make of them."""
 
     fp8_products: tuple[str, ...]
+    fp4_products: tuple[str, ...]
     fp32_products: tuple[str, ...]
     attentions: tuple[str, ...]
     plugins: tuple[str, ...]
@@ -52,6 +54,7 @@ def expected_of(path: Path, spec: EngineSpec) -> Expected:
     weights = {node.name: reader.weight_type(node) for node in graph.node if node.op_type in _PRODUCTS}
     return Expected(
         fp8_products=tuple(name for name, kind in weights.items() if kind == onnx.TensorProto.FLOAT8E4M3FN),
+        fp4_products=tuple(name for name, kind in weights.items() if kind == onnx.TensorProto.FLOAT4E2M1),
         fp32_products=tuple(name for name, kind in weights.items() if kind == onnx.TensorProto.FLOAT),
         attentions=tuple(reader.attentions(spec)),
         plugins=tuple(node.name for node in graph.node if node.domain == PLUGIN_DOMAIN),
@@ -78,7 +81,8 @@ def summary(plan: Plan) -> dict[str, int]:
     return {
         "layers": len(plan.layers),
         "gemms": len(products),
-        "fp8_gemms": sum(_is_fp8(layer) for layer in products),
+        "fp8_gemms": sum(_computes_in(layer, FP8) for layer in products),
+        "fp4_gemms": sum(_computes_in(layer, FP4) for layer in products),
         "fused_attentions": sum(layer.is_fused_attention for layer in plan.layers),
         "activation_bytes": plan.activation_bytes,
         "weight_bytes": plan.weight_bytes,
@@ -87,10 +91,11 @@ def summary(plan: Plan) -> dict[str, int]:
 
 def _wrong_products(plan: Plan, expected: Expected) -> Iterator[str]:
     products = [layer for layer in plan.layers if layer.is_matrix_product]
-    fp8 = {node for layer in products if _is_fp8(layer) for node in layer.onnx_nodes}
-    if missing := [name for name in expected.fp8_products if name not in fp8]:
-        count = len(expected.fp8_products)
-        yield f"{count} FP8 GEMMs were expected, {count - len(missing)} found; not in FP8: {', '.join(missing)}"
+    for kind, dtype, names in (("FP8", FP8, expected.fp8_products), ("FP4", FP4, expected.fp4_products)):
+        found = {node for layer in products if _computes_in(layer, dtype) for node in layer.onnx_nodes}
+        if missing := [name for name in names if name not in found]:
+            count = len(names)
+            yield f"{count} {kind} GEMMs were expected, {count - len(missing)} found; not in {kind}: {', '.join(missing)}"
     unexpected = [
         layer.name
         for layer in products
@@ -121,9 +126,9 @@ def _wrong_memory(plan: Plan, expected: Expected) -> Iterator[str]:
         )
 
 
-def _is_fp8(layer: PlanLayer) -> bool:
+def _computes_in(layer: PlanLayer, dtype: str) -> bool:
     weight = layer.weight
-    return weight is not None and weight.dtype == "FP8" and any(tensor.dtype == "FP8" for tensor in layer.inputs)
+    return weight is not None and weight.dtype == dtype and any(tensor.dtype == dtype for tensor in layer.inputs)
 
 
 class _Graph:

@@ -12,13 +12,13 @@ _NUMBERED = re.compile(r"(.+)_\d\d$")
 
 def table(manifest: Manifest) -> str:
     """A row per engine of a directory: size, seconds and memory to build it, and what its plan holds."""
-    columns = f"{'engine':<20} {'MiB':>8} {'seconds':>8} {'peak GiB':>9} {'activation GiB':>15} {'GEMMs':>6} {'FP8':>4}"
+    columns = f"{'engine':<20} {'MiB':>8} {'seconds':>8} {'peak GiB':>9} {'activation GiB':>15} {'GEMMs':>6} {'FP8':>4} {'FP4':>4}"
     rows = [f"{columns} {'attention':>10}"]
     for name, entry in manifest.graphs.items():
         plan, extras = entry.extras["plan"], entry.extras
         rows.append(
             f"{name:<20} {_size(entry) / MIB:>8.1f} {extras['seconds']:>8.1f} {extras['peak_bytes'] / GIB:>9.2f} "
-            f"{plan['activation_bytes'] / GIB:>15.3f} {plan['gemms']:>6} {plan['fp8_gemms']:>4} "
+            f"{plan['activation_bytes'] / GIB:>15.3f} {plan['gemms']:>6} {plan['fp8_gemms']:>4} {plan['fp4_gemms']:>4} "
             f"{plan['fused_attentions']:>10}"
         )
     return "\n".join([*rows, *_totals(manifest)])

@@ -21,7 +21,7 @@ SMS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     }
 )
 # The lowest architecture whose tensor cores take the precision.
-LOWEST_SM: Mapping[str, int] = MappingProxyType({"bf16": 80, "fp16": 80, "fp8": 89})
+LOWEST_SM: Mapping[str, int] = MappingProxyType({"bf16": 80, "fp16": 80, "fp8": 89, "nvfp4": 100})
 _DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "tensorrt": ("tensorrt-cu13", "tensorrt", "tensorrt-cu12"),

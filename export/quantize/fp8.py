@@ -1,25 +1,33 @@
-"""Puts FP8 layers into the modules of graphs."""
+"""Puts FP8 and NVFP4 layers into the modules of graphs."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from onnx import GraphProto
+from onnx import GraphProto, TensorProto
 from torch import nn
 
 from export.quantize.calibration import Calibration
 from export.quantize.layers import OPERANDS, SHARED_CORE, Layer, belongs, is_kept, layer_of, quantizable
+from export.quantize.nvfp4 import BLOCK, Fp4Linear
 from export.quantize.qdq import QuantizedAttention, QuantizedLinear
 from stepvideo_serve.components import Component
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.spec import TORCH_DTYPES
 
+Linears = Literal["fp8", "nvfp4"]
+
 
 @dataclass(frozen=True)
 class Fp8:
-    """What to quantise: ranges of activations, and globs of layers that stay as they are (see layers.py)."""
+    """What to quantise: ranges of activations, and globs of layers that stay as they are (see layers.py).
+
+    `linears`: the format of linear layers, "fp8" or "nvfp4"; attention has FP8 with both.
+    """
 
     calibration: Calibration
     keep: tuple[str, ...] = ()
+    linears: Linears = "fp8"
 
     def key(self, component: Component) -> str:
         """Equal keys make equal graphs of equal weights."""
@@ -39,24 +47,32 @@ def quantize_module(component: Component, module: nn.Module, fp8: Fp8) -> list[s
     done = []
     for layer in quantizable(component, module):
         if not is_kept(layer.name, fp8.keep):
-            layer.put(quantized(layer, fp8.calibration, dtype))
+            layer.put(quantized(layer, fp8.calibration, dtype, fp8.linears))
             done.append(layer.name)
     return done
 
 
-def quantized(layer: Layer, calibration: Calibration, dtype: torch.dtype) -> nn.Module:
-    """What takes the layer's place; `dtype` is that of its graph. Raises ExportError when it was not calibrated."""
+def quantized(layer: Layer, calibration: Calibration, dtype: torch.dtype, linears: Linears = "fp8") -> nn.Module:
+    """What takes the layer's place; `dtype` is that of its graph. A linear layer whose inputs are no whole blocks has
+    FP8 instead of NVFP4. Raises ExportError when the layer was not calibrated."""
     if isinstance(layer.module, nn.Linear):
+        if linears == "nvfp4" and layer.module.in_features % BLOCK == 0:
+            return Fp4Linear(layer.module, calibration.of(layer.name))
         return QuantizedLinear(layer.module, calibration.of(layer.name))
     of = calibration.largest if layer.name == SHARED_CORE else calibration.of
     return QuantizedAttention(dtype, *(of(f"{layer.name}.{operand}") for operand in OPERANDS))
 
 
 def count_quantized(graph: GraphProto) -> dict[str, int]:
-    """{"linears": n, "attentions": m}: FP8 products with weights, and FP8 attentions, that an engine of the exported
-    graph must have. A linear layer is a weight that is dequantised, an attention a softmax that is quantised."""
-    weights = {tensor.name for tensor in graph.initializer}
-    linears = sum(node.op_type == "DequantizeLinear" and node.input[0] in weights for node in graph.node)
+    """{"linears": n, "attentions": m, "fp4_linears": l}: FP8 products with weights, FP8 attentions, and NVFP4 products if
+    there are any, that an engine of the exported graph must have. A linear layer is a weight that is dequantised, an
+    attention a softmax that is quantised."""
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    dequantised = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    scales = {node.input[1] for node in dequantised}  # those of blocks are dequantised, too
+    weights = [types[node.input[0]] for node in dequantised if node.input[0] in types and node.output[0] not in scales]
+    fp4_linears = weights.count(TensorProto.FLOAT4E2M1)
     quantized = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     attentions = sum(node.op_type == "Softmax" and node.output[0] in quantized for node in graph.node)
-    return {"linears": linears, "attentions": attentions}
+    counts = {"linears": len(weights) - fp4_linears, "attentions": attentions}
+    return counts | ({"fp4_linears": fp4_linears} if fp4_linears else {})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from export.compare import error_row
 from export.loop import run_eager, run_loop
 from export.quantize.calibration import Calibration
-from export.quantize.fp8 import quantized
+from export.quantize.fp8 import Linears, quantized
 from export.quantize.layers import Layer, all_names, quantizable
 from stepvideo_serve.components import components
 from stepvideo_serve.engine.eager import EagerRunner
@@ -80,12 +80,17 @@ def globs(checkpoint: Checkpoint, grouping: str) -> list[str]:
 
 
 def measure_sensitivity(
-    checkpoint: Checkpoint, calibration: Calibration, request: GenerationRequest, groups: Sequence[str], tick: Tick
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    request: GenerationRequest,
+    groups: Sequence[str],
+    tick: Tick,
+    linears: Linears = "fp8",
 ) -> Sensitivity:
     """Runs the loop once per group with that group quantised and everything else in fp32. All networks are in memory.
     `tick` is called after each run. Raises ExportError, CheckpointError and RequestError."""
     calibration.require(checkpoint)
-    network = _Network(checkpoint, calibration)
+    network = _Network(checkpoint, calibration, linears)
     reference = network.run(request)
     bf16 = run_eager(checkpoint, "bf16", request)[-1]
     effects = []
@@ -100,8 +105,8 @@ def measure_sensitivity(
 class _Network:
     """The model in fp32, loaded once; a group of its layers is quantised for a run and put back."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration) -> None:
-        self._checkpoint, self._calibration = checkpoint, calibration
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, linears: Linears) -> None:
+        self._checkpoint, self._calibration, self._linears = checkpoint, calibration, linears
         self._components = components(checkpoint, "fp32")
         self._modules: dict[str, nn.Module] = {}
         self._layers: list[Layer] = []
@@ -111,7 +116,7 @@ class _Network:
         group = [layer for layer in self._layers if glob is not None and fnmatchcase(layer.name, glob)]
         try:
             for layer in group:
-                layer.put(quantized(layer, self._calibration, torch.float32))
+                layer.put(quantized(layer, self._calibration, torch.float32, self._linears))
             return run_loop(self._checkpoint, self._open, torch.float32, request)[-1]
         finally:
             for layer in group:

@@ -68,7 +68,7 @@ class Manifest:
     """The contents of an engine directory.
 
     checkpoint  identity of the weights that the graphs were made from
-    precision   "fp32", "bf16", "fp16" or "fp8"
+    precision   "fp32", "bf16", "fp16", "fp8" or "nvfp4"
     tools       versions of what made the graphs, by package
     graphs      by name
     extra       what serving needs besides the graphs (model configuration, preview projection); JSON values

@@ -110,7 +110,7 @@ class Server:
             chunk_bytes=decoder_bytes(self.configs.vae, geometry),
             branches=branches,
         )
-        needed = memory(self.size, self.layout, work, "fp8" if self.precision == "fp8" else "bf16")
+        needed = memory(self.size, self.layout, work, "fp8" if self.precision in ("fp8", "nvfp4") else "bf16")
         model = needed.total("split" if self.llm_on_ranks else "whole") - needed.reserved
         model *= 2 if self.precision == "fp32" else 1
         return model + (needed.reserved if self.device == "cuda" else 0)

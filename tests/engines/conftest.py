@@ -80,21 +80,37 @@ def export(tool: Run, model_dir: Path, out: Path, *only: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def fp8_graphs(checkpoint: Path, tool: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The graphs of the DiT's first block and of Step-LLM in FP8."""
-    folder = tmp_path_factory.mktemp("graphs")
+def calibration(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same range for every tensor."""
+    path = tmp_path_factory.mktemp("calibration") / "calibration.json"
     model = Checkpoint(checkpoint)
     layers = all_names(model)
     names = [name for name in layers if not name.endswith(".core")]
     names += [f"{name}.{operand}" for name in layers if name.endswith(".core") for operand in OPERANDS]
     digests = {part: model.digest(part) for part in PARTS}
-    Calibration(digests, {}, dict.fromkeys(names, AMAX)).save(folder / "calibration.json")
+    Calibration(digests, {}, dict.fromkeys(names, AMAX)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def fp8_graphs(checkpoint: Path, calibration: Path, tool: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graphs of the DiT's first block and of Step-LLM in FP8."""
+    return quantised(checkpoint, calibration, tool, tmp_path_factory.mktemp("graphs") / "fp8", "fp8")
+
+
+@pytest.fixture(scope="session")
+def nvfp4_graphs(checkpoint: Path, calibration: Path, tool: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with linear layers in NVFP4."""
+    return quantised(checkpoint, calibration, tool, tmp_path_factory.mktemp("graphs") / "nvfp4", "nvfp4")
+
+
+def quantised(model_dir: Path, calibration: Path, tool: Run, out: Path, precision: str) -> Path:
     done = tool(
-        *("to_onnx", "--model-dir", checkpoint, "--out", folder / "fp8", "--precision", "fp8"),
-        *("--calibration", folder / "calibration.json", "--only", "dit_block_00", "step_llm"),
+        *("to_onnx", "--model-dir", model_dir, "--out", out, "--precision", precision),
+        *("--calibration", calibration, "--only", "dit_block_00", "step_llm"),
     )
     assert done.returncode == 0, done.stderr
-    return folder / "fp8"
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from export.build.expectations import GIB, Expected, activation_bound, expected_
 from export.build.plan import Plan, PlanLayer, parse_plan
 from export.build.process import run_child
 from export.build.profiles import profile_spec
-from export.build.toolkit import child_environment
+from export.build.toolkit import check_target, child_environment
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import ExportError
@@ -35,7 +35,7 @@ BINDING = (
 )
 TOTALS = "[INFO] Total Activation Memory: 123 bytes\n[INFO] Total Weights Memory: 456 bytes\n"
 LOG = f"{TOTALS}[VERBOSE] Layers:\n{GEMM}\n\nI/O Tensors:\n{BINDING}\n"
-NOTHING = Expected((), (), (), (), activation_bytes=GIB)
+NOTHING = Expected((), (), (), (), (), activation_bytes=GIB)
 
 
 def test_parse() -> None:
@@ -99,6 +99,28 @@ def test_fp8_block_and_step_llm(fp8_graphs: Path, tmp_path: Path) -> None:
         assert (block["gemms"], block["fp8_gemms"], block["fused_attentions"]) == (6, 6, 2)
         assert llm["fp8_gemms"] == llm["gemms"]
         assert llm["fused_attentions"] == 2
+
+
+def test_nvfp4_block_and_step_llm(nvfp4_graphs: Path, tmp_path: Path) -> None:
+    """Every product with a weight has four-bit operands; attention has FP8, as with FP8."""
+    done = build(nvfp4_graphs, tmp_path / "out", sm=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    graphs = Manifest.load(tmp_path / "out").graphs
+    block, llm = (graphs[name].extras["plan"] for name in ("dit_block_00", "step_llm"))
+    assert (block["gemms"], block["fp4_gemms"], block["fp8_gemms"], block["fused_attentions"]) == (6, 6, 0, 2)
+    assert llm["fp4_gemms"] == llm["gemms"]
+    assert graphs["dit_block_00"].extras["fp8"] == {"linears": 0, "fp4_linears": 6, "attentions": 1}
+    with pytest.raises(ExportError, match="nvfp4 needs SM 100 or newer, got 89"):
+        check_target("tensorrt_rtx", 89, "nvfp4")
+
+
+def test_a_product_that_is_not_in_fp4_is_found(fp8_graphs: Path, tmp_path: Path) -> None:
+    spec = profile_spec(Manifest.load(fp8_graphs).graph("dit_block_00").spec, (VideoGeometry(17, 64, 64),), fixed=False)
+    asked = expected(fp8_graphs, spec)
+    plan = plan_of(fp8_graphs / "dit_block_00.onnx", spec, tmp_path)
+    wrong = violations(plan, replace(asked, fp8_products=(), fp4_products=asked.fp8_products))
+    count = len(asked.fp8_products)
+    assert any(f"{count} FP4 GEMMs were expected, 0 found" in sentence for sentence in wrong)
 
 
 def test_fp8_attention_below_32_tokens_is_found_to_write_its_scores(fp8_graphs: Path, tmp_path: Path) -> None:
