@@ -64,9 +64,9 @@ def quantized(layer: Layer, calibration: Calibration, dtype: torch.dtype, linear
 
 
 def count_quantized(graph: GraphProto) -> dict[str, int]:
-    """{"linears": n, "attentions": m, "fp4_linears": l}: FP8 products with weights, FP8 attentions, and NVFP4 products if
-    there are any, that an engine of the exported graph must have. A linear layer is a weight that is dequantised, an
-    attention a softmax that is quantised."""
+    """{"linears": n, "attentions": m, "fp4_linears": l}: FP8 products with weights, FP8 attentions, and NVFP4 products
+    if there are any, that an engine of the exported graph must have. A linear layer is a weight that is dequantised,
+    an attention a softmax that is quantised."""
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     dequantised = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     scales = {node.input[1] for node in dequantised}  # those of blocks are dequantised, too
