@@ -177,7 +177,7 @@ def test_a_graph_with_plugins_is_compared_in_torch(mini_checkpoint: Path, calibr
     ("options", "expected"),
     [
         (("--precision", "fp8"), "--calibration goes with --precision fp8 or nvfp4, got none"),
-        (("--precision", "bf16", "--calibration", "FILE"), "--calibration goes with --precision fp8 or nvfp4, got one with"),
+        (("--precision", "bf16", "--calibration", "FILE"), "goes with --precision fp8 or nvfp4, got one with"),
         (("--precision", "fp8", "--calibration", "nowhere.json"), "nowhere.json: No such file"),
         (("--precision", "fp8", "--calibration", "FILE", "--keep-bf16", "*.wkqv"), "'*.wkqv' matches none"),
         (("--keep-bf16", "*"), "--keep-bf16 goes with --precision fp8"),
