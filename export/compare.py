@@ -8,8 +8,8 @@ fp16        twice what torch itself loses in fp16, its convolutions accumulating
 bf16, fp8   as fp16, with the fp16 twin of the graph (twin.py), since ONNX Runtime has no bf16 kernels on a CPU; for fp8
             torch loses what the same quantised layers lose in fp16
 
-A graph with plugins runs nowhere but in TensorRT: its torch module, whose operators compute their formulas on a CPU, is
-compared in its place, in the precision of the graph.
+A graph with plugins or NVFP4 runs nowhere but in TensorRT: its torch module, whose operators compute their formulas on
+a CPU, is compared in its place, in the precision of the graph.
 """
 
 import gc
@@ -76,7 +76,7 @@ class RoundedConvolutions(TorchFunctionMode):
 
 
 def compare_plugins(spec: EngineSpec, fused: nn.Module, reference: Load, same_precision: Load) -> list[dict[str, Any]]:
-    """The same for the module of a graph with plugins; `same_precision` loads the module without them."""
+    """The same for the module of a graph with plugins or NVFP4; `same_precision` loads the module without plugins."""
     inputs = _inputs(spec)
     wide = _run_all(EagerRunner(_in_fp32(spec), reference()), [_as_fp32(values) for values in inputs])
     low = _run_all(EagerRunner(spec, same_precision()), inputs)

@@ -14,6 +14,7 @@ from torch import nn
 
 import export
 import stepvideo_serve
+from export.build.toolkit import LOWEST_SM
 from export.quantize import nvfp4
 from export.quantize.fp8 import Fp8, quantize_module
 from export.quantize.layers import OPERANDS, SHARED_CORE, check_globs, is_kept
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # the kernels are a folder of their own, which plain exports 
 OPSET = 23
 QUANTIZED = ("fp8", "nvfp4")
 PRECISIONS = (*DTYPES, *QUANTIZED)
-FP4_LOWEST_SM = 100
 SOURCES = ("dit/*.py", "text/*.py", "vae/*.py", "sharding.py")
 FP8_SOURCES = ("quantize/fp8.py", "quantize/layers.py", "quantize/nvfp4.py", "quantize/qdq.py")
 OPS_SOURCES = ("ops.py", "fused_modules.py")
@@ -80,11 +80,10 @@ class Recipe:
             )
         if self.target is None and self.ops not in ("auto", "reference"):
             raise ExportError(f"--ops {self.ops} needs a target, got none: add --sm and --toolkit, such as --sm 89.")
-        if self.fp8 is not None and self.target is not None and self.target.sm < 89:
-            raise ExportError(f"FP8 needs an architecture of 89 or later, got --sm {self.target.sm}: use bf16.")
-        if self.precision == "nvfp4" and self.target is not None and self.target.sm < FP4_LOWEST_SM:
+        if self.fp8 is not None and self.target is not None and self.target.sm < LOWEST_SM[self.precision]:
             raise ExportError(
-                f"NVFP4 needs an architecture of {FP4_LOWEST_SM} or later, got --sm {self.target.sm}: use fp8."
+                f"{self.precision.upper()} needs an architecture of {LOWEST_SM[self.precision]} or later, got --sm "
+                f"{self.target.sm}: use bf16."
             )
 
     @property

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from stepvideo_client import Client, Result, StepEvent
@@ -116,7 +117,7 @@ def preemption(bench: Bench) -> tuple[float, float]:
     parked = bench.take(lambda step: due.set() if step == PREEMPT_AT_STEP else None, priority=LOW)
     thread.join()
     sent_s, first = urgent[0]
-    gaps = [later - sooner for sooner, later in zip(parked.heard_s, parked.heard_s[1:], strict=False)]
+    gaps = [later - sooner for sooner, later in pairwise(parked.heard_s)]
     return max(gaps) - parked.typical_s - sum(first.step_s), first.heard_s[0] - sent_s
 
 
