@@ -1,16 +1,18 @@
-"""Times every kernel at full size against torch and against the GPU's peaks. Needs an NVIDIA GPU.
+"""Times every kernel at full size against torch and against the GPU's peaks. Needs an NVIDIA GPU and `make kernels`.
 
-    PYTHONPATH=kernels:. python kernels/bench.py [--only GLOB ...] [--repeats N] [--json FILE]
+    PYTHONPATH=kernels:. python kernels/bench.py [--kernels DIR] [--only GLOB ...] [--repeats N] [--json FILE]
 
-For each kernel: first it must be right (error at most twice that of torch's own operations in the same precision,
-against fp64). Then every tiling for this GPU is timed, and what torch offers for the same work. A time is the median
-of CUDA-event timings; before each run the L2 cache is overwritten, and runs alternate between two sets of inputs.
-Ends with status 1 when a kernel is wrong or there is no GPU.
+What runs is the machine code that is served, launched as a plugin launches it. For each kernel: first it must be right
+(error at most twice that of torch's own operations in the same precision, against fp64). Then every tiling for this GPU
+is timed, and what torch offers for the same work. A time is the median of CUDA-event timings; before each run the L2
+cache is overwritten, and runs alternate between two sets of inputs.
+Ends with status 1 when a kernel is wrong or cannot be launched, or there is no GPU.
 """
 
 import argparse
 import fnmatch
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +23,11 @@ import torch
 
 from stepvideo_kernels.benchmarks import Case, Tensors, cases
 from stepvideo_kernels.hardware import GPUS, roofline
-from stepvideo_kernels.kernel_spec import FullSize, KernelBuild, TileConfig
+from stepvideo_kernels.kernel_spec import FullSize, KernelBuild
+from stepvideo_kernels.on_cuda import BuiltOperators
 from stepvideo_kernels.ops import builds_of
 from stepvideo_kernels.tensors import sm_of
+from stepvideo_serve.errors import EngineError
 
 INPUT_SETS = 2
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for case in cases(full, device):
         if any(fnmatch.fnmatch(f"{case.op}.{case.variant}", glob) for glob in options.only):
-            results.append(measure(case, full, sm, options.repeats))
+            results.append(measure(case, full, sm, options.kernels, options.repeats))
             print("\n".join(lines(results[-1])), flush=True)
             torch.cuda.empty_cache()
     if options.json:
@@ -49,12 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(result["wrong"] for result in results))
 
 
-def measure(case: Case, full: FullSize, sm: int, repeats: int) -> dict[str, Any]:
+def measure(case: Case, full: FullSize, sm: int, folder: Path, repeats: int) -> dict[str, Any]:
     """Times of all tilings and baselines of a case in milliseconds, JSON values; `wrong` says what is not right."""
     sets = [case.inputs(torch.Generator("cuda").manual_seed(seed)) for seed in range(INPUT_SETS)]
     builds = [b for b in builds_of(case.op, full) if (b.variant, b.sm) == (case.variant, sm)]
-    wrong = [fault for build in builds for fault in errors(case, sets[0], build.tile)]
-    tilings = {build.tile.label: median_ms(_bound(case, build.tile), sets, repeats) for build in builds}
+    wrong, tilings = [], {}
+    for label in (build.tile.label for build in builds):
+        try:
+            run = launcher(case, BuiltOperators(folder, sm, tiling=label))
+            wrong += errors(case, sets[0], label, run(sets[0]))
+            tilings[label] = median_ms(run, sets, repeats)
+        except EngineError as error:
+            wrong.append(f"{label} was not run: {error}")
     baselines: dict[str, float | str] = {}
     for name, baseline in case.baselines.items():
         try:
@@ -70,13 +80,23 @@ def measure(case: Case, full: FullSize, sm: int, repeats: int) -> dict[str, Any]
         "tilings_ms": tilings,
         "chosen": next(build.tile.label for build in builds if build.chosen),
         "baselines_ms": baselines,
-        **_against_peaks(builds[0], min(tilings.values())),
+        **_against_peaks(builds[0], min(tilings.values(), default=math.inf)),
     }
 
 
-def errors(case: Case, given: Tensors, tile: TileConfig) -> list[str]:
-    """What is wrong with the kernel's outputs: largest and root-mean-square error, each output."""
-    results, own, exact = case.rows(case.kernel(given, tile)), case.own(given), case.exact(given)
+def launcher(case: Case, operators: BuiltOperators) -> Callable[[Tensors], Tensors]:
+    """The case's operator in machine code: operands in, outputs by name."""
+
+    def run(given: Tensors) -> Tensors:
+        made = operators(case.operator, case.operands(given), case.attributes)
+        return dict(zip(operators.output_names(case.operator), made, strict=True))
+
+    return run
+
+
+def errors(case: Case, given: Tensors, label: str, made: Tensors) -> list[str]:
+    """What is wrong with the outputs that a tiling made: largest and root-mean-square error, each output."""
+    results, own, exact = case.rows(made), case.own(given), case.exact(given)
     found = []
     for name, result in results.items():
         truth = exact[name].double()
@@ -87,7 +107,7 @@ def errors(case: Case, given: Tensors, tile: TileConfig) -> list[str]:
             "RMS": (_rms(error), 2 * _rms(torch_error) + unit / 8 * _rms(truth)),
         }
         found += [
-            f"{name} with {tile.label}: {kind} error {got:.3e}, allowed {allowed:.3e}"
+            f"{name} with {label}: {kind} error {got:.3e}, allowed {allowed:.3e}"
             for kind, (got, allowed) in bounds.items()
             if not got <= allowed
         ]
@@ -111,7 +131,7 @@ def median_ms(run: Callable[[Tensors], object], sets: list[Tensors], repeats: in
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The report of one case."""
-    best = min(result["tilings_ms"].values())
+    best = min(result["tilings_ms"].values(), default=math.inf)
     report = [f"\n{result['op']}.{result['variant']}  {result['shape']}  goal on an H100: {result['goal']}"]
     report += [f"  WRONG: {fault}" for fault in result["wrong"]]
     for label, time in sorted(result["tilings_ms"].items(), key=lambda pair: pair[1]):
@@ -137,16 +157,13 @@ def _against_peaks(build: KernelBuild, best_ms: float) -> dict[str, Any]:
     }
 
 
-def _bound(case: Case, tile: TileConfig) -> Callable[[Tensors], object]:
-    return lambda given: case.kernel(given, tile)
-
-
 def _rms(x: torch.Tensor) -> torch.Tensor:
     return x.double().square().mean().sqrt()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python kernels/bench.py", description=__doc__)
+    parser.add_argument("--kernels", type=Path, default=Path("build/kernels"), help="the folder of `make kernels`")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help='e.g. "attention.*"')
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each")
     parser.add_argument("--json", type=Path, help="also write the results here")

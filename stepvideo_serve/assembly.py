@@ -35,6 +35,7 @@ def load_runners(config: ServeConfig, names: Collection[str], threads: int, part
     model = config.model
     if model.backend == "eager":
         torch.set_num_threads(threads or torch.get_num_threads())
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch's default on GPUs is TF32, with ten bits of mantissa
         table = components(Checkpoint(model.dir), model.precision)
         return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
     if model.backend == "ort":
@@ -80,14 +81,19 @@ def build_text_encoder(config: ServeConfig, step_llm: Graph | None = None) -> "T
 
     checkpoint = Checkpoint(config.model.dir)
     names = ("hunyuan_clip",) if step_llm else ("step_llm", "hunyuan_clip")
-    runners = load_runners(config, names, threads=0)
+    graphs = {name: _from_cpu(runner) for name, runner in load_runners(config, names, threads=0).items()}
     return TextEncoder(
-        step_llm or runners["step_llm"],
-        runners["hunyuan_clip"],
+        step_llm or graphs["step_llm"],
+        graphs["hunyuan_clip"],
         checkpoint.step_tokenizer(),
         checkpoint.clip_tokenizer(),
         config.text.cache_entries,
     )
+
+
+def _from_cpu(runner: EngineRunner) -> Graph:
+    """The runner as a graph whose inputs come from the CPU."""
+    return lambda **inputs: runner(**{name: tensor.to(runner.device) for name, tensor in inputs.items()})
 
 
 class ImageEncoder:

@@ -4,7 +4,7 @@ A case works on any device and at any size, so that the tests can run each at a 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -25,7 +25,8 @@ class Case:
     """One kernel at one size.
 
     inputs     makes fresh random operands
-    kernel     (inputs, tile) -> outputs, by name
+    kernel     (inputs, tile) -> outputs, by name: the source, which compiles or runs in the interpreter
+    operator   what the machine code is called as: the operator's name, `operands` of the inputs, `attributes`
     baselines  what torch offers: inputs -> anything
     own        the same outputs by torch's operations in the working precision, for the rows that are checked
     exact      the same in fp32 or fp64
@@ -37,11 +38,14 @@ class Case:
     variant: str
     inputs: Callable[[torch.Generator], Tensors]
     kernel: Callable[[Tensors, TileConfig], Tensors]
+    operator: str
+    operands: Callable[[Tensors], list[Tensor]]
     baselines: Mapping[str, Callable[[Tensors], object]]
     own: Callable[[Tensors], Tensors]
     exact: Callable[[Tensors], Tensors]
     rows: Callable[[Tensors], Tensors]
     goal: str
+    attributes: Mapping[str, float] = field(default_factory=dict)
 
 
 def cases(full: FullSize, device: torch.device) -> Iterator[Case]:
@@ -102,7 +106,23 @@ def _adaln(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
     variant = "residual-fp8" if fp8 else "residual-bf16"
     own = lambda given: unfused(cut(given))  # noqa: E731
     goal = "85 % of memory bandwidth"
-    return Case("adaln_modulate", variant, inputs, run, {"unfused torch": unfused}, own, exact, _all_ends, goal)
+    operator = "adaln_residual_fp8" if fp8 else "adaln_residual"
+    operands = _named(*names, *(["out_scale"] if fp8 else []))
+    baselines = {"unfused torch": unfused}
+    return Case(
+        "adaln_modulate",
+        variant,
+        inputs,
+        run,
+        operator,
+        operands,
+        baselines,
+        own,
+        exact,
+        _all_ends,
+        goal,
+        {"eps": 1e-5},
+    )
 
 
 def _qkv(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
@@ -153,7 +173,12 @@ def _qkv(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
     own = lambda given: unfused(cut(given))  # noqa: E731
     goal = "85 % of memory bandwidth"
     variant = "fp8" if fp8 else "bf16"
-    return Case("qkv_norm_rope", variant, inputs, run, {"unfused torch": unfused}, own, exact, rows, goal)
+    operator = "qkv_norm_rope_fp8" if fp8 else "qkv_norm_rope"
+    operands = _named("qkv", "q_gain", "k_gain", "cos", "sin", *([f"{name}_scale" for name in "qkv"] if fp8 else []))
+    baselines = {"unfused torch": unfused}
+    return Case(
+        "qkv_norm_rope", variant, inputs, run, operator, operands, baselines, own, exact, rows, goal, {"eps": 1e-6}
+    )
 
 
 def _attention(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
@@ -185,7 +210,9 @@ def _attention(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
 
     goal = "1.6 times the best bf16 SDPA" if fp8 else "as fast as the best bf16 SDPA"
     variant = "fp8" if fp8 else "bf16"
-    return Case("attention", variant, inputs, run, _sdpa_baselines(), own, exact, _all_ends, goal)
+    operator = "attention_fp8" if fp8 else "attention"
+    operands = _named("q8", "k8", "v8", "scale", "scale", "scale") if fp8 else _named("q", "k", "v")
+    return Case("attention", variant, inputs, run, operator, operands, _sdpa_baselines(), own, exact, _all_ends, goal)
 
 
 def _rounded(given: Tensors, *, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,8 +280,9 @@ def _lengths(full: FullSize, device: torch.device) -> Case:
         return F.scaled_dot_product_attention(given["q"], given["k"], given["v"], attn_mask=given["mask"])
 
     own, exact = partial(masked, dtype=torch.bfloat16), partial(masked, dtype=torch.float64)
-    baselines = {"SDPA with a mask": baseline}
-    return Case("attention", "lengths-bf16", inputs, run, baselines, own, exact, _all_ends, "faster than with a mask")
+    baselines, goal = {"SDPA with a mask": baseline}, "faster than with a mask"
+    operator, operands = "attention_lengths", _named("q", "k", "v", "lengths")
+    return Case("attention", "lengths-bf16", inputs, run, operator, operands, baselines, own, exact, _all_ends, goal)
 
 
 def _alibi(full: FullSize, device: torch.device) -> Case:
@@ -285,8 +313,9 @@ def _alibi(full: FullSize, device: torch.device) -> Case:
         return _all_ends({"out": reference.alibi_attention(given["qkv"].double(), given["slopes"].double())})
 
     own = lambda given: _all_ends(unfused(given))  # noqa: E731
-    baselines = {"SDPA with a bias": unfused}
-    return Case("alibi_attention", "bf16", inputs, run, baselines, own, exact, _all_ends, "faster than with a bias")
+    baselines, goal = {"SDPA with a bias": unfused}, "faster than with a bias"
+    operator, operands = "alibi_attention", _named("qkv", "slopes")
+    return Case("alibi_attention", "bf16", inputs, run, operator, operands, baselines, own, exact, _all_ends, goal)
 
 
 def _vae(full: FullSize, device: torch.device) -> Case:
@@ -315,7 +344,13 @@ def _vae(full: FullSize, device: torch.device) -> Case:
 
     own, exact = partial(causal, dtype=torch.bfloat16), partial(causal, dtype=torch.float64)
     goal = "faster than SDPA, with no memory that grows with the square of the tokens"
-    return Case("vae_attention", "bf16", inputs, run, {"SDPA causal": baseline}, own, exact, _all_ends, goal)
+    operator, operands, baselines = "vae_attention", _named("q", "k", "v"), {"SDPA causal": baseline}
+    return Case("vae_attention", "bf16", inputs, run, operator, operands, baselines, own, exact, _all_ends, goal)
+
+
+def _named(*names: str) -> Callable[[Tensors], list[Tensor]]:
+    """Picks these operands, in this order."""
+    return lambda given: [given[name] for name in names]
 
 
 def _all_ends(outputs: Tensors) -> Tensors:

@@ -128,15 +128,17 @@ class Kernel:
 
 
 class KernelLibrary:
-    """The production kernels of a folder for one architecture."""
+    """The kernels of a folder for one architecture: those for production, or all of one `tiling` (its label)."""
 
-    def __init__(self, folder: Path, sm: int, driver: Driver | None = None) -> None:
+    def __init__(self, folder: Path, sm: int, driver: Driver | None = None, tiling: str | None = None) -> None:
         """Reads all descriptions. Raises EngineError when the folder has none for the architecture, or a bad one."""
         binaries = [Binary.load(path) for path in sorted(folder.glob(f"*.sm{sm}.*.json"))]
         self._folder = folder
         self._sm = sm
         self._driver = driver
-        self._binaries = [binary for binary in binaries if binary.chosen]
+        self._binaries = [
+            binary for binary in binaries if (binary.chosen if tiling is None else binary.name.endswith(f".{tiling}"))
+        ]
         self._loaded: dict[str, Kernel] = {}
         if not self._binaries:
             raise EngineError(f"{folder} must hold kernels for SM {sm}, it has none: run `make kernels`.")

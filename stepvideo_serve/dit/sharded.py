@@ -85,8 +85,8 @@ class ShardedVelocity:
         finished = self._interleave([run(start, request, branch) for branch in request.branches])
         velocities = tuple(self._assemble(tokens, request) for tokens in finished)
         if self._ranks.cfg > 1 and request.guided:
-            return self._ranks.exchange_branches(velocities[0])
-        return velocities
+            velocities = self._ranks.exchange_branches(velocities[0])
+        return tuple(velocity.cpu() for velocity in velocities)
 
     def _interleave(self, branches: Sequence[Branch]) -> list[Tensor]:
         """Advances the branches in turn; each waits for its sum only when its turn comes again."""

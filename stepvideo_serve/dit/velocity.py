@@ -47,7 +47,7 @@ class GuidedVelocity(Protocol):
 
 
 class DiTVelocity:
-    """Runs the graphs `dit_*` on their device, in their dtype; latents and velocities outside are fp32."""
+    """Runs the graphs `dit_*` on their device, in their dtype; latents and velocities outside are fp32 on the CPU."""
 
     def __init__(
         self, graphs: Mapping[str, Graph], config: DiTConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -100,7 +100,7 @@ class DiTVelocity:
                 cross_v=cross_v,
             )["tokens_out"]
         velocity = self._final(tokens=tokens, time_embedding=start["time_embedding"])["velocity"]
-        return unpatchify(velocity.float(), *request.grid, self.config.patch_size)[0]
+        return unpatchify(velocity.float().cpu(), *request.grid, self.config.patch_size)[0]
 
     def _keys_values(self, text: TextStates) -> KeysValues:
         parts = self._context(llm_states=self._own(text.llm[None]), clip_states=self._own(text.clip[None]))

@@ -66,6 +66,7 @@ class DenoiserRank:
             self._denoiser = ShardedDenoiser(config, layout, self._collectives)
             self._decoder = ShardedDecoder(config, self._collectives, rank, layout.world_size)
         self._llm = None
+        self._device = config.model.device
         self._vocab_size = Checkpoint(config.model.dir).llm_config.vocab_size
         if config.text.on_ranks:
             if self._collectives is None:
@@ -143,7 +144,8 @@ class DenoiserRank:
             raise InvalidRequest("Step-LLM does not run on the ranks ([text] on_ranks): call text_encoder instead.")
         if input_ids.min() < 0 or input_ids.max() >= self._vocab_size:
             raise InvalidRequest(f"INPUT_IDS must be from 0 to {self._vocab_size - 1}, got others: call ti2v instead.")
-        states: NDArray[np.float32] = self._llm(torch.from_numpy(input_ids))["llm_states"].float().cpu().numpy()
+        on_device = self._llm(torch.from_numpy(input_ids).to(self._device))["llm_states"]
+        states: NDArray[np.float32] = on_device.float().cpu().numpy()
         return states
 
     def _raise_together(self, verdict: int, where: str) -> None:

@@ -1,16 +1,17 @@
 """The benchmark's cases at a tiny size: inputs, kernel, baselines and the check itself."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from stepvideo_kernels.benchmarks import Case, Tensors, cases
+from stepvideo_kernels.benchmarks import Case, cases
 from stepvideo_kernels.kernel_spec import FullSize, TileConfig
 from stepvideo_kernels.ops import builds_of
+from stepvideo_kernels.tensors import type_name
+from tests.kernels.plugin_graphs import form_of
 
 TINY = FullSize(
     batch=2, heads=2, video_tokens=37, text_tokens=21, llm_tokens=19, llm_groups=1, vae_tokens=35, vae_channels=32
@@ -37,7 +38,8 @@ def chosen_tile(case: Case) -> TileConfig:
 def test_case_passes_its_own_check(name: str, bench: ModuleType) -> None:
     case = ALL[name]
     given = case.inputs(torch.Generator().manual_seed(5))
-    assert bench.errors(case, given, chosen_tile(case)) == []
+    tile = chosen_tile(case)
+    assert bench.errors(case, given, tile.label, case.kernel(given, tile)) == []
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -45,10 +47,25 @@ def test_check_notices_a_wrong_result(name: str, bench: ModuleType) -> None:
     case = ALL[name]
     given = case.inputs(torch.Generator().manual_seed(5))
 
-    def off(tensors: Tensors, tile: TileConfig) -> Tensors:
-        return {key: (value.float() * 1.2).to(value.dtype) for key, value in case.kernel(tensors, tile).items()}
+    tile = chosen_tile(case)
+    off = {name: (value.float() * 1.2).to(value.dtype) for name, value in case.kernel(given, tile).items()}
+    assert len(bench.errors(case, given, tile.label, off)) > 0
 
-    assert len(bench.errors(replace(case, kernel=off), given, chosen_tile(case))) > 0
+
+@pytest.mark.parametrize("name", ALL)
+def test_operands_are_what_the_operator_takes(name: str) -> None:
+    """What the machine code is launched with: shapes, types and the names of the outputs."""
+    case = ALL[name]
+    given = case.inputs(torch.Generator().manual_seed(5))
+    form, operands = form_of(case.operator), case.operands(given)
+    elements = ["int32" if one.dtype == torch.int32 else type_name(one.dtype) for one in operands]
+    shapes = form.named([tuple(one.shape) for one in operands])
+    form.check(shapes, elements, 90)
+    assert form.variant(elements[0]) == case.variant
+    assert set(case.attributes) == set(form.attributes)
+    made = case.kernel(given, chosen_tile(case))
+    expected = zip((one.name for one in form.outputs), form.output_shapes(shapes), strict=True)
+    assert {name: tuple(value.shape) for name, value in made.items()} == dict(expected)
 
 
 def test_without_a_gpu_it_says_so(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from stepvideo_kernels.adaln_modulate import reference, spec
-from stepvideo_kernels.tensors import sm_of, type_name
+from stepvideo_kernels.adaln_modulate import reference
 
 EPS = 1e-5
 
@@ -54,55 +53,6 @@ def adaln_residual_fp8(
     return reference.adaln_residual_fp8(x, branch, gate, weight, bias, scale, shift, out_scale, eps=eps)
 
 
-@adaln_modulate.register_kernel("cuda")
-def _plain_cuda(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float = EPS) -> Tensor:
-    y = torch.empty_like(x)
-    _launch(x, None, (weight, bias), (scale, shift), None, (None, y), eps)
-    return y
-
-
-@adaln_modulate_fp8.register_kernel("cuda")
-def _plain_fp8_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, out_scale: Tensor, eps: float = EPS
-) -> Tensor:
-    y = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    _launch(x, None, (weight, bias), (scale, shift), out_scale, (None, y), eps)
-    return y
-
-
-@adaln_residual.register_kernel("cuda")
-def _residual_cuda(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float = EPS,
-) -> tuple[Tensor, Tensor]:
-    total, y = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, (branch, gate), (weight, bias), (scale, shift), None, (total, y), eps)
-    return total, y
-
-
-@adaln_residual_fp8.register_kernel("cuda")
-def _residual_fp8_cuda(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    out_scale: Tensor,
-    eps: float = EPS,
-) -> tuple[Tensor, Tensor]:
-    total, y = torch.empty_like(x), torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    _launch(x, (branch, gate), (weight, bias), (scale, shift), out_scale, (total, y), eps)
-    return total, y
-
-
 @adaln_modulate.register_fake
 def _plain_shape(x: Tensor, *rest: object) -> Tensor:
     del rest
@@ -125,19 +75,3 @@ def _residual_shape(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 def _residual_fp8_shape(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     del rest
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.float8_e4m3fn)
-
-
-def _launch(
-    x: Tensor,
-    residual: tuple[Tensor, Tensor] | None,
-    affine: tuple[Tensor, Tensor],
-    modulation: tuple[Tensor, Tensor],
-    out_scale: Tensor | None,
-    outputs: tuple[Tensor | None, Tensor],
-    eps: float,
-) -> None:
-    """Compiles for the GPU at hand; production launches the binaries from TensorRT instead."""
-    from stepvideo_kernels.adaln_modulate import kernel  # the Triton language is needed on a GPU only
-
-    variant = spec.variant_name(type_name(outputs[1].dtype), residual=residual is not None)
-    kernel.launch(x, residual, affine, modulation, out_scale, outputs, eps, spec.tile(variant, sm_of(x.device)))

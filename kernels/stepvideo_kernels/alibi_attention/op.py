@@ -4,22 +4,12 @@ import torch
 from torch import Tensor
 
 from stepvideo_kernels.alibi_attention import reference, spec
-from stepvideo_kernels.tensors import sm_of, type_name
 
 
 @torch.library.custom_op("stepvideo::alibi_attention", mutates_args=(), device_types="cpu")
 def alibi_attention(qkv: Tensor, slopes: Tensor) -> Tensor:
     """qkv [B, L, 128 (H + 2 G)], slopes [H] fp32 -> [B, L, 128 H]; the formula is in reference.py."""
     return reference.alibi_attention(qkv, slopes)
-
-
-@alibi_attention.register_kernel("cuda")
-def _on_cuda(qkv: Tensor, slopes: Tensor) -> Tensor:
-    from stepvideo_kernels.alibi_attention import kernel  # the Triton language is needed on a GPU only
-
-    out = _output(qkv, slopes)
-    kernel.launch(qkv, slopes, out, spec.tile(type_name(qkv.dtype), sm_of(qkv.device)))
-    return out
 
 
 @alibi_attention.register_fake

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from stepvideo_kernels.attention import reference, spec
-from stepvideo_kernels.tensors import sm_of, type_name
+from stepvideo_kernels.attention import reference
 
 
 @torch.library.custom_op("stepvideo::attention", mutates_args=(), device_types="cpu")
@@ -23,33 +22,6 @@ def attention_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tenso
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor) -> Tensor:
     """E4M3 q [B, H, N, 128], k [B, H, L, 128], v [B, H, 128, L rounded up to 16], scales [H] -> [B, N, 128 H] bf16."""
     return reference.attention_fp8(q, k, v, q_scale, k_scale, v_scale)
-
-
-@attention.register_kernel("cuda")
-def _plain_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from stepvideo_kernels.attention import kernel  # the Triton language is needed on a GPU only
-
-    out = _output(q, q.dtype)
-    kernel.launch(q, k, v, out, spec.tile(type_name(q.dtype), sm_of(q.device)))
-    return out
-
-
-@attention_lengths.register_kernel("cuda")
-def _lengths_cuda(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    from stepvideo_kernels.attention import kernel
-
-    out = _output(q, q.dtype)
-    kernel.launch(q, k, v, out, spec.tile(f"lengths-{type_name(q.dtype)}", sm_of(q.device)), lengths=lengths)
-    return out
-
-
-@attention_fp8.register_kernel("cuda")
-def _fp8_cuda(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor) -> Tensor:
-    from stepvideo_kernels.attention import kernel
-
-    out = _output(q, torch.bfloat16)
-    kernel.launch(q, k, v, out, spec.tile("fp8", sm_of(q.device)), scales=(q_scale, k_scale, v_scale))
-    return out
 
 
 @attention.register_fake

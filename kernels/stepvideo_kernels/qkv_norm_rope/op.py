@@ -33,34 +33,6 @@ def qkv_norm_rope_fp8(
     return reference.qkv_norm_rope_fp8(qkv, q_gain, k_gain, rope_cos, rope_sin, q_scale, k_scale, v_scale, eps=eps)
 
 
-@qkv_norm_rope.register_kernel("cuda")
-def _on_cuda(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope_cos: Tensor, rope_sin: Tensor, eps: float = EPS
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor, Tensor] = _fake(qkv, q_gain, k_gain, rope_cos, rope_sin, eps)
-    _launch(qkv, (q_gain, k_gain), (rope_cos, rope_sin), None, outputs, eps)
-    return outputs
-
-
-@qkv_norm_rope_fp8.register_kernel("cuda")
-def _on_cuda_fp8(
-    qkv: Tensor,
-    q_gain: Tensor,
-    k_gain: Tensor,
-    rope_cos: Tensor,
-    rope_sin: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    eps: float = EPS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor, Tensor] = _fake_fp8(
-        qkv, q_gain, k_gain, rope_cos, rope_sin, q_scale, k_scale, v_scale, eps
-    )
-    _launch(qkv, (q_gain, k_gain), (rope_cos, rope_sin), (q_scale, k_scale, v_scale), outputs, eps)
-    return outputs
-
-
 @qkv_norm_rope.register_fake
 def _fake(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope_cos: Tensor, rope_sin: Tensor, eps: float = EPS

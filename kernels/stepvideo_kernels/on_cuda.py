@@ -1,0 +1,95 @@
+"""The torch operators on a GPU: the machine code of `make kernels`, launched on torch's current stream.
+
+    operators = BuiltOperators(Path("build/kernels"))
+    q, k, v = operators("qkv_norm_rope", [qkv, q_gain, k_gain, cos, sin], {"eps": 1e-6})
+    operators.register()            # from here on torch.ops.stepvideo.* run it for CUDA tensors
+
+Nothing is compiled, and the Triton language is not needed. What is launched, and how, is what a TensorRT plugin
+queues: both take it from the operator's PluginForm.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepvideo_kernels.launch import Driver, KernelLibrary
+from stepvideo_kernels.plugin_form import PluginForm, Shapes
+from stepvideo_kernels.plugins import forms
+from stepvideo_kernels.tensors import sm_of, type_name
+
+_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BuiltOperators:
+    """The operators of a folder of kernels for one architecture.
+
+    sm, driver  of the current GPU by default
+    tiling      label of the tiling to take instead of the one for production; for benchmarks
+    Raises EngineError when the folder has no kernels for the architecture.
+    """
+
+    def __init__(
+        self, folder: Path, sm: int | None = None, driver: Driver | None = None, tiling: str | None = None
+    ) -> None:
+        self._sm = sm if sm is not None else sm_of(torch.device("cuda", torch.cuda.current_device()))
+        self._library = KernelLibrary(folder, self._sm, driver, tiling)
+        self._forms = {form.operator: form for form in forms()}
+
+    def __call__(
+        self,
+        operator: str,
+        inputs: Sequence[Tensor],
+        attributes: Mapping[str, float] | None = None,
+        outputs: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Queues the operator on its inputs, in its own order, and returns its outputs (new ones by default).
+
+        Raises EngineError for operands that the kernel does not take, or where there is no driver.
+        """
+        form = self._forms[operator]
+        elements = [_element(tensor) for tensor in inputs]
+        shapes = form.named([tuple(tensor.shape) for tensor in inputs])
+        form.check(shapes, elements, self._sm)
+        launch = form.prepare(self._library, elements, shapes, {**form.attributes, **(attributes or {})})
+        given = [tensor.contiguous() for tensor in inputs]
+        device = given[0].device
+        made = tuple(outputs) if outputs is not None else _empty(form, elements, shapes, device)
+        # torch reuses memory in the order of the stream: what goes out of scope here still serves the kernel.
+        scratch = torch.empty(launch.scratch_bytes, dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (given, made)]
+        launch(*addresses, stream, scratch.data_ptr() if launch.scratch_bytes else 0)
+        return made
+
+    def output_names(self, operator: str) -> tuple[str, ...]:
+        """In the order of its outputs."""
+        return tuple(one.name for one in self._forms[operator].outputs)
+
+    def register(self) -> None:
+        """Makes this the implementation of `torch.ops.stepvideo.*` for CUDA tensors, in place of an earlier one."""
+        from stepvideo_kernels.onnx_nodes import operators
+
+        for overload in operators():
+            name = overload._schema.name.split("::")[1]
+            torch.library.register_kernel(overload, "cuda", partial(self.call, name))
+
+    def call(self, operator: str, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        """As torch calls it: tensors, then numbers, in the order of the schema."""
+        form = self._forms[operator]
+        count = len(form.inputs)
+        attributes = dict(zip(form.attributes, map(float, arguments[count:]), strict=False))
+        made = self(operator, arguments[:count], attributes)
+        return made[0] if len(made) == 1 else made
+
+
+def _empty(form: PluginForm, elements: Sequence[str], shapes: Shapes, device: torch.device) -> tuple[Tensor, ...]:
+    kinds = zip(form.output_shapes(shapes), form.output_elements(elements), strict=True)
+    return tuple(torch.empty(shape, dtype=_DTYPES[element], device=device) for shape, element in kinds)
+
+
+def _element(tensor: Tensor) -> str:
+    return "int32" if tensor.dtype == torch.int32 else type_name(tensor.dtype)

@@ -1,0 +1,91 @@
+"""Every stage hands its tensors to the device of its graphs and takes them back, without a GPU: torch's meta device
+stands for one. Tensors there have no values, and torch refuses to mix them with those of the CPU, as it does for CUDA.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.components import components
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.dit.sharded import ShardedVelocity
+from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.geometry import VideoGeometry
+from stepvideo_serve.parallel.collectives import Collectives
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.sampling.job import DenoiseJob, run_job
+from stepvideo_serve.weights.checkpoint import Checkpoint
+from tests.serving.launch import EAGER
+
+META = torch.device("meta")
+
+
+class ReadableMeta(TorchFunctionMode):
+    """Copies from the meta device to the CPU give zeros. `reads` counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.cpu and args[0].device == META:
+            self.reads += 1
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        if function in (torch.isfinite, Tensor.all) and args[0].device == META:
+            return torch.ones((), dtype=torch.bool)  # where values are asked for
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def meta() -> Iterator[ReadableMeta]:
+    with ReadableMeta() as mode:
+        yield mode
+
+
+@pytest.fixture
+def config(mini_checkpoint: Path, tmp_path: Path) -> ServeConfig:
+    path = tmp_path / "serve.toml"
+    path.write_text(EAGER.format(model=mini_checkpoint, layout="single"))
+    loaded = ServeConfig.load(path)
+    return replace(loaded, model=replace(loaded.model, device=cast(Any, "meta")))
+
+
+def job_for(stages: LocalStages) -> DenoiseJob:
+    shape = VideoGeometry(34, 64, 96).latent_shape(stages.latent_channels)
+    text = stages.encode_text("一只猫。")
+    condition = stages.encode_image(torch.zeros(3, 64, 96), torch.zeros(shape[1:]))
+    return DenoiseJob(torch.zeros(shape), condition, text, text, 2, 9.0, 7.0, 5.0, preview_every=1)
+
+
+def test_from_prompt_to_frames(config: ServeConfig, meta: ReadableMeta) -> None:
+    stages = LocalStages(config)
+    job = job_for(stages)
+    assert {tensor.device.type for tensor in (job.condition, job.positive.llm, job.positive.clip)} == {"cpu"}
+    *_, done = stages.denoise(job, lambda: False)
+    assert done.latents is not None
+    assert done.latents.device.type == "cpu"
+    frames = [chunk.shape for chunk in stages.decode(done.latents)]
+    assert frames == [(17, 64, 96, 3), (17, 64, 96, 3)]
+    assert meta.reads >= 8  # text, image, two steps of two branches, two chunks
+
+
+@pytest.mark.usefixtures("meta")
+def test_on_ranks(config: ServeConfig) -> None:
+    checkpoint = Checkpoint(config.model.dir)
+    table = components(checkpoint, "fp32")
+    graphs = {name: EagerRunner(table[name].spec, table[name].load(), META) for name in table if name[:3] == "dit"}
+    ranks = Collectives(Layout.parse("single"), 0)
+    velocity = ShardedVelocity(graphs, checkpoint.dit_config, torch.float32, META, ranks)
+    stages = LocalStages(config)
+    *_, done = run_job(job_for(stages), velocity, lambda latents: latents.numpy())
+    assert done.latents is not None
+    assert done.latents.device.type == "cpu"
