@@ -35,7 +35,8 @@ def load_runners(config: ServeConfig, names: Collection[str], threads: int, part
     model = config.model
     if model.backend == "eager":
         torch.set_num_threads(threads or torch.get_num_threads())
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch's default on GPUs is TF32, with ten bits of mantissa
+        # On GPUs torch's default for convolutions is TF32, with ten bits of mantissa.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         table = components(Checkpoint(model.dir), model.precision)
         return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
     if model.backend == "ort":

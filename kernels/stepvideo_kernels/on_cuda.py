@@ -61,8 +61,8 @@ class BuiltOperators:
         # torch reuses memory in the order of the stream: what goes out of scope here still serves the kernel.
         scratch = torch.empty(launch.scratch_bytes, dtype=torch.uint8, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (given, made)]
-        launch(*addresses, stream, scratch.data_ptr() if launch.scratch_bytes else 0)
+        taken, written = ([tensor.data_ptr() for tensor in tensors] for tensors in (given, made))
+        launch(taken, written, stream, scratch.data_ptr() if launch.scratch_bytes else 0)
         return made
 
     def output_names(self, operator: str) -> tuple[str, ...]:
