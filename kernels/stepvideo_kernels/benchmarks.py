@@ -262,7 +262,7 @@ def _lengths(full: FullSize, device: torch.device) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
         queries = (full.batch, full.heads, full.video_tokens, spec.HEAD_DIM)
         keys = (full.batch, full.heads, full.text_tokens, spec.HEAD_DIM)
-        lengths = torch.linspace(full.text_tokens, full.text_tokens // 2, full.batch, device=device).int()
+        lengths = torch.linspace(full.text_tokens, -(-full.text_tokens // 2), full.batch, device=device).int()
         mask = torch.arange(full.text_tokens, device=device) < lengths[:, None]
         made = {"q": _random(generator, *queries), "k": _random(generator, *keys), "v": _random(generator, *keys)}
         return made | {"lengths": lengths, "mask": mask[:, None, None]}
