@@ -3,8 +3,8 @@
     PYTHONPATH=kernels:. python kernels/bench.py [--kernels DIR] [--only GLOB ...] [--repeats N] [--json FILE]
 
 What runs is the machine code that is served, launched as a plugin launches it. For each kernel: first it must be right
-(error at most twice that of torch's own operations in the same precision, against fp64). Then every tiling for this GPU
-is timed, and what torch offers for the same work. A time is the median of CUDA-event timings; before each run the L2
+(error at most twice that of torch's own operations in the same precision, against fp64). Then every tiling in the
+folder is timed, and what torch offers for the same work. A time is the median of CUDA-event timings; before each run the L2
 cache is overwritten, and runs alternate between two sets of inputs.
 Ends with status 1 when a kernel is wrong or cannot be launched, or there is no GPU.
 """
@@ -57,12 +57,13 @@ def measure(case: Case, full: FullSize, sm: int, folder: Path, repeats: int) -> 
     """Times of all tilings and baselines of a case in milliseconds, JSON values; `wrong` says what is not right."""
     sets = [case.inputs(torch.Generator("cuda").manual_seed(seed)) for seed in range(INPUT_SETS)]
     builds = [b for b in builds_of(case.op, full) if (b.variant, b.sm) == (case.variant, sm)]
+    own, exact = case.own(sets[0]), case.exact(sets[0])
     wrong, tilings = [], {}
-    for label in (build.tile.label for build in builds):
+    for label in tilings_in(folder, f"{case.op}.{case.variant}.sm{sm}."):
         try:
             operators = BuiltOperators(folder, sm, tiling=label)
             run = launcher(case, operators)
-            wrong += errors(case, sets[0], label, poisoned_run(case, operators, sets[0]))
+            wrong += errors(label, case.rows(poisoned_run(case, operators, sets[0])), own, exact)
             tilings[label] = median_ms(run, sets, repeats)
         except EngineError as error:
             wrong.append(f"{label} was not run: {error}")
@@ -100,9 +101,13 @@ def poisoned_run(case: Case, operators: BuiltOperators, given: Tensors) -> Tenso
     return dict(zip(operators.output_names(case.operator), outputs, strict=True))
 
 
-def errors(case: Case, given: Tensors, label: str, made: Tensors) -> list[str]:
-    """What is wrong with the outputs that a tiling made: largest and root-mean-square error, each output."""
-    results, own, exact = case.rows(made), case.own(given), case.exact(given)
+def tilings_in(folder: Path, prefix: str) -> list[str]:
+    """Labels of all tilings there whose names begin so, those that `make kernels` does not know included."""
+    return sorted(path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.json"))
+
+
+def errors(label: str, results: Tensors, own: Tensors, exact: Tensors) -> list[str]:
+    """What is wrong with the rows that a tiling made: largest and root-mean-square error, each output."""
     found = []
     for name, result in results.items():
         truth = exact[name].double()

@@ -167,7 +167,8 @@ def build_one(build: KernelBuild, key: str, out: Path) -> None:
     from triton.backends.compiler import GPUTarget
 
     kernel = _kernel(build)
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in build.aligned}
+    divisibility = {**dict.fromkeys(build.aligned, 16), **dict.fromkeys(build.narrow, 8)}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", by]] for name, by in divisibility.items()}
     source = triton.compiler.ASTSource(
         fn=kernel, signature=dict(build.signature), constexprs=dict(build.constexprs), attrs=aligned
     )

@@ -105,6 +105,7 @@ class KernelBuild:
                  "tensordesc<bf16[64,128]>" (a tensor map made by the host), or "constexpr"
     constexprs   values of the parameters marked "constexpr"
     aligned      pointers aligned to 16 bytes and integers divisible by 16: without it loads are not vectorised
+    narrow       pointers taken for aligned to 8 bytes, so that loads and stores have no more than 8
     chosen       the configuration that production uses: one for each op, variant and architecture
     instructions regular expressions; each must match an opcode of the machine code, e.g. r"QGMMA.*E4M3"
     fp8_operands the tensor-core instructions must be the 8-bit ones, none of the 16-bit ones may occur
@@ -126,6 +127,7 @@ class KernelBuild:
     full_work: Work
     shape: str
     aligned: tuple[str, ...] = ()
+    narrow: tuple[str, ...] = ()
     instructions: tuple[str, ...] = ()
     fp8_operands: bool = False
     no_spills: bool = True

@@ -142,6 +142,8 @@ class PluginForm(ABC):
         Raises EngineError when the folder has no such kernel.
         """
         kernel = library.find(self.spec.op, self.variant(elements[0]), **self.constants(shapes))
+        if kernel.binary.scratch_bytes:
+            raise EngineError(f"{kernel.binary.name} must need no scratch memory, it does: choose another tiling.")
         made = zip((one.name for one in self.outputs), self.output_shapes(shapes), strict=True)
         planes = {name: self.plane(name, shape) for name, shape in (*shapes.items(), *made)}
         tile = TileConfig(**kernel.binary.tile)
@@ -170,12 +172,7 @@ class PreparedLaunch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "descriptors", _descriptors(self.kernel.binary))
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Device memory that the kernel needs for itself."""
-        return self.kernel.scratch_bytes(self.grid)
-
-    def __call__(self, inputs: Sequence[int], outputs: Sequence[int], stream: int, scratch: int = 0) -> None:
+    def __call__(self, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
         """Queues the kernel on a stream; compiles, allocates and waits for nothing."""
         if any(0 in self.planes[name] for name in self.order):
             return
@@ -187,7 +184,7 @@ class PreparedLaunch:
                 arguments[parameter] = TensorView(addresses[name], shape, contiguous_strides(shape))
             else:
                 arguments[parameter] = addresses[name]
-        self.kernel.launch(self.grid, stream, arguments, scratch)
+        self.kernel.launch(self.grid, stream, arguments)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -189,11 +189,7 @@ def plugin_class(tensorrt: Any) -> Any:
                 return  # the builder asks as well
             elements = [_element(one.type) for one in inputs]
             shapes = self.form.named([tuple(one.dims) for one in inputs])
-            launch = self.form.prepare(library(), elements, shapes, self.attributes)
-            if launch.scratch_bytes:
-                name = launch.kernel.binary.name
-                raise EngineError(f"{name} must need no scratch memory in a plugin, it does: choose another tiling.")
-            self._launch = launch
+            self._launch = self.form.prepare(library(), elements, shapes, self.attributes)
 
         def enqueue(
             self, input_desc: Any, output_desc: Any, inputs: Sequence[int], outputs: Sequence[int], workspace: int,

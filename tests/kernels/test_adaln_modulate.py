@@ -168,7 +168,7 @@ def test_faults_are_caught(fault: str, tmp_path: Path) -> None:
 
 
 def test_fault_of_fp8_is_caught(tmp_path: Path) -> None:
-    faulty = mutated(kernel, "tl.clamp(y / out_scale", "tl.clamp(y * out_scale", tmp_path)
+    faulty = mutated(kernel, "unit = 1.0 / tl.load(out_scale_ptr)", "unit = tl.load(out_scale_ptr)", tmp_path)
     with pytest.raises(AssertionError):
         check_fp8(Case(5, width=144, dtype=torch.bfloat16), faulty)
 

@@ -13,10 +13,11 @@ from stepvideo_kernels.kernel_spec import TileConfig
 from stepvideo_serve.dit.blocks import attend
 from tests.kernels.comparison import assert_no_worse, mutated, poisoned
 
-POINTERS = TileConfig(16, 16, 4, 1, extra={"TMA": False, "CUT_ROWS": False, "FRESH": False})
-MAPS = TileConfig(16, 16, 4, 1, extra={"TMA": True, "CUT_ROWS": False, "FRESH": False})
-SPECIALIZED = TileConfig(16, 16, 4, 1, warp_specialize=True, extra={"TMA": True, "CUT_ROWS": True, "FRESH": False})
-TILES = {"pointers": POINTERS, "tensor maps": MAPS, "specialised": SPECIALIZED}
+POINTERS = TileConfig(16, 16, 4, 1, extra={"TMA": False, "FRESH": False, "AHEAD": False})
+MAPS = TileConfig(16, 16, 4, 1, extra={"TMA": True, "FRESH": False, "AHEAD": False})
+SPECIALIZED = TileConfig(16, 16, 4, 1, warp_specialize=True, extra={"TMA": True, "FRESH": False, "AHEAD": False})
+AHEAD = TileConfig(16, 16, 4, 1, extra={"TMA": True, "FRESH": False, "AHEAD": True})
+TILES = {"pointers": POINTERS, "tensor maps": MAPS, "specialised": SPECIALIZED, "ahead": AHEAD}
 
 
 class Case:
@@ -90,6 +91,7 @@ def test_scores_that_grow_and_shrink_along_the_keys() -> None:
     case.k[:, 1] = case.q[:, 1, :1] * ramp.flip(0)
     check(case)
     check(case, SPECIALIZED)
+    check(case, AHEAD)
 
 
 @pytest.mark.parametrize("lengths", [[0, 1], [37, 16], [15, 17], [5, 32]])
@@ -147,6 +149,22 @@ def test_faults_are_caught(fault: str, tmp_path: Path) -> None:
     faulty = mutated(kernel, *FAULTS[fault], tmp_path)
     with pytest.raises(AssertionError):
         check(Case(21, 53), module=faulty)
+
+
+AHEAD_FAULTS = {
+    "scores of the same tile again": ("start + BLOCK_N, end, BLOCK_N, TMA, False", "start, end, BLOCK_N, TMA, False"),
+    "scores not handed on": ("scores = next_scores", "scores = scores"),
+    "values of the first tile at the end": ("padded, end - BLOCK_N, end, to_log2", "padded, 0, end, to_log2"),
+    "last whole tile skipped": ("tl.range(0, end - BLOCK_N, BLOCK_N)", "tl.range(0, end - 2 * BLOCK_N, BLOCK_N)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fault", AHEAD_FAULTS)
+def test_faults_of_looking_ahead_are_caught(fault: str, tmp_path: Path) -> None:
+    faulty = mutated(kernel, *AHEAD_FAULTS[fault], tmp_path)
+    with pytest.raises(AssertionError):
+        check(Case(21, 53), AHEAD, faulty)
 
 
 LENGTH_FAULTS = {

@@ -11,9 +11,9 @@ from stepvideo_kernels.attention import kernel, op, reference, spec
 from stepvideo_kernels.kernel_spec import TileConfig
 from tests.kernels.comparison import assert_no_worse, mutated, poisoned
 
-POINTERS = TileConfig(16, 16, 4, 1, extra={"TMA": False, "CUT_ROWS": False, "FRESH": True})
-MAPS = TileConfig(16, 16, 4, 1, extra={"TMA": True, "CUT_ROWS": False, "FRESH": False})
-SPECIALIZED = TileConfig(16, 16, 4, 1, warp_specialize=True, extra={"TMA": True, "CUT_ROWS": True, "FRESH": True})
+POINTERS = TileConfig(16, 16, 4, 1, extra={"TMA": False, "FRESH": True, "AHEAD": False})
+MAPS = TileConfig(16, 16, 4, 1, extra={"TMA": True, "FRESH": False, "AHEAD": False})
+SPECIALIZED = TileConfig(16, 16, 4, 1, warp_specialize=True, extra={"TMA": True, "FRESH": True, "AHEAD": False})
 TILES = {"pointers": POINTERS, "tensor maps": MAPS, "specialised": SPECIALIZED}
 FP8 = torch.float8_e4m3fn
 

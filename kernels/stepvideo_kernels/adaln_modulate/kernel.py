@@ -40,7 +40,9 @@ def adaln_modulate_kernel(
     if HAS_RESIDUAL:
         gate = tl.load(gate_ptr + vector, mask=inside, other=0.0).to(tl.float32)
     if y_ptr.dtype.element_ty == tl.float8e4nv:
-        out_scale = tl.load(out_scale_ptr)
+        unit = 1.0 / tl.load(out_scale_ptr)
+        factor *= unit
+        offset *= unit
     for row in tl.range(first_row, tl.minimum(first_row + ROWS_PER_PROGRAM, tokens), num_stages=STAGES):
         place = (batch * tokens + row) * WIDTH + columns
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -51,7 +53,7 @@ def adaln_modulate_kernel(
         inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
         y = centred * inverse * factor + offset
         if y_ptr.dtype.element_ty == tl.float8e4nv:
-            y = tl.clamp(y / out_scale, -FP8_LIMIT, FP8_LIMIT)
+            y = tl.clamp(y, -FP8_LIMIT, FP8_LIMIT)
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 

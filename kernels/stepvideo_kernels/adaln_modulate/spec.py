@@ -105,6 +105,9 @@ def _build(full: FullSize, sm: int, variant: str, tile: TileConfig, *, chosen: b
         "ROWS_PER_PROGRAM": tile.block_m,
         "STAGES": tile.num_stages,
     }
+    # Stores of 8 bytes, though 16 would do: one layout then fits the streams of 2-byte values and that of E4M3, and no
+    # value has to change its thread.
+    narrow = ("y_ptr",) if written == "fp8" else ()
     return KernelBuild(
         op=SPEC.op,
         variant=variant,
@@ -114,7 +117,8 @@ def _build(full: FullSize, sm: int, variant: str, tile: TileConfig, *, chosen: b
         constexprs=constexprs,
         tile=tile,
         chosen=chosen,
-        aligned=tuple(pointers),
+        aligned=tuple(name for name in pointers if name not in narrow),
+        narrow=narrow,
         tile_work=_work(tile.block_m, 1, full.width, read, written, residual=residual),
         full_work=_work(full.video_tokens, full.batch, full.width, read, written, residual=residual),
         shape=f"[{full.batch}, {full.video_tokens}, {full.width}]",

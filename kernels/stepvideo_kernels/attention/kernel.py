@@ -7,12 +7,11 @@ TMA            q, k, v and out come as tensor maps, so that one thread starts th
                memory (SM 90 and newer); otherwise they are pointers
 WARP_SPECIALIZE  copies get a warp of their own, and so does tensor-core work on Blackwell; every tile is masked, since
                the compiler takes one loop only
-CUT_ROWS       on Hopper, the specialised rows are cut between two groups of warps. For that q and out stay pointers,
-               and the tensor map of q is made here, in global scratch
 FRESH          each tile's P v is summed in an accumulator of its own (FP8: see online_softmax.fresh_dot)
+AHEAD          the scores of the next tile are multiplied while the softmax of this one is computed (arXiv 2407.08608,
+               section 3.2)
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,36 +51,81 @@ def load_columns(tensor, plane, padded, start, BLOCK: tl.constexpr, TMA: tl.cons
 
 
 @triton.jit
+def multiply(q_tile, k, plane, keys, start, end, BLOCK_N: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Scores [M, BLOCK_N] fp32 of keys start .. start + BLOCK_N - 1; minus infinity from `end` on with MASK."""
+    k_tile = load_rows(k, plane, keys, start, end, BLOCK_N, TMA, MASK)
+    scores = dot(q_tile, k_tile.T, tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32), INTERPRET)
+    if MASK:
+        inside = start + tl.arange(0, BLOCK_N) < end
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def absorb(
+    scores, v, plane, keys, padded, start, end, to_log2, row_max, row_sum, acc,
+    FP8: tl.constexpr, TMA: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Takes the values of one tile in, weighted by the softmax of its scores."""
+    block: tl.constexpr = scores.shape[1]
+    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, to_log2, SHIFT if FP8 else 0)
+    if FP8:
+        v_tile = load_columns(v, plane, padded, start, block, TMA, MASK)
+    else:
+        v_tile = load_rows(v, plane, keys, start, end, block, TMA, MASK)
+    if FRESH:
+        acc = acc * rescale[:, None] + fresh_dot(weights.to(v_tile.dtype), v_tile, INTERPRET)
+    else:
+        acc = dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], INTERPRET)
+    return row_max, row_sum, acc
+
+
+@triton.jit
 def attend_tiles(
     q_tile, k, v, plane, keys, padded, first, end, to_log2, row_max, row_sum, acc,
     FP8: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys first .. end - 1; only with MASK may `end` lie inside a tile."""
-    for start_n in tl.range(first, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
-        start_n = tl.multiple_of(start_n, BLOCK_N)
-        k_tile = load_rows(k, plane, keys, start_n, end, BLOCK_N, TMA, MASK)
-        scores = dot(q_tile, k_tile.T, tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32), INTERPRET)
-        if MASK:
-            inside = start_n + tl.arange(0, BLOCK_N) < end
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, to_log2, SHIFT if FP8 else 0)
-        if FP8:
-            v_tile = load_columns(v, plane, padded, start_n, BLOCK_N, TMA, MASK)
-        else:
-            v_tile = load_rows(v, plane, keys, start_n, end, BLOCK_N, TMA, MASK)
-        if FRESH:
-            acc = acc * rescale[:, None] + fresh_dot(weights.to(v_tile.dtype), v_tile, INTERPRET)
-        else:
-            acc = dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], INTERPRET)
+    for start in tl.range(first, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+        start = tl.multiple_of(start, BLOCK_N)
+        scores = multiply(q_tile, k, plane, keys, start, end, BLOCK_N, TMA, MASK, INTERPRET)
+        row_max, row_sum, acc = absorb(
+            scores, v, plane, keys, padded, start, end, to_log2, row_max, row_sum, acc,
+            FP8, TMA, FRESH, MASK, INTERPRET,
+        )  # fmt: skip
     return row_max, row_sum, acc
+
+
+@triton.jit
+def attend_ahead(
+    q_tile, k, v, plane, keys, padded, end, to_log2, row_max, row_sum, acc,
+    FP8: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, FRESH: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The same over keys 0 .. end - 1, one or more whole tiles: the tensor cores multiply the next tile's scores while
+    the softmax of this tile's is computed."""
+    scores = multiply(q_tile, k, plane, keys, 0, end, BLOCK_N, TMA, False, INTERPRET)
+    for start in tl.range(0, end - BLOCK_N, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        next_scores = multiply(q_tile, k, plane, keys, start + BLOCK_N, end, BLOCK_N, TMA, False, INTERPRET)
+        row_max, row_sum, acc = absorb(
+            scores, v, plane, keys, padded, start, end, to_log2, row_max, row_sum, acc,
+            FP8, TMA, FRESH, False, INTERPRET,
+        )  # fmt: skip
+        scores = next_scores
+    return absorb(
+        scores, v, plane, keys, padded, end - BLOCK_N, end, to_log2, row_max, row_sum, acc,
+        FP8, TMA, FRESH, False, INTERPRET,
+    )  # fmt: skip
 
 
 @triton.jit
 def attention_kernel(
     q, k, v, out, lengths, q_scale, k_scale, v_scale, heads, queries, keys, padded, to_log2,
     FP8: tl.constexpr, LENGTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    CUT_ROWS: tl.constexpr, FRESH: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
+    FRESH: tl.constexpr, AHEAD: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """q [B, H, N, 128], k [B, H, L, 128], v alike or (FP8) [B, H, 128, padded] -> out [B, N, 128 H].
 
@@ -96,17 +140,20 @@ def attention_kernel(
         end = tl.minimum(tl.load(lengths + batch), keys)
     if FP8:
         to_log2 *= tl.load(q_scale + head) * tl.load(k_scale + head)
-    if CUT_ROWS:
-        base = q + plane.to(tl.int64) * queries * HEAD
-        q_tile = tl.make_tensor_descriptor(base, [queries, HEAD], [HEAD, 1], [BLOCK_M, HEAD]).load([start_m, 0])
-    else:
-        q_tile = load_rows(q, plane, queries, start_m, queries, BLOCK_M, TMA, True)
+    q_tile = load_rows(q, plane, queries, start_m, queries, BLOCK_M, TMA, True)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
     whole = 0
     if not WARP_SPECIALIZE:
         whole = end // BLOCK_N * BLOCK_N
+    if AHEAD:
+        if whole > 0:
+            row_max, row_sum, acc = attend_ahead(
+                q_tile, k, v, plane, keys, padded, whole, to_log2, row_max, row_sum, acc,
+                FP8, BLOCK_N, TMA, FRESH, INTERPRET,
+            )  # fmt: skip
+    elif not WARP_SPECIALIZE:
         row_max, row_sum, acc = attend_tiles(
             q_tile, k, v, plane, keys, padded, 0, whole, to_log2, row_max, row_sum, acc,
             FP8, BLOCK_N, TMA, FRESH, False, False, INTERPRET,
@@ -119,7 +166,7 @@ def attention_kernel(
     if FP8:
         inverse *= tl.load(v_scale + head)
     result = (acc * inverse[:, None]).to(tl.bfloat16 if FP8 else q_tile.dtype)
-    if TMA and not CUT_ROWS:
+    if TMA:
         out.store([batch, start_m, head * HEAD], result.reshape(1, BLOCK_M, HEAD))
     else:
         rows = start_m + tl.arange(0, BLOCK_M)
@@ -150,18 +197,9 @@ def launch(
         shapes = spec.boxes(tile, fp8=fp8)
         planes = [q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out]
         operands = [TensorDescriptor.from_tensor(*pair) for pair in zip(planes, map(list, shapes), strict=True)]
-    if tile.extra["CUT_ROWS"]:
-        operands[0], operands[3] = q, out
-        triton.set_allocator(_scratch)
     attention_kernel[spec.grid(batch, heads, queries, tile)](
         *operands, lengths if lengths is not None else q, *(scales or (q, q, q)),
         heads, queries, keys, v.shape[3] if fp8 else 0, spec.TO_LOG2,
         **{**constexprs, "INTERPRET": not q.is_cuda},
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Global memory for the tensor maps that the kernel makes itself; torch aligns to 512 bytes."""
-    del alignment, stream
-    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -37,10 +37,10 @@ SPEC = KernelSpec(
 
 
 def _tile(
-    m: int, n: int, warps: int, stages: int, *, tma: bool = False, specialize: bool = False, cut_rows: bool = False,
-    fresh: bool = False,
+    m: int, n: int, warps: int, stages: int, *, tma: bool = False, specialize: bool = False, fresh: bool = False,
+    ahead: bool = False,
 ) -> TileConfig:  # fmt: skip
-    extra: dict[str, Constant] = {"TMA": tma, "CUT_ROWS": cut_rows, "FRESH": fresh}
+    extra: dict[str, Constant] = {"TMA": tma, "FRESH": fresh, "AHEAD": ahead}
     return TileConfig(m, n, warps, stages, warp_specialize=specialize, extra=extra)
 
 
@@ -56,7 +56,7 @@ _WIDE: Mapping[int, tuple[TileConfig, ...]] = {
     90: (
         _tile(128, 128, 8, 2, tma=True),
         _tile(64, 128, 4, 2, tma=True),
-        _tile(128, 128, 4, 2, tma=True, specialize=True, cut_rows=True),
+        _tile(128, 128, 8, 2, tma=True, ahead=True),
     ),
     100: (_tile(128, 128, 8, 2, tma=True, specialize=True), _tile(128, 128, 8, 2, tma=True)),
     120: (_tile(128, 64, 8, 2, tma=True), _tile(128, 32, 8, 3, tma=True)),
@@ -66,7 +66,7 @@ _FP8: Mapping[int, tuple[TileConfig, ...]] = {
     90: (
         _tile(128, 128, 8, 3, tma=True, fresh=True),
         _tile(64, 128, 4, 3, tma=True, fresh=True),
-        _tile(128, 128, 4, 2, tma=True, specialize=True, cut_rows=True, fresh=True),
+        _tile(128, 128, 8, 2, tma=True, fresh=True, ahead=True),
     ),
     100: (_tile(128, 128, 8, 2, tma=True, specialize=True), _tile(128, 128, 8, 3, tma=True)),
     120: (_tile(128, 64, 8, 2, tma=True, fresh=True), _tile(128, 64, 8, 3, tma=True, fresh=True)),
@@ -177,8 +177,6 @@ def _operands(tile: TileConfig, element: str, written: str) -> dict[str, str]:
             name: f"tensordesc<{kind.removeprefix('*')}[{','.join(map(str, block))}]>"
             for (name, kind), block in zip(types.items(), blocks, strict=True)
         }
-    if tile.extra["CUT_ROWS"]:
-        types |= {"q": POINTER_TYPES[element], "out": POINTER_TYPES[written]}
     return types
 
 

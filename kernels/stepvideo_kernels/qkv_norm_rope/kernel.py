@@ -35,24 +35,24 @@ def pair_partners():
 
 
 @triton.jit
-def rounded(x, scale, out_ptr):
-    """x in the output's element type; FP8 is divided by its scale and clamped, because E4M3 has no infinity."""
+def rounded(x, out_ptr):
+    """x in the output's element type; FP8 is clamped, because E4M3 has no infinity."""
     if out_ptr.dtype.element_ty == tl.float8e4nv:
-        return tl.clamp(x / scale, -FP8_LIMIT, FP8_LIMIT).to(tl.float8e4nv)
+        return tl.clamp(x, -FP8_LIMIT, FP8_LIMIT).to(tl.float8e4nv)
     return x.to(out_ptr.dtype.element_ty)
 
 
 @triton.jit
-def norm_rope(source, target, out_ptr, mask, low, high, gain_ptr, cos, sin, scale, eps):
-    """RMS norm and rotation of one head's [BLOCK_M, 128] from `source` to `target` (rows of pointers)."""
+def norm_rope(source, target, out_ptr, mask, low, high, gain_ptr, cos, sin, unit, eps):
+    """RMS norm and rotation of one head's [BLOCK_M, 128] from `source` to `target` (rows of pointers), times unit."""
     first = tl.load(source + low[None, :], mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + high[None, :], mask=mask, other=0.0).to(tl.float32)
     mean_square = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / HEAD
-    inverse = tl.rsqrt(mean_square + eps)[:, None]
+    inverse = (tl.rsqrt(mean_square + eps) * unit)[:, None]
     first = first * inverse * tl.load(gain_ptr + low).to(tl.float32)[None, :]
     second = second * inverse * tl.load(gain_ptr + high).to(tl.float32)[None, :]
-    tl.store(target + low[None, :], rounded(first * cos - second * sin, scale, out_ptr), mask=mask)
-    tl.store(target + high[None, :], rounded(second * cos + first * sin, scale, out_ptr), mask=mask)
+    tl.store(target + low[None, :], rounded(first * cos - second * sin, out_ptr), mask=mask)
+    tl.store(target + high[None, :], rounded(second * cos + first * sin, out_ptr), mask=mask)
 
 
 @triton.jit
@@ -75,20 +75,20 @@ def qkv_norm_rope_kernel(
     sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
     channels = tl.arange(0, HEAD)
     source = qkv_ptr + (batch * tokens + rows[:, None]) * (heads * 3 * HEAD)
-    scale_q, scale_k, scale_v = 1.0, 1.0, 1.0
+    unit_q, unit_k, unit_v = 1.0, 1.0, 1.0
     for head in tl.range(first_head, tl.minimum(first_head + HEADS_PER_PROGRAM, heads), num_stages=STAGES):
         if q_ptr.dtype.element_ty == tl.float8e4nv:
-            scale_q = tl.load(q_scale_ptr + head)
-            scale_k = tl.load(k_scale_ptr + head)
-            scale_v = tl.load(v_scale_ptr + head)
+            unit_q = 1.0 / tl.load(q_scale_ptr + head)
+            unit_k = 1.0 / tl.load(k_scale_ptr + head)
+            unit_v = 1.0 / tl.load(v_scale_ptr + head)
         mine = source + head * (3 * HEAD)
         plane = batch * heads + head
         target = (plane * tokens + rows[:, None]) * HEAD
-        norm_rope(mine, q_ptr + target, q_ptr, mask, low, high, q_gain_ptr, cos, sin, scale_q, eps)
-        norm_rope(mine + HEAD, k_ptr + target, k_ptr, mask, low, high, k_gain_ptr, cos, sin, scale_k, eps)
+        norm_rope(mine, q_ptr + target, q_ptr, mask, low, high, q_gain_ptr, cos, sin, unit_q, eps)
+        norm_rope(mine + HEAD, k_ptr + target, k_ptr, mask, low, high, k_gain_ptr, cos, sin, unit_k, eps)
         v = tl.load(mine + 2 * HEAD + channels[None, :], mask=mask, other=0.0)
         if TRANSPOSE_V:
-            turned = tl.trans(rounded(v.to(tl.float32), scale_v, v_ptr))
+            turned = tl.trans(rounded(v.to(tl.float32) * unit_v, v_ptr))
             columns = (plane * HEAD + channels[:, None]) * padded + rows[None, :]
             tl.store(v_ptr + columns, turned, mask=(rows < padded)[None, :])
         else:
