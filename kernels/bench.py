@@ -4,8 +4,8 @@
 
 What runs is the machine code that is served, launched as a plugin launches it. For each kernel: first it must be right
 (error at most twice that of torch's own operations in the same precision, against fp64). Then every tiling in the
-folder is timed, and what torch offers for the same work. A time is the median of CUDA-event timings; before each run the L2
-cache is overwritten, and runs alternate between two sets of inputs.
+folder is timed, and what torch offers for the same work. A time is the median of CUDA-event timings; before each run
+the L2 cache is overwritten, and runs alternate between two sets of inputs.
 Ends with status 1 when a kernel is wrong or cannot be launched, or there is no GPU.
 """
 
