@@ -28,10 +28,10 @@ from stepvideo_kernels.hardware import residency
 from stepvideo_kernels.kernel_spec import SMS, FullSize, KernelBuild
 from stepvideo_kernels.machine_code import MachineCode, inspect_cubin
 from stepvideo_kernels.ops import OPS, builds_of
-from stepvideo_kernels.table import write_table
+from stepvideo_kernels.table import TABLE, write_table
 from stepvideo_serve.errors import EngineError, ExportError, SetupError
 
-FORMAT = 1  # of what is written: raise it to have everything built again
+FORMAT = 2  # of what is written: raise it to have everything built again
 WARP = 32
 
 
@@ -64,6 +64,7 @@ def compile_all(
     out.mkdir(parents=True, exist_ok=True)
     keys = {build.name: content_key(build) for build in builds}
     stale = [build for build in builds if not is_current(out, build.name, keys[build.name])]
+    remove_unknown(out, {build.name for op in OPS for build in builds_of(op, sizes)})
     print(f"{len(builds)} kernels, {len(stale)} of them to build", file=sys.stderr, flush=True)
     problems = _build_all(stale, keys, out, jobs)
     done = [build for build in builds if is_current(out, build.name, keys[build.name])]
@@ -78,6 +79,14 @@ def compile_all(
     return binaries
 
 
+def remove_unknown(out: Path, known: set[str]) -> None:
+    """Deletes kernels that this version does not have: for each use a folder must hold one, not an older one too."""
+    for path in out.glob("*.json"):
+        if path.name != TABLE and path.stem not in known:
+            for suffix in (".json", ".cubin", ".ptx"):
+                path.with_name(f"{path.stem}{suffix}").unlink(missing_ok=True)
+
+
 def faults(build: KernelBuild, report: Any) -> list[str]:
     """What is wrong with the machine code, in words; nothing for most candidates that were not chosen."""
     found = []
@@ -85,6 +94,8 @@ def faults(build: KernelBuild, report: Any) -> list[str]:
         found.append(f"spills ({report['spill_instructions']} instructions, {report['stack_bytes']} bytes of stack)")
     if report["loop_spills"]:
         found.append(f"uses local memory in a loop ({report['loop_spills']} instructions)")
+    if report["serialized"]:
+        found.append("waits after every product of a warpgroup, for want of registers")
     if report["missing"]:
         found.append(f"lacks the instructions {', '.join(report['missing'])}")
     if build.fp8_operands and report["uses_16_bit_tensor_cores"]:
@@ -203,6 +214,7 @@ def _describe(build: KernelBuild, key: str, compiled: Any, code: MachineCode) ->
         "stack_bytes": code.stack_bytes,
         "spill_instructions": code.spill_instructions,
         "loop_spills": code.loop_spills,
+        "serialized": code.serialized,
         "instructions": code.instructions,
         "tensor_core": code.tensor_core,
         "missing": code.missing(build.instructions),

@@ -10,6 +10,7 @@ from stepvideo_serve.errors import ExportError
 
 TENSOR_CORE = re.compile(r"(?:HGMMA|QGMMA|IGMMA|UTC\w*MMA|HMMA|QMMA|OMMA|IMMA|DMMA)(?:\.|$)")
 TENSOR_CORE_16_BIT = re.compile(r"(?:HGMMA|UTCHMMA|HMMA)(?:\.|$)")
+WARPGROUP_PRODUCT = re.compile(r"[HQI]GMMA(?:\.|$)")
 LOCAL_MEMORY = re.compile(r"(?:LDL|STL)(?:\.|$)")
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
@@ -28,7 +29,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """spill_instructions: loads and stores of local memory anywhere; loop_spills: those inside a loop."""
+    """spill_instructions: loads and stores of local memory anywhere; loop_spills: those inside a loop; serialized: the
+    assembler waits after every single product of a warpgroup (SM 90), as it does when it lacks registers to leave
+    several under way (ptxas' notes C7511, C7512 and C7515)."""
 
     registers: int
     stack_bytes: int
@@ -36,6 +39,7 @@ class MachineCode:
     tensor_core: dict[str, int]
     spill_instructions: int
     loop_spills: int
+    serialized: bool
     opcodes: tuple[str, ...]
 
     def missing(self, patterns: tuple[str, ...]) -> list[str]:
@@ -63,6 +67,7 @@ def inspect_cubin(cubin: Path, cuobjdump: str) -> MachineCode:
         tensor_core={opcode: count for opcode, count in opcodes.items() if TENSOR_CORE.match(opcode)},
         spill_instructions=_count_local(instructions),
         loop_spills=_count_local(inside),
+        serialized=is_serialized(instructions),
         opcodes=tuple(opcodes),
     )
 
@@ -85,6 +90,13 @@ def in_loops(instructions: list[Instruction]) -> list[Instruction]:
         if instruction.opcode.startswith("BRA") and target and int(target[1], 16) < instruction.address:
             ranges.append((int(target[1], 16), instruction.address))
     return [one for one in instructions if any(first <= one.address <= last for first, last in ranges)]
+
+
+def is_serialized(instructions: list[Instruction]) -> bool:
+    """Whether there are as many waits as asynchronous products of warpgroups."""
+    products = sum(1 for one in instructions if WARPGROUP_PRODUCT.match(one.opcode))
+    waits = sum(1 for one in instructions if one.opcode.startswith("WARPGROUP.DEPBAR"))
+    return 0 < products <= waits
 
 
 def _count_local(instructions: list[Instruction]) -> int:

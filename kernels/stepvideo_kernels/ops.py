@@ -28,6 +28,10 @@ NATIVE_DTYPES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 NATIVE_MAX_HEAD = 256
 
+# Where a library's fused kernel was faster than ours on a GPU: (op, SM) -> types. H200: cuDNN's attention takes 0.92 of
+# the time of ours (kernels/README.md).
+SLOWER_THAN_NATIVE: Mapping[tuple[str, int], tuple[str, ...]] = {("attention", 90): ("bf16", "fp16")}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -81,7 +85,8 @@ def choose(use: Use, target: Target, wanted: Implementation | None = None) -> Ch
     """The implementation of one op for one target; `wanted` insists on one.
 
     By itself the choice is the plugin wherever its kernel takes the operands, then TensorRT's own, then the
-    reference. On TensorRT-RTX, whose maker does not support plugins, TensorRT's own comes first.
+    reference. TensorRT's own comes first on TensorRT-RTX, whose maker does not support plugins, and where a library's
+    kernel was measured to be faster.
     Raises ExportError when what is wanted is not to be had; its message carries the reason.
     """
     spec = spec_of(use.op)
@@ -94,9 +99,10 @@ def choose(use: Use, target: Target, wanted: Implementation | None = None) -> Ch
         if refusals[wanted] is not None:
             raise ExportError(f"--ops {wanted} cannot be had: {refusals[wanted]}")
         return Choice(use.op, wanted, "asked for", use.dtype, use.output)
-    on_rtx = target.toolkit == "tensorrt_rtx"
-    order: tuple[Implementation, ...] = ("native", "plugin") if on_rtx else ("plugin", "native")
-    passed_over: list[str] = []
+    slower = use.dtype in SLOWER_THAN_NATIVE.get((use.op, target.sm), ())
+    native_first = slower or target.toolkit == "tensorrt_rtx"
+    order: tuple[Implementation, ...] = ("native", "plugin") if native_first else ("plugin", "native")
+    passed_over = [f"On SM {target.sm} a library's kernel was faster than ours."] if slower else []
     for implementation in order:
         refusal = refusals[implementation]
         if refusal is None:

@@ -10,6 +10,8 @@ from stepvideo_kernels.binaries import Binary
 from stepvideo_kernels.hardware import roofline
 from stepvideo_kernels.kernel_spec import KernelBuild, Work
 
+TABLE = "table.json"
+
 _HEAD = """# Kernels built ahead of time
 
 Registers, spills and instructions are read from the machine code. Blocks per multiprocessor and occupancy follow from
@@ -38,7 +40,7 @@ _COLUMNS = (
 def write_table(out: Path, built: Sequence[tuple[KernelBuild, Binary]]) -> None:
     """Writes both files; rows are in the order given."""
     rows = [_row(build, binary) for build, binary in built]
-    (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / TABLE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text("\n".join([_HEAD, *_markdown(rows)]) + "\n", encoding="utf-8")
 
 

@@ -23,6 +23,7 @@ from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import MINI, normal, with_random_weights
 
 H100 = Target(90, "tensorrt")
+B200 = Target(100, "tensorrt")
 L40S_RTX = Target(89, "tensorrt_rtx")
 LLM = StepLLMConfig(width=768, num_heads=6, num_groups=2, num_layers=2, ffn_width=256, vocab_size=768, norm_eps=1e-5)
 SCALES: dict[str, Tensor | float] = {"attn1.q": 0.02, "attn1.k": torch.tensor([0.02, 0.03]), "attn1.v": 0.01}
@@ -34,7 +35,10 @@ def implementations(choices: dict[str, Choice]) -> dict[str, str]:
 
 def test_a_data_centre_gpu_gets_plugins() -> None:
     for precision in ("bf16", "fp16", "fp8"):
-        assert implementations(choose_ops(precision, H100)) == dict.fromkeys(USES, "plugin")
+        assert implementations(choose_ops(precision, B200)) == dict.fromkeys(USES, "plugin")
+    wide = {**dict.fromkeys(USES, "plugin"), "attention": "native", "attention_to_text": "native"}
+    assert implementations(choose_ops("bf16", H100)) == wide
+    assert implementations(choose_ops("fp8", H100)) == wide | {"attention": "plugin"}
 
 
 def test_self_attention_alone_is_in_fp8() -> None:
@@ -62,7 +66,7 @@ def test_native_falls_back_op_by_op_with_the_reason() -> None:
 def test_small_models_get_plugins_where_they_fit(mini_checkpoint: Path) -> None:
     sizes = ModelSizes.of(Checkpoint(mini_checkpoint))
     assert sizes == ModelSizes(dit_width=256, llm_head=8, vae_channels=64)
-    chosen = choose_ops("bf16", H100, "auto", sizes)
+    chosen = choose_ops("bf16", B200, "auto", sizes)
     assert implementations(chosen) == {**dict.fromkeys(USES, "plugin"), "alibi_attention": "reference"}
     assert "takes a head size of 128, got 8" in chosen["alibi_attention"].reason
     with pytest.raises(

@@ -40,7 +40,9 @@ def test_case_passes_its_own_check(name: str, bench: ModuleType) -> None:
     given = case.inputs(torch.Generator().manual_seed(5))
     tile = chosen_tile(case)
     made = case.rows(case.kernel(given, tile))
-    assert bench.errors(tile.label, made, case.own(given), case.exact(given)) == []
+    shares = bench.error_shares(made, case.own(given), case.exact(given))
+    assert bench.too_large(tile.label, shares) == []
+    assert len(shares) == 2 * len(made)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -50,7 +52,9 @@ def test_check_notices_a_wrong_result(name: str, bench: ModuleType) -> None:
 
     tile = chosen_tile(case)
     off = {name: (value.float() * 1.2).to(value.dtype) for name, value in case.kernel(given, tile).items()}
-    assert len(bench.errors(tile.label, case.rows(off), case.own(given), case.exact(given))) > 0
+    shares = bench.error_shares(case.rows(off), case.own(given), case.exact(given))
+    assert len(bench.too_large(tile.label, shares)) > 0
+    assert bench.too_large(tile.label, {"error": float("nan")}) != []
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -85,6 +89,7 @@ def test_report_names_times_ratios_and_shares(bench: ModuleType) -> None:
         "goal": "fast",
         "wrong": ["out with m64: RMS error"],
         "tilings_ms": {"m128": 40.0, "m64": 50.0},
+        "worst_error": {"m128": 0.5, "m64": 0.25},
         "chosen": "m64",
         "baselines_ms": {"SDPA flash": 80.0, "SDPA cuDNN": "not to be had: no such backend"},
         "share_of_peak": {"H100": 0.9},
@@ -92,8 +97,8 @@ def test_report_names_times_ratios_and_shares(bench: ModuleType) -> None:
     }
     text = "\n".join(bench.lines(result))
     assert "WRONG: out with m64: RMS error" in text
-    assert "40.000 ms  ours m128\n" in text
-    assert "50.000 ms  ours m64  (production)" in text
+    assert "40.000 ms  ours m128, error 0.50 of the bound\n" in text
+    assert "50.000 ms  ours m64, error 0.25 of the bound  (production)" in text
     assert "SDPA flash: ours is 2.00 times as fast" in text
     assert "SDPA cuDNN not to be had" in text
     assert "90.0%  of the data-sheet peak of an H100 (exponentials)" in text

@@ -11,7 +11,7 @@ import pytest
 
 from stepvideo_kernels.adaln_modulate.spec import builds
 from stepvideo_kernels.binaries import Binary
-from stepvideo_kernels.compile import faults
+from stepvideo_kernels.compile import faults, remove_unknown
 from stepvideo_kernels.kernel_spec import FullSize, KernelBuild, Work
 
 NAMES = ("adaln_modulate.residual-fp8.sm90.m32w16s2", "qkv_norm_rope.bf16.sm120.m16w4s2headsperprogram16")
@@ -133,10 +133,20 @@ def test_arguments_that_make_no_sense(root: Path, tmp_path: Path, arguments: lis
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_kernels_of_another_version_are_removed(tmp_path: Path) -> None:
+    """A folder with two kernels for one use would be refused when it is opened."""
+    for name in ("attention.new", "attention.old", "table"):
+        for suffix in ("json", "cubin", "ptx"):
+            (tmp_path / f"{name}.{suffix}").touch()
+    remove_unknown(tmp_path, {"attention.new"})
+    assert {path.stem for path in tmp_path.iterdir()} == {"attention.new", "table"}
+
+
 GOOD = {
     "spill_instructions": 0,
     "stack_bytes": 0,
     "loop_spills": 0,
+    "serialized": False,
     "missing": [],
     "uses_16_bit_tensor_cores": False,
     "blocks_per_sm": 1,
@@ -163,6 +173,7 @@ FP8_BUILD = KernelBuild(
     [
         ({"spill_instructions": 2, "stack_bytes": 8}, "spills (2 instructions, 8 bytes of stack)"),
         ({"loop_spills": 1}, "uses local memory in a loop (1 instructions)"),
+        ({"serialized": True}, "waits after every product of a warpgroup, for want of registers"),
         ({"missing": ["QGMMA"]}, "lacks the instructions QGMMA"),
         ({"uses_16_bit_tensor_cores": True}, "multiplies in 16 bits where FP8 is meant"),
         ({"blocks_per_sm": 0}, "does not fit a multiprocessor"),

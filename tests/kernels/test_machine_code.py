@@ -4,7 +4,15 @@ import pytest
 
 from stepvideo_kernels.hardware import blocks_per_sm, roofline
 from stepvideo_kernels.kernel_spec import Work
-from stepvideo_kernels.machine_code import LOCAL_MEMORY, TENSOR_CORE, TENSOR_CORE_16_BIT, in_loops, parse_sass
+from stepvideo_kernels.machine_code import (
+    LOCAL_MEMORY,
+    TENSOR_CORE,
+    TENSOR_CORE_16_BIT,
+    Instruction,
+    in_loops,
+    is_serialized,
+    parse_sass,
+)
 
 LISTING = """
         Function : kernel
@@ -31,6 +39,18 @@ def test_a_loop_is_what_a_backward_branch_encloses() -> None:
     inside = in_loops(parse_sass(LISTING))
     assert [one.address for one in inside] == [0x30, 0x40, 0x50, 0x60]
     assert [one.opcode for one in inside if LOCAL_MEMORY.match(one.opcode)] == ["LDL.64"]
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "serialized"),
+    [
+        (["WARPGROUP.ARRIVE", "HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32.BF16", "WARPGROUP.DEPBAR.LE"], False),
+        (["HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR.LE", "QGMMA.64x64x32.F32", "WARPGROUP.DEPBAR.LE"], True),
+        (["HMMA.16816.F32.BF16", "LDGDEPBAR"], False),
+    ],
+)
+def test_a_wait_after_each_product_of_a_warpgroup_is_noticed(opcodes: list[str], serialized: bool) -> None:
+    assert is_serialized([Instruction(16 * i, opcode, "") for i, opcode in enumerate(opcodes)]) is serialized
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from stepvideo_kernels.adaln_modulate.spec import SPEC as ADALN
-from stepvideo_kernels.kernel_spec import SMS, FullSize, TileConfig
+from stepvideo_kernels.kernel_spec import FP8_MIN_SM, SMS, FullSize, TileConfig
 from stepvideo_kernels.ops import OPS, Target, Use, builds_of, choices, choose, full_size_uses, spec_of, table
 from stepvideo_kernels.qkv_norm_rope.spec import SPEC as QKV
 from stepvideo_serve.errors import ExportError
@@ -50,10 +51,23 @@ def test_sizes_may_be_a_range() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
-def test_every_op_at_full_size_has_its_kernel_on_a_data_centre_gpu(precision: str) -> None:
-    chosen = choices(full_size_uses(precision), H100)
-    assert {op: choice["implementation"] for op, choice in chosen.items()} == dict.fromkeys(OPS, "plugin")
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_every_op_at_full_size_has_its_kernel_on_a_data_centre_gpu(precision: str, sm: int) -> None:
+    if precision == "fp8" and sm < FP8_MIN_SM:
+        return
+    chosen = choices(full_size_uses(precision), Target(sm, "tensorrt"))
+    slower = ("attention",) if sm == 90 and precision != "fp8" else ()
+    expected = {op: "native" if op in slower else "plugin" for op in OPS}
+    assert {op: choice["implementation"] for op, choice in chosen.items()} == expected
     json.dumps(chosen)
+
+
+def test_what_a_library_was_measured_to_do_faster_is_left_to_it() -> None:
+    choice = choose(ATTENTION, H100)
+    assert choice.implementation == "native"
+    assert choice.reason == "On SM 90 a library's kernel was faster than ours. TensorRT fuses it by itself."
+    assert choose(ATTENTION, H100, "plugin").implementation == "plugin"
+    assert choose(replace(ATTENTION, dtype="fp8"), H100).implementation == "plugin"
 
 
 def test_rtx_prefers_what_tensorrt_fuses_itself() -> None:

@@ -32,8 +32,7 @@ SPEC = KernelSpec(
 )
 
 # The kernel streams: it is limited by device memory. Two programs of 8 warps on an SM overlap one's reduction with the
-# other's loads; SM 89 and 120 have 100 KB of shared memory and get a shallower pipeline. The FP8 form with a residual
-# holds two layouts of a row (16-byte stores of 1-byte and 2-byte values), for which 16 warps have the registers.
+# other's loads; SM 89 and 120 have 100 KB of shared memory and get a shallower pipeline.
 _DEEP = TileConfig(32, 0, 8, 3)
 _SHALLOW = TileConfig(32, 0, 8, 2)
 _BROAD = TileConfig(32, 0, 16, 2)
@@ -46,7 +45,7 @@ _BY_VARIANT: Mapping[str, tuple[tuple[TileConfig, ...], tuple[TileConfig, ...]]]
     "fp8": ((_DEEP, _BROAD), (_SHALLOW, _BROAD)),
     "residual-bf16": ((_DEEP, _SHORT), (_SHALLOW, _BROAD)),
     "residual-fp16": ((_DEEP,), (_SHALLOW,)),
-    "residual-fp8": ((_BROAD, _SHALLOW), (_BROAD, _SHALLOW)),
+    "residual-fp8": ((_DEEP, _SHALLOW), (_SHALLOW, _BROAD)),
 }
 TILES: Mapping[str, Mapping[int, tuple[TileConfig, ...]]] = {
     variant: {

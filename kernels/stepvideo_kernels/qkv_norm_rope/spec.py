@@ -40,13 +40,14 @@ _SMALL = TileConfig(16, 0, 4, 3, extra={"HEADS_PER_PROGRAM": 16})
 _SMALL_SHALLOW = TileConfig(16, 0, 4, 2, extra={"HEADS_PER_PROGRAM": 16})
 _TALL = TileConfig(32, 0, 8, 3, extra={"HEADS_PER_PROGRAM": 16})
 _TALL_SHALLOW = TileConfig(32, 0, 8, 2, extra={"HEADS_PER_PROGRAM": 8})
+_BROAD = TileConfig(32, 0, 16, 3, extra={"HEADS_PER_PROGRAM": 16})
 _TALLEST = TileConfig(64, 0, 16, 2, extra={"HEADS_PER_PROGRAM": 8})
 
 # The first of each is the chosen one.
 _WIDE_TILES: Mapping[int, tuple[TileConfig, ...]] = {
     80: (_SMALL, _TALL_SHALLOW),
     89: (_SMALL_SHALLOW, _TALL_SHALLOW),
-    90: (_SMALL, _TALL_SHALLOW, _TALL),
+    90: (_BROAD, _TALL),
     100: (_TALL, _SMALL),
     120: (_SMALL_SHALLOW, _TALL_SHALLOW),
 }

@@ -47,7 +47,6 @@ _TILES: Mapping[int, tuple[TileConfig, ...]] = {
     89: _STREAMED,
     90: (
         _tile(128, 32, 8, 2, 256, 128, tma=True, stream_q=False),
-        _tile(64, 32, 8, 2, 512, 128, tma=True, stream_q=False),
         _tile(128, 64, 8, 2, 256, 128, tma=True, stream_q=True),
     ),
     100: (
