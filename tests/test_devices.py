@@ -2,15 +2,13 @@
 stands for one. Tensors there have no values, and torch refuses to mix them with those of the CPU, as it does for CUDA.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stepvideo_serve.assembly import LocalStages
 from stepvideo_serve.components import components
@@ -22,27 +20,8 @@ from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.sampling.job import DenoiseJob, run_job
 from stepvideo_serve.weights.checkpoint import Checkpoint
+from tests.meta_device import META, ReadableMeta
 from tests.serving.launch import EAGER
-
-META = torch.device("meta")
-
-
-class ReadableMeta(TorchFunctionMode):
-    """Copies from the meta device to the CPU give zeros. `reads` counts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if function is Tensor.cpu and args[0].device == META:
-            self.reads += 1
-            return torch.zeros(args[0].shape, dtype=args[0].dtype)
-        if function in (torch.isfinite, Tensor.all) and args[0].device == META:
-            return torch.ones((), dtype=torch.bool)  # where values are asked for
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

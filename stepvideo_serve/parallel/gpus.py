@@ -19,7 +19,7 @@ from stepvideo_serve.errors import ConfigError
 
 GIB = 2**30
 EFFICIENCY: Mapping[str, float] = {"bf16": 0.57, "fp8": 0.50}
-VAE_EFFICIENCY = 0.40
+VAE_EFFICIENCY = 0.33
 LINK_EFFICIENCY = 0.80
 OVERLAP_LOSS = 0.15
 ONE_NODE = 8
