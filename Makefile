@@ -30,9 +30,9 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quality prices serve bench bench-dit bench-parallel bench-quote bench-scheduling perf soak layouts onnx \
+.PHONY: help setup demo quality prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
-	test-engines-slow test-toyworld lint format clean
+	test-engines-slow test-gpu test-toyworld lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -110,6 +110,9 @@ bench-parallel: $(INSTALLED) ## layouts of several ranks against one rank, on CP
 
 bench-dit: $(INSTALLED) ## one DiT step, eager and ONNX Runtime, against this machine's matrix-multiply rate
 	@$(RUN) perf.dit_step
+
+bench-gpu: $(INSTALLED) ## every stage of the full-size model on one GPU, in torch and with the fused kernels
+	@PYTHONPATH=kernels:. $(RUN) perf.full_size
 
 bench-scheduling: $(INSTALLED) $(ENGINE_DIR).made ## cold start, saturation, preemption, cancelling: what is lost around the steps
 	@$(RUN) perf.scheduling --model-dir $(MODEL_DIR) --engines-dir $(ENGINE_DIR)
@@ -206,6 +209,9 @@ test-engines: $(KERNELS_INSTALLED) ## the tests that build TensorRT engines of t
 
 test-engines-slow: $(KERNELS_INSTALLED) ## engines at full width, one DiT block and one Step-LLM layer
 	@$(RUN) pytest -q -rs -m 'slow and not gpu' tests/engines $(PYTEST_ARGS)
+
+test-gpu: $(KERNELS_INSTALLED) ## the tests that need an NVIDIA GPU, after make kernels
+	@$(RUN) pytest -q -rs -m gpu tests $(PYTEST_ARGS)
 
 test-toyworld: $(INSTALLED) ## the tests of the toy world and its training
 	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/toyworld $(PYTEST_ARGS)

@@ -1,12 +1,13 @@
 """What the planner knows about a GPU, and how much of it a run is expected to reach.
 
 Peaks are those of NVIDIA's data sheets without sparsity (H100 and H200 SXM, HGX B200 at 1000 W, L40S). The shares that
-are reached are assumptions with a source, not measurements of this code:
+are reached:
 
     bf16 0.57, fp8 0.50   LightX2V's Wan2.1 on eight H100 and TensorRT-LLM's Wan2.2 on B200 report 57-58 % of the bf16
-                          peak; FP8 linears with FP8 attention reach about 1 PFLOP/s of 1.98 on Hopper. The L40S is
-                          given the same shares for want of numbers; its power limit may take more.
-    Video-VAE 0.40        of the bf16 peak: convolutions with norms between them, bound by memory in part
+                          peak; FP8 linears with FP8 attention reach about 1 PFLOP/s of 1.98 on Hopper. This project's
+                          own step in torch on one H200 reaches 0.53 in bf16, with its fused kernels 0.59 (docs/gpu.md).
+                          The L40S is given the same shares for want of numbers; its power limit may take more.
+    Video-VAE 0.33        of the bf16 peak: measured in torch on one H200 with the fused attention (docs/gpu.md)
     links 0.80            protocol overhead of about 20 % (NVIDIA/nccl-tests issue 212: 370 of 450 GB/s); what
                           NVSwitch can save by summing itself is not assumed
     while sums run 0.85   of the computation goes on: NCCL takes some of the multiprocessors
