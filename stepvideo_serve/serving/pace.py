@@ -26,7 +26,8 @@ WORK: Mapping[str, str] = {
     "check": "pixels of all frames",
     "mp4": "pixels of all frames",
 }
-NEWEST = 0.2  # least weight of the newest measurement in the average of its size
+NEWEST = 0.5  # least weight of the newest measurement in the average of its size
+NEWEST_STEP = 0.2  # the same where a request has many
 SIZES_KEPT = 32
 DISTURBED_S = 2.0  # a step that comes so much later than it took: the ranks were started anew meanwhile
 SAME_SIZE = log(1.02)  # amounts of work that differ by less share an average
@@ -38,11 +39,14 @@ Points = list[tuple[float, float]]
 class Rate:
     """Average seconds by amount of work, of one stage; amounts in between are interpolated.
 
-    The first measurement at a size, which may include warming up, is forgotten when the second comes. Beyond the sizes
-    seen, seconds are a fixed part, from a straight line fitted to all of them, plus a part in proportion to the work.
+    The first measurement at a size, which may include warming up, is forgotten when the second comes. Where the average
+    of a size moves after that, the machine has become slower or faster (its clocks, its neighbours), and those of the
+    other sizes move with it. Beyond the sizes seen, seconds are a fixed part, from a straight line fitted to all of
+    them, plus a part in proportion to the work.
     """
 
-    def __init__(self, points: Sequence[Sequence[float]] = ()) -> None:
+    def __init__(self, points: Sequence[Sequence[float]] = (), newest: float = NEWEST_STEP) -> None:
+        self._newest = newest
         self._averages: OrderedDict[int, tuple[float, float, int]] = OrderedDict()
         for work, seconds in points:
             self.note(work, seconds)
@@ -51,11 +55,17 @@ class Rate:
         """So much work (above 0) took so long."""
         size = round(log(work) / SAME_SIZE)
         old_work, old_seconds, count = self._averages.pop(size, (work, seconds, 0))
-        weight = 1.0 if count < 2 else max(1.0 / count, NEWEST)
+        weight = 1.0 if count < 2 else max(1.0 / count, self._newest)
         average = (old_work + weight * (work - old_work), old_seconds + weight * (seconds - old_seconds), count + 1)
+        if count >= 2 and old_seconds > 0.0:
+            self._change_all(average[1] / old_seconds)
         self._averages[size] = average
         if len(self._averages) > SIZES_KEPT:
             self._averages.popitem(last=False)
+
+    def _change_all(self, factor: float) -> None:
+        for size, (work, seconds, count) in self._averages.items():
+            self._averages[size] = work, seconds * factor, count
 
     def points(self) -> Points:
         """(work, seconds) by size; more work never takes less time: where it did, neighbours share their mean."""
@@ -92,7 +102,8 @@ class Ledger:
         if stage not in WORK or not 0 < work < float("inf") or not 0 <= seconds < float("inf"):
             raise ValueError(f"{stage} cannot have done {work} in {seconds} s")
         with self._lock:
-            self._rates.setdefault(stage, Rate()).note(work, seconds)
+            rate = self._rates.setdefault(stage, Rate(newest=NEWEST_STEP if stage == "step" else NEWEST))
+            rate.note(work, seconds)
 
     def seconds(self, stage: str, work: float) -> float | None:
         """What so much work will take; None before the first measurement."""

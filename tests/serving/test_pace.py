@@ -41,6 +41,20 @@ def test_a_first_measurement_is_forgotten_and_later_ones_are_averaged() -> None:
     assert seconds == pytest.approx(3.0)
 
 
+def test_a_machine_that_became_slower_is_slower_at_every_size() -> None:
+    points = [(100.0, 1.0), (400.0, 4.0)]
+    rate = Rate([*points * 3, *[(100.0, 1.5)] * 30])
+    assert rate.seconds(400.0) == pytest.approx(6.0, rel=0.01)
+    assert rate.seconds(200.0) == pytest.approx(3.0, rel=0.01)
+    for _ in range(30):
+        rate.note(400.0, 4.0)
+    assert rate.seconds(100.0) == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_size_that_is_warming_up_says_nothing_of_the_others() -> None:
+    assert rate_of((100.0, 1.0), (100.0, 1.0), (400.0, 9.0), (400.0, 4.0)).points() == [(100.0, 1.0), (400.0, 4.0)]
+
+
 def test_amounts_that_hardly_differ_share_an_average() -> None:
     rate = rate_of((1000.0, 5.0), (1001.0, 2.0), (1000.0, 4.0))
     [(work, seconds)] = rate.points()
