@@ -8,6 +8,9 @@ fp16        twice what torch itself loses in fp16, its convolutions accumulating
 bf16, fp8   as fp16, with the fp16 twin of the graph (twin.py), since ONNX Runtime has no bf16 kernels on a CPU; for fp8
             torch loses what the same quantised layers lose in fp16
 
+A graph that TensorRT compiles runs as its twin in fp16 too: sums and scores of its attention are in fp32, as on GPUs. One
+for ONNX Runtime runs as it is, since that is what serves it.
+
 A graph with plugins or NVFP4 runs nowhere but in TensorRT: its torch module, whose operators compute their formulas on
 a CPU, is compared in its place, in the precision of the graph.
 """
@@ -40,9 +43,10 @@ Outputs = list[dict[str, Tensor]]
 
 
 def compare_with_eager(
-    spec: EngineSpec, path: Path, reference: Load, same_precision: Load | None = None
+    spec: EngineSpec, path: Path, reference: Load, same_precision: Load | None = None, compiled: bool = False
 ) -> list[dict[str, Any]]:
-    """One row per output and shape, see `error_row`; the graph at `path` runs in ONNX Runtime.
+    """One row per output and shape, see `error_row`; the graph at `path` runs in ONNX Runtime, `compiled`: for
+    TensorRT, as its twin.
 
     `reference` loads the plain module in fp32; `same_precision` the one whose loss is the measure, in fp16, quantised
     if the graph is: None for an fp32 graph. One module is in memory at a time.
@@ -54,7 +58,7 @@ def compare_with_eager(
     if same_precision is not None:
         with RoundedConvolutions():
             low = _run_all(EagerRunner(twin_spec(spec), same_precision()), inputs)
-    if spec == twin_spec(spec):
+    if same_precision is None or (spec == twin_spec(spec) and not compiled):
         return _rows(spec, _run_all(OrtRunner(spec, path), inputs), wide, low, "onnxruntime")
     with tempfile.TemporaryDirectory(prefix=".twin-", dir=path.parent) as folder:
         twin = Path(folder, path.name)

@@ -185,7 +185,8 @@ class _Exporter:
         if not self._recipe.compare:
             return []
         measure = None if self._recipe.precision == "fp32" else self._recipe.same_precision(check)
-        return compare_with_eager(component.spec, path, wide.load, measure)
+        compiled = self._recipe.target is not None
+        return compare_with_eager(component.spec, path, wide.load, measure, compiled)
 
 
 def write_graph(module: nn.Module, spec: EngineSpec, path: Path, table: Table | None = None) -> None:
