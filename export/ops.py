@@ -7,7 +7,8 @@
     torch.onnx.export(module, ..., custom_translation_table=table)
 
 Only "plugin" changes a network: its parts are replaced by modules of the same parameters (fused_modules.py). With
-"native" and "reference" the plain network is exported, and TensorRT fuses what it can.
+"native" and "reference" the plain network is exported, and TensorRT fuses what it can; but for attention to the text in
+a slice of one head, which it refuses as it stands (PairedCore).
 """
 
 import copy
@@ -30,6 +31,7 @@ from export.fused_modules import (
     FusedSelfAttention,
     FusedSelfAttentionFp8,
     FusedTokenCausalAttention,
+    PairedCore,
 )
 from export.quantize.qdq import QuantizedLinear
 from stepvideo_kernels.kernel_spec import FullSize
@@ -197,8 +199,11 @@ class _Fuser:
         return FusedSelfAttentionFp8(plain, *(self._scale(f"{path}.{name}", heads) for name in "qkv"))
 
     def _core(self, path: str, root: nn.Module) -> nn.Module | None:
-        if isinstance(root.get_submodule(path.rpartition(".")[0]), CrossAttention):
-            return FusedCore() if self._takes(TEXT_ATTENTION, HEAD_DIM) else None
+        owner = root.get_submodule(path.rpartition(".")[0])
+        if isinstance(owner, CrossAttention):
+            if self._takes(TEXT_ATTENTION, HEAD_DIM):
+                return FusedCore()
+            return PairedCore() if owner.wo.in_features == HEAD_DIM else None
         if not self._takes("attention", HEAD_DIM):
             return None
         if isinstance(root, CoreSegment) and self._choices["attention"].dtype == "fp8":
