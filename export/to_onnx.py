@@ -41,6 +41,7 @@ from export.preview_fit import fit_preview
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, Linears, count_quantized
 from export.quantize.nvfp4 import type_codes
+from export.quantize.weights import check_weights
 from export.recipe import OPSET, PRECISIONS, TOOLS, Recipe, Table
 from export.samples import SMALL_SIZES, sample_inputs
 from stepvideo_serve.components import Component
@@ -157,6 +158,8 @@ class _Exporter:
             extras = self._write(graph, path)
             if "parity" not in extras:
                 extras["parity"] = self._compare(graph, path)
+            if self._recipe.fp8 is not None and self._recipe.compare:
+                check_weights(component.name, path, graph[2].load())
             for file in sorted(workshop.iterdir(), reverse=True):  # weights first: the graph file makes it complete
                 os.replace(file, out / file.name)
         finally:

@@ -35,7 +35,7 @@ def twin_spec(spec: EngineSpec) -> EngineSpec:
 
 
 def write_fp16_twin(path: Path, twin: Path) -> None:
-    """Reads the graph at `path`, in bf16 or fp16, with its external data and writes its twin, with its own data beside it.
+    """Reads the graph at `path`, in bf16 or fp16, with its external data and writes its twin, with its own data beside.
     Raises ExportError for an attention of tensors whose type the graph does not give."""
     model = onnx.load(str(path))
     for graph in _graphs(model.graph):
@@ -85,7 +85,8 @@ def _widen_attention(graph: GraphProto) -> None:
 def _type_of(types: Mapping[str, int], tensor: str, node: NodeProto) -> int:
     if tensor not in types:
         raise ExportError(
-            f"The graph must give the type of {tensor}, an input or output of {node.name}, it gives none: export it again."
+            f"The graph must give the type of {tensor}, an input or output of {node.name}, it gives none: "
+            "export it again."
         )
     return types[tensor]
 

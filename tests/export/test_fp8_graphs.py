@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import onnx
 import onnx.numpy_helper
 import pytest
 import torch
+from torch import Tensor
 
-from export.compare import compare_with_eager
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
 from export.quantize.layers import all_names
+from export.quantize.weights import check_weights
 from export.recipe import Recipe
 from export.tiny_checkpoint import write_checkpoint
 from export.to_onnx import export_graphs, main
@@ -126,25 +128,61 @@ def test_a_twin_has_the_same_codes_and_scales(exported: Path, tmp_path: Path) ->
     assert {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)} == {"float16", "float32"}
 
 
-@pytest.mark.parametrize("product", range(6))
+def test_weights_are_those_of_the_checkpoint(exported: Path, mini_checkpoint: Path) -> None:
+    table = components(Checkpoint(mini_checkpoint), "fp32")
+    counts = {name: check_weights(name, exported / f"{name}.onnx", table[name].load()) for name in GRAPHS}
+    assert counts == {"dit_block_00": 6, "dit_cross_00": 1, "dit_final": 0}
+
+
+def swapped(values: Tensor) -> None:
+    """Two neighbours, in whatever has the channels along its last axis."""
+    values[..., [4, 5]] = values[..., [5, 4]]
+
+
+def doubled(values: Tensor) -> None:
+    values[..., 5] *= 2
+
+
+def beyond_rounding(values: Tensor) -> None:
+    """A tenth, where rounding is a sixteenth at most."""
+    values[..., 5] *= 1.1
+
+
+@pytest.mark.parametrize("layer", ["attn1.wqkv", "attn1.wo", "attn2.wq", "attn2.wo", "ff.net.0.proj", "ff.net.2"])
+@pytest.mark.parametrize("edit", [doubled, swapped, beyond_rounding])
 def test_a_wrong_scale_of_one_channel_is_found(
-    exported: Path, mini_checkpoint: Path, calibration: Path, product: int, tmp_path: Path
+    exported: Path, mini_checkpoint: Path, layer: str, edit: Callable[[Tensor], None], tmp_path: Path
 ) -> None:
-    """Of the weight of each product: twice as large. What FP8 itself loses does not hide it."""
-    checkpoint = Checkpoint(mini_checkpoint)
+    """What a graph loses in FP8 hides most of these: twice the scale of a channel passes in five layers of six."""
     model = onnx.load(str(exported / "dit_block_00.onnx"))
-    weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type == FP8}
-    scales = [n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights]
-    assert len(scales) == 6
-    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == scales[product])
-    scale = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.bfloat16)
-    scale[5] *= 2
-    tensor.raw_data = scale.view(torch.int16).numpy().tobytes()
+    (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{layer}.weight_scale")
+    values = torch.frombuffer(bytearray(scale.raw_data), dtype=torch.bfloat16).clone()
+    edit(values)
+    scale.raw_data = values.view(torch.int16).numpy().tobytes()
     onnx.save(model, str(tmp_path / "wrong.onnx"))
-    tables = {name: components(checkpoint, name)["dit_block_00"] for name in ("bf16", "fp16", "fp32")}
-    measure = Recipe("fp8", Fp8(Calibration.load(calibration))).same_precision(tables["fp16"])
-    with pytest.raises(ExportError, match="output tokens_out at .* must be within .* of the reference, is off by"):
-        compare_with_eager(tables["bf16"].spec, tmp_path / "wrong.onnx", tables["fp32"].load, measure)
+    plain = components(Checkpoint(mini_checkpoint), "fp32")["dit_block_00"].load()
+    refusal = rf"dit_block_00: {layer}\.weight must be the checkpoint's .* output channel [45] is off by"
+    with pytest.raises(ExportError, match=refusal):
+        check_weights("dit_block_00", tmp_path / "wrong.onnx", plain)
+
+
+def test_wrong_codes_are_found(exported: Path, mini_checkpoint: Path, tmp_path: Path) -> None:
+    """One bad column, with the right scales; and a layer in the place of another."""
+    model = onnx.load(str(exported / "dit_block_00.onnx"))
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    plain = components(Checkpoint(mini_checkpoint), "fp32")["dit_block_00"].load()
+    right = tensors["attn1.wo.weight"].raw_data
+    codes = np.frombuffer(right, np.uint8).reshape(MINI.dit.width, MINI.dit.width).copy()
+    codes[:, 7] = codes[:, 8]
+    tensors["attn1.wo.weight"].raw_data = codes.tobytes()
+    onnx.save(model, str(tmp_path / "wrong.onnx"))
+    with pytest.raises(ExportError, match=r"attn1\.wo\.weight .* output channel 7 .* \(1 of 256 channels are wrong\)"):
+        check_weights("dit_block_00", tmp_path / "wrong.onnx", plain)
+    tensors["attn1.wo.weight"].raw_data = right
+    tensors["attn1.wo.weight"].name = "attn1.w.weight"
+    onnx.save(model, str(tmp_path / "wrong.onnx"))
+    with pytest.raises(ExportError, match=r"the FP8 weight attn1\.w\.weight must be one of \["):
+        check_weights("dit_block_00", tmp_path / "wrong.onnx", plain)
 
 
 def test_kept_layers_are_in_bf16_and_only_their_graphs_are_rebuilt(
