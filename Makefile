@@ -142,8 +142,16 @@ prices: build/toyworld-fp8.made ## what precisions and layouts cost, against fp3
 
 onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 
-verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare
+# With OUT: the parity reports of the engines there. GPU=1 also runs them, and adds what they give.
+ifneq ($(if $(filter file,$(origin OUT)),,$(OUT))$(filter 1,$(GPU)),)
+verify: $(INSTALLED)
+	@PYTHONPATH=kernels:. $(RUN) export.verify --engines '$(ENGINES_OUT)' $(if $(filter 1,$(GPU)),--gpu \
+		--model-dir '$(MODEL_DIR)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)'))
+else
+verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare; OUT=DIR [GPU=1]: parity reports of engines
 	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
+	@test ! -f '$(ENGINES_OUT)/manifest.json' || $(RUN) export.verify --engines '$(ENGINES_OUT)'
+endif
 
 KERNELS_INSTALLED := .venv/.kernels-$(PINS)
 $(KERNELS_INSTALLED): $(INSTALLED)

@@ -31,7 +31,7 @@ from export.build.profiles import profile_spec
 from export.build.toolkit import check_local_gpu, check_target, child_environment, toolkit_version
 from stepvideo_serve.engine.manifest import FILE_NAME, GraphEntry, GraphFile, Manifest, content_key
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.engine.target import KEY, EngineTarget
+from stepvideo_serve.engine.target import GRAPH, KEY, EngineTarget
 from stepvideo_serve.errors import EngineError, ExportError
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
@@ -244,6 +244,7 @@ class _Folder:
         figures = {"activation_bound_bytes": expected.activation_bytes, "plugins": len(expected.plugins)}
         return {
             **self._source.graph(name).extras,
+            GRAPH: self._source.graph(name).key,
             "seconds": built.seconds,
             "peak_bytes": built.peak_bytes,
             "plan": {**summary(plan), **figures},

@@ -48,7 +48,7 @@ class Block:
     def compare(self, path: Path) -> float:
         """The largest error over what is allowed. Raises ExportError where that is more than 1."""
         spec, wide, half = self.precisions["bf16"].spec, self.precisions["fp32"].load, self.precisions["fp16"].load
-        return max(row["error"] / row["allowed"] for row in compare_with_eager(spec, path, wide, half))
+        return max(float(row["error"] / row["allowed"]) for row in compare_with_eager(spec, path, wide, half))
 
     def edited(self, name: str, edit: Callable[[Tensor], object], folder: Path) -> Path:
         """A copy in which `edit` changed the weight `name` [input channels, output channels] in place."""
@@ -117,7 +117,7 @@ def test_one_bad_column_of_any_weight_is_found(
 ) -> None:
     name = list(weights)[product]
     path = block.edited(name, lambda weight: weight[:, 5].zero_(), tmp_path)
-    with pytest.raises(ExportError, match="output tokens_out at .* must be within .* of the reference, is off by"):
+    with pytest.raises(ExportError, match=r"output tokens_out at .* must be within .* of the reference, is off by"):
         block.compare(path)
 
 
@@ -128,7 +128,7 @@ def test_a_wrong_scale_of_one_channel_is_found(
     """A quarter too large: what a scale of another channel could be."""
     name = list(weights)[product]
     path = block.edited(name, lambda weight: weight[:, 5].mul_(1.25), tmp_path)
-    with pytest.raises(ExportError, match="output tokens_out at .* must be within .* of the reference, is off by"):
+    with pytest.raises(ExportError, match=r"output tokens_out at .* must be within .* of the reference, is off by"):
         block.compare(path)
 
 
@@ -137,5 +137,5 @@ def test_heads_that_changed_places_are_found(block: Block, weights: dict[str, li
     assert MINI.dit.num_heads == 2
     name = next(name for name, size in weights.items() if size == [2 * HEAD_DIM, 2 * HEAD_DIM])
     path = block.edited(name, lambda weight: weight.copy_(weight.roll(HEAD_DIM, 0)), tmp_path)
-    with pytest.raises(ExportError, match="output tokens_out at .* must be within .* of the reference, is off by"):
+    with pytest.raises(ExportError, match=r"output tokens_out at .* must be within .* of the reference, is off by"):
         block.compare(path)
