@@ -173,6 +173,8 @@ ENGINES_OUT = $(if $(filter file,$(origin OUT)),build/engines,$(OUT))
 ENGINES_BACKEND = $(if $(filter file,$(origin BACKEND)),tensorrt_rtx,$(BACKEND))
 
 engines: $(KERNELS_INSTALLED) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
+	@PYTHONPATH=kernels:. $(RUN) export.build_engine --check --onnx '$(ENGINES_OUT)/onnx' --out '$(ENGINES_OUT)' \
+		--backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)'
 	$(SAY) "graphs of $(MODEL_DIR) in $(ENGINES_OUT)/onnx: $(PRECISION), layout $(LAYOUT)"
 	@PYTHONPATH=kernels:. $(RUN) export.to_onnx --model-dir '$(MODEL_DIR)' --out '$(ENGINES_OUT)/onnx' \
 		--precision $(PRECISION) --layout $(LAYOUT) --sm $(SM) --toolkit $(ENGINES_BACKEND) \

@@ -7,8 +7,8 @@
     torch.onnx.export(module, ..., custom_translation_table=table)
 
 Only "plugin" changes a network: its parts are replaced by modules of the same parameters (fused_modules.py). With
-"native" and "reference" the plain network is exported, and TensorRT fuses what it can; but for attention to the text in
-a slice of one head, which it refuses as it stands (PairedCore).
+"native" and "reference" the plain network is exported, and TensorRT fuses what it can; but for attention of a
+single head, which it refuses as it stands (PairedCore).
 """
 
 import copy
@@ -40,7 +40,7 @@ from stepvideo_kernels.ops import IMPLEMENTATIONS, OPS, Choice, Implementation, 
 from stepvideo_serve.dit.blocks import AttentionCore, CrossAttention, DiTBlock, ModulatedNorm, SelfAttention
 from stepvideo_serve.dit.config import HEAD_DIM
 from stepvideo_serve.dit.graphs import VIDEO_TOKENS
-from stepvideo_serve.dit.segments import CoreSegment
+from stepvideo_serve.dit.segments import CoreSegment, core_name
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.text.segments import LLM_TOKENS, LlmAttention
 from stepvideo_serve.text.step_llm import Attention, StepLLM, alibi_slopes
@@ -200,15 +200,20 @@ class _Fuser:
 
     def _core(self, path: str, root: nn.Module) -> nn.Module | None:
         owner = root.get_submodule(path.rpartition(".")[0])
-        if isinstance(owner, CrossAttention):
-            if self._takes(TEXT_ATTENTION, HEAD_DIM):
-                return FusedCore()
-            return PairedCore() if owner.wo.in_features == HEAD_DIM else None
-        if not self._takes("attention", HEAD_DIM):
-            return None
+        use = TEXT_ATTENTION if isinstance(owner, CrossAttention) else "attention"
+        if not self._takes(use, HEAD_DIM):
+            return PairedCore() if self._has_one_head(owner) else None
+        if use == TEXT_ATTENTION:
+            return FusedCore()
         if isinstance(root, CoreSegment) and self._choices["attention"].dtype == "fp8":
             return FusedCoreFp8(*(self._scale(f"{path}.{name}", 1) for name in "qkv"))
         return FusedCore()
+
+    def _has_one_head(self, owner: nn.Module) -> bool:
+        """Whether the attention that a core belongs to has a single head; attention alone is known by its name."""
+        if isinstance(owner, CoreSegment):
+            return self._graph == core_name(1)
+        return isinstance(owner.wo, nn.Linear) and owner.wo.in_features == HEAD_DIM
 
     def _takes(self, op: str, size: int) -> bool:
         """Whether this op's plugin was chosen; raises ExportError where it was and cannot take this size."""

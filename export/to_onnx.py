@@ -35,6 +35,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from export.build.toolkit import check_target
 from export.compare import compare_plugins, compare_with_eager
 from export.plan import export_plan
 from export.preview_fit import fit_preview
@@ -302,6 +303,7 @@ def _target(arguments: argparse.Namespace) -> "Target | None":
         return None
     if arguments.sm is None or arguments.toolkit is None:
         raise ExportError("--sm and --toolkit go together, got one of them: add the other.")
+    check_target(arguments.toolkit, arguments.sm, arguments.precision)  # now, and not when all graphs are there
     try:
         from stepvideo_kernels.ops import Target
     except ModuleNotFoundError as error:

@@ -89,6 +89,15 @@ def build_engines(onnx_dir: Path, out: Path, options: Options, show_progress: bo
     return report
 
 
+def check_machine(options: Options) -> None:
+    """Raises ExportError when this machine cannot build for what `options` name, whatever the graphs."""
+    if options.fixed and len(options.videos) != 1:
+        raise ExportError(f"--fixed builds for one size, got {len(options.videos)}: give one with --shapes.")
+    check_target(options.backend, options.sm, "bf16")
+    check_local_gpu(options.backend, options.sm)
+    toolkit_version(options.backend)
+
+
 def check_checkpoint(onnx_dir: Path, model_dir: Path) -> None:
     """Raises ExportError when the graphs were made from other weights than those in `model_dir`."""
     if Manifest.load(onnx_dir).checkpoint != Checkpoint(model_dir).identity:

@@ -249,8 +249,11 @@ def test_a_graph_with_plugins_is_compared_in_torch(mini_checkpoint: Path, calibr
         (("--sm", "89"), "--sm and --toolkit go together"),
         (
             ("--precision", "fp8", "--calibration", "FILE", "--sm", "86", "--toolkit", "tensorrt"),
-            "FP8 needs an architecture of 89 or later, got --sm 86",
+            "fp8 needs SM 89 or newer, got 86",
         ),
+        (("--sm", "77", "--toolkit", "tensorrt"), "--sm must be one of 80, 86, 89, 90"),
+        (("--precision", "bf16", "--sm", "90", "--toolkit", "tensorrt_rtx"), "--sm must be one of 80, 86, 89, 120"),
+        (("--precision", "fp32", "--sm", "89", "--toolkit", "tensorrt"), "Engines are built from graphs in bf16"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(
