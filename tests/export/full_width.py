@@ -46,7 +46,7 @@ def write_full_width(folder: Path, blocks: int = 1) -> None:
     weight_map: dict[str, str] = {}
     for index, shapes in enumerate(shards, 1):
         name = f"{stem}-{index:05d}-of-{len(shards):05d}"
-        save_weights(transformer, name, _random(shapes))
+        save_weights(transformer, name, _random(shapes, index))
         weight_map |= dict.fromkeys(shapes, f"{name}.safetensors")
     write_json(transformer / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(folder / "step_llm" / "config.json", llm_json(LLM))
@@ -61,11 +61,12 @@ def write_calibration(checkpoint: Checkpoint, path: Path) -> None:
     Calibration({part: checkpoint.digest(part) for part in ("dit", "llm")}, {}, amax).save(path)
 
 
-def _random(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Matrices that keep the size of what passes through them, norms near 1."""
-    state = {}
+def _random(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Matrices that keep the size of what passes through them, norms near 1. No two are equal: TensorRT would store
+    them once."""
+    state, generator = {}, torch.Generator().manual_seed(seed)
     for key, shape in shapes.items():
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+        values = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
         if len(shape) > 1:
             values *= 1 / math.sqrt(math.prod(shape[1:]))
         state[key] = 1 + 0.1 * values if key.endswith("norm.weight") else values
