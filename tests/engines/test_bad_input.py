@@ -66,7 +66,7 @@ def test_make_engines_says_what_is_wrong_before_it_exports(
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (("tensorrt_rtx", 89, "fp32"), "Engines are built from graphs in bf16, fp16, fp8, found fp32"),
+        (("tensorrt_rtx", 89, "fp32"), "Engines are built from graphs in bf16, fp16, fp8, nvfp4, found fp32"),
         (("tensorrt_rtx", 86, "fp8"), "fp8 needs SM 89 or newer, got 86"),
         (("tensorrt", 70, "bf16"), "--sm must be one of 80, .* for tensorrt, got 70"),
         (("tensorflow", 89, "bf16"), "--backend must be one of tensorrt, tensorrt_rtx"),
