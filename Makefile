@@ -145,8 +145,16 @@ prices: build/toyworld-fp8.made ## what precisions and layouts cost, against fp3
 
 onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 
-verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare
+# With OUT: the parity reports of the engines there. GPU=1 also runs them, and adds what they give.
+ifneq ($(if $(filter file,$(origin OUT)),,$(OUT))$(filter 1,$(GPU)),)
+verify: $(INSTALLED)
+	@PYTHONPATH=kernels:. $(RUN) export.verify --engines '$(ENGINES_OUT)' $(if $(filter 1,$(GPU)),--gpu \
+		--model-dir '$(MODEL_DIR)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)'))
+else
+verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare; OUT=DIR [GPU=1]: parity reports of engines
 	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
+	@test ! -f '$(ENGINES_OUT)/manifest.json' || $(RUN) export.verify --engines '$(ENGINES_OUT)'
+endif
 
 KERNELS_INSTALLED := .venv/.kernels-$(PINS)
 $(KERNELS_INSTALLED): $(INSTALLED)
@@ -168,6 +176,8 @@ ENGINES_OUT = $(if $(filter file,$(origin OUT)),build/engines,$(OUT))
 ENGINES_BACKEND = $(if $(filter file,$(origin BACKEND)),tensorrt_rtx,$(BACKEND))
 
 engines: $(KERNELS_INSTALLED) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
+	@PYTHONPATH=kernels:. $(RUN) export.build_engine --check --onnx '$(ENGINES_OUT)/onnx' --out '$(ENGINES_OUT)' \
+		--backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)'
 	$(SAY) "graphs of $(MODEL_DIR) in $(ENGINES_OUT)/onnx: $(PRECISION), layout $(LAYOUT)"
 	@PYTHONPATH=kernels:. $(RUN) export.to_onnx --model-dir '$(MODEL_DIR)' --out '$(ENGINES_OUT)/onnx' \
 		--precision $(PRECISION) --layout $(LAYOUT) --sm $(SM) --toolkit $(ENGINES_BACKEND) \

@@ -2,6 +2,8 @@
 
     python -m export.build_engine --onnx DIR --out DIR --backend tensorrt|tensorrt_rtx --sm 89 [--only GLOB ...]
         [--shapes 544x992x102,...] [--fixed] [--layout tp2] [--model-dir DIR] [--weight-streaming]
+    python -m export.build_engine --check ...    says what is wrong with the arguments or this machine before graphs
+                                                 are exported: neither folder needs to be there
 
 Run again, it builds only what is missing or stale. Exit status: 0 all engines are there; 1 some could not be built;
 2 nothing was built because of wrong arguments or files; 130 interrupted.
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.build.engines import Options, build_engines, check_checkpoint
+from export.build.engines import Options, build_engines, check_checkpoint, check_machine
 from export.build.profiles import parse_shapes
 from export.build.report import outcome, table
 from export.build.toolkit import SMS
@@ -49,6 +51,9 @@ def _build(given: argparse.Namespace) -> int:
         only=tuple(given.only),
         weight_streaming=given.weight_streaming,
     )
+    if given.check:
+        check_machine(options)
+        return BUILT
     if given.model_dir is not None:
         check_checkpoint(given.onnx, given.model_dir)
     report = build_engines(given.onnx, given.out, options, not given.quiet)
@@ -72,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", default="single", help='how ranks share the DiT, such as "tp2"')
     parser.add_argument("--model-dir", type=Path, help="also check that the graphs are of this checkpoint")
     parser.add_argument("--weight-streaming", action="store_true", help="engines whose weights may stay in host memory")
+    parser.add_argument("--check", action="store_true", help="only check the arguments and this machine")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -8,14 +8,18 @@ fp16        twice what torch itself loses in fp16, its convolutions accumulating
 bf16, fp8   as fp16, with the fp16 twin of the graph (twin.py), since ONNX Runtime has no bf16 kernels on a CPU; for fp8
             torch loses what the same quantised layers lose in fp16
 
+A graph that TensorRT compiles runs as its twin in fp16 too: scores and sums of its attention are in fp32, as on GPUs.
+One for ONNX Runtime runs as it is, since that is what serves it.
+
 A graph with plugins or NVFP4 runs nowhere but in TensorRT: its torch module, whose operators compute their formulas on
 a CPU, is compared in its place, in the precision of the graph.
 """
 
 import gc
 import math
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +44,10 @@ Outputs = list[dict[str, Tensor]]
 
 
 def compare_with_eager(
-    spec: EngineSpec, path: Path, reference: Load, same_precision: Load | None = None
+    spec: EngineSpec, path: Path, reference: Load, same_precision: Load | None = None, compiled: bool = False
 ) -> list[dict[str, Any]]:
-    """One row per output and shape, see `error_row`; the graph at `path` runs in ONNX Runtime.
+    """One row per output and shape, see `error_row`; the graph at `path` runs in ONNX Runtime, `compiled`: for
+    TensorRT, as its twin.
 
     `reference` loads the plain module in fp32; `same_precision` the one whose loss is the measure, in fp16, quantised
     if the graph is: None for an fp32 graph. One module is in memory at a time.
@@ -54,12 +59,13 @@ def compare_with_eager(
     if same_precision is not None:
         with RoundedConvolutions():
             low = _run_all(EagerRunner(twin_spec(spec), same_precision()), inputs)
-    if spec == twin_spec(spec):
-        return _rows(spec, _run_all(OrtRunner(spec, path), inputs), wide, low, "onnxruntime")
+    if same_precision is None or (spec == twin_spec(spec) and not compiled):
+        return _require(spec, _rows(spec, _run_all(OrtRunner(spec, path), inputs), wide, low, "onnxruntime"))
     with tempfile.TemporaryDirectory(prefix=".twin-", dir=path.parent) as folder:
         twin = Path(folder, path.name)
         write_fp16_twin(path, twin)
-        return _rows(spec, _run_all(OrtRunner(twin_spec(spec), twin), inputs), wide, low, "onnxruntime")
+        found = _run_all(OrtRunner(twin_spec(spec), twin), inputs)
+        return _require(spec, _rows(spec, found, wide, low, "onnxruntime"))
 
 
 class RoundedConvolutions(TorchFunctionMode):
@@ -80,7 +86,34 @@ def compare_plugins(spec: EngineSpec, fused: nn.Module, reference: Load, same_pr
     inputs = _inputs(spec)
     wide = _run_all(EagerRunner(_in_fp32(spec), reference()), [_as_fp32(values) for values in inputs])
     low = _run_all(EagerRunner(spec, same_precision()), inputs)
-    return _rows(spec, _run_all(EagerRunner(spec, fused), inputs), wide, low, "torch")
+    return _require(spec, _rows(spec, _run_all(EagerRunner(spec, fused), inputs), wide, low, "torch"))
+
+
+def compare_engine(runner: EngineRunner, reference: Load, same_precision: Load) -> list[dict[str, Any]]:
+    """Rows as those of its graph, of what `runner` itself gives, with "engine" as their backend. `reference` loads the
+    plain module in fp32, `same_precision` the one whose loss is the measure, in the dtypes of the engine, quantised if
+    the engine is. Rows that fail are returned, too. Raises EngineError when the engine does not run.
+    """
+    spec, inputs = runner.spec, _inputs(runner.spec)
+    found = [
+        {name: output.cpu() for name, output in runner(**{n: x.to(runner.device) for n, x in values.items()}).items()}
+        for values in inputs
+    ]
+    wide = _run_all(EagerRunner(_in_fp32(spec), reference()), [_as_fp32(values) for values in inputs])
+    with RoundedConvolutions():
+        low = _run_all(EagerRunner(spec, same_precision()), inputs)
+    return [_in_json(row) for row in _rows(spec, found, wide, low, "engine")]
+
+
+def _in_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with NaN or infinities, which JSON lacks, as one with the largest error that there is."""
+    finite = all(math.isfinite(row[name]) for name in ("error", "rms", "cosine"))
+    return row if finite else {**row, "error": sys.float_info.max, "rms": sys.float_info.max, "cosine": 0.0}
+
+
+def passes(row: Mapping[str, Any]) -> bool:
+    """Whether a row is within its limit, and finite."""
+    return bool(row["error"] <= row["allowed"]) and math.isfinite(row["rms"])
 
 
 def error_row(value: Tensor, reference: Tensor) -> dict[str, float]:
@@ -101,6 +134,17 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return error_row(value, reference)["error"]
 
 
+def _require(spec: EngineSpec, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows. Raises ExportError for one that fails."""
+    for row in rows:
+        if not passes(row):
+            raise ExportError(
+                f"{spec.name}: output {row['output']} at {row['sizes']} must be within {row['allowed']:.1e} of the "
+                f"reference, is off by {row['error']:.1e}."
+            )
+    return rows
+
+
 def _rows(
     spec: EngineSpec, outputs: Outputs, reference: Outputs, low: Outputs | None, backend: str
 ) -> list[dict[str, Any]]:
@@ -111,11 +155,6 @@ def _rows(
             allowed = FP32_ALLOWED
             if low is not None:
                 allowed = 2 * max(relative_error(low[index][name], reference[index][name]), ROUND_OFF)
-            if not row["error"] <= allowed or not math.isfinite(row["rms"]):
-                raise ExportError(
-                    f"{spec.name}: output {name} at {sizes} must be within {allowed:.1e} of the reference, "
-                    f"is off by {row['error']:.1e}."
-                )
             rows.append({"output": name, "sizes": sizes, **row, "allowed": allowed, "backend": backend})
     return rows
 
@@ -129,7 +168,11 @@ def _run_all(runner: EngineRunner, inputs: list[dict[str, Tensor]]) -> Outputs:
 
 
 def _sizes(spec: EngineSpec) -> list[dict[str, int]]:
-    return [{name: size for name, size in sizes.items() if name in spec.dims} for sizes in (SMALL_SIZES, LARGE_SIZES)]
+    """Two sizes per symbol, or the nearest to them that the spec takes."""
+    return [
+        {name: min(max(sizes[name], dim.min), dim.max) for name, dim in spec.dims.items()}
+        for sizes in (SMALL_SIZES, LARGE_SIZES)
+    ]
 
 
 def _inputs(spec: EngineSpec) -> list[dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from stepvideo_kernels.attention.op import attention, attention_fp8
 from stepvideo_kernels.attention.spec import VALUE_PADDING, padded_keys
 from stepvideo_kernels.qkv_norm_rope.op import qkv_norm_rope, qkv_norm_rope_fp8
 from stepvideo_kernels.vae_attention.op import vae_attention
-from stepvideo_serve.dit.blocks import ModulatedNorm, SelfAttention
+from stepvideo_serve.dit.blocks import AttentionCore, ModulatedNorm, SelfAttention, attend
 from stepvideo_serve.dit.config import QK_NORM_EPS
 from stepvideo_serve.text.step_llm import Attention
 from stepvideo_serve.vae.layers import TokenCausalAttention
@@ -113,6 +113,20 @@ class FusedCoreFp8(nn.Module):
         codes = [quantize(x.contiguous(), scale) for x, scale in zip((q, k, columns), scales, strict=True)]
         out: Tensor = attention_fp8(*codes, *(scale.float().repeat(q.shape[1]) for scale in scales))
         return out
+
+
+class PairedCore(AttentionCore):
+    """The plain attention of one head as that of two equal ones, the second of which is dropped. FP8 takes its place.
+
+    TensorRT-RTX 1.7 has no kernel for one head in a batch of one, and refuses most such graphs ("not supported by a
+    dedicated kernel": attention to the text always, among few tokens too); two heads it takes. Only slices of small
+    models have one.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, 1, N, 128], k and v [1, 1, L, 128] -> [1, N, 128]."""
+        pairs = (torch.cat([x, x], dim=1) for x in (q, k, v))
+        return attend(*pairs)[..., : q.shape[-1]]
 
 
 class FusedSelfAttention(nn.Module):

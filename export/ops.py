@@ -7,7 +7,8 @@
     torch.onnx.export(module, ..., custom_translation_table=table)
 
 Only "plugin" changes a network: its parts are replaced by modules of the same parameters (fused_modules.py). With
-"native" and "reference" the plain network is exported, and TensorRT fuses what it can.
+"native" and "reference" the plain network is exported, and TensorRT fuses what it can; but for attention of a
+single head, which it refuses as it stands (PairedCore).
 """
 
 import copy
@@ -30,6 +31,7 @@ from export.fused_modules import (
     FusedSelfAttention,
     FusedSelfAttentionFp8,
     FusedTokenCausalAttention,
+    PairedCore,
 )
 from export.quantize.qdq import QuantizedLinear
 from stepvideo_kernels.kernel_spec import FullSize
@@ -38,7 +40,7 @@ from stepvideo_kernels.ops import IMPLEMENTATIONS, OPS, Choice, Implementation, 
 from stepvideo_serve.dit.blocks import AttentionCore, CrossAttention, DiTBlock, ModulatedNorm, SelfAttention
 from stepvideo_serve.dit.config import HEAD_DIM
 from stepvideo_serve.dit.graphs import VIDEO_TOKENS
-from stepvideo_serve.dit.segments import CoreSegment
+from stepvideo_serve.dit.segments import CoreSegment, core_name
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.text.segments import LLM_TOKENS, LlmAttention
 from stepvideo_serve.text.step_llm import Attention, StepLLM, alibi_slopes
@@ -197,13 +199,21 @@ class _Fuser:
         return FusedSelfAttentionFp8(plain, *(self._scale(f"{path}.{name}", heads) for name in "qkv"))
 
     def _core(self, path: str, root: nn.Module) -> nn.Module | None:
-        if isinstance(root.get_submodule(path.rpartition(".")[0]), CrossAttention):
-            return FusedCore() if self._takes(TEXT_ATTENTION, HEAD_DIM) else None
-        if not self._takes("attention", HEAD_DIM):
-            return None
+        owner = root.get_submodule(path.rpartition(".")[0])
+        use = TEXT_ATTENTION if isinstance(owner, CrossAttention) else "attention"
+        if not self._takes(use, HEAD_DIM):
+            return PairedCore() if self._has_one_head(owner) else None
+        if use == TEXT_ATTENTION:
+            return FusedCore()
         if isinstance(root, CoreSegment) and self._choices["attention"].dtype == "fp8":
             return FusedCoreFp8(*(self._scale(f"{path}.{name}", 1) for name in "qkv"))
         return FusedCore()
+
+    def _has_one_head(self, owner: nn.Module) -> bool:
+        """Whether the attention that a core belongs to has a single head; attention alone is known by its name."""
+        if isinstance(owner, CoreSegment):
+            return self._graph == core_name(1)
+        return isinstance(owner.wo, nn.Linear) and owner.wo.in_features == HEAD_DIM
 
     def _takes(self, op: str, size: int) -> bool:
         """Whether this op's plugin was chosen; raises ExportError where it was and cannot take this size."""

@@ -35,12 +35,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from export.build.toolkit import check_target
 from export.compare import compare_plugins, compare_with_eager
 from export.plan import export_plan
 from export.preview_fit import fit_preview
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, Linears, count_quantized
 from export.quantize.nvfp4 import type_codes
+from export.quantize.weights import check_weights
 from export.recipe import OPSET, PRECISIONS, TOOLS, Recipe, Table
 from export.samples import SMALL_SIZES, sample_inputs
 from stepvideo_serve.components import Component
@@ -157,6 +159,8 @@ class _Exporter:
             extras = self._write(graph, path)
             if "parity" not in extras:
                 extras["parity"] = self._compare(graph, path)
+            if self._recipe.fp8 is not None and self._recipe.compare:
+                check_weights(component.name, path, graph[2].load())
             for file in sorted(workshop.iterdir(), reverse=True):  # weights first: the graph file makes it complete
                 os.replace(file, out / file.name)
         finally:
@@ -185,7 +189,8 @@ class _Exporter:
         if not self._recipe.compare:
             return []
         measure = None if self._recipe.precision == "fp32" else self._recipe.same_precision(check)
-        return compare_with_eager(component.spec, path, wide.load, measure)
+        compiled = self._recipe.target is not None
+        return compare_with_eager(component.spec, path, wide.load, measure, compiled)
 
 
 def write_graph(module: nn.Module, spec: EngineSpec, path: Path, table: Table | None = None) -> None:
@@ -298,6 +303,7 @@ def _target(arguments: argparse.Namespace) -> "Target | None":
         return None
     if arguments.sm is None or arguments.toolkit is None:
         raise ExportError("--sm and --toolkit go together, got one of them: add the other.")
+    check_target(arguments.toolkit, arguments.sm, arguments.precision)  # now, and not when all graphs are there
     try:
         from stepvideo_kernels.ops import Target
     except ModuleNotFoundError as error:

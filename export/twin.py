@@ -3,19 +3,24 @@
 ONNX Runtime has no bf16 kernels on a CPU; the twin shows what the graph that TensorRT compiles computes. FP8 codes and
 scales stay bit for bit what they are (see quantize/qdq.py); other constants are rounded to fp16, and finite ones beyond
 its range, such as masks of the most negative bf16 number, become its largest.
+
+`Attention` goes between casts to fp32 and back. On GPUs it is one kernel with its scores and sums in fp32, as in torch;
+ONNX Runtime's own in fp16 rounds scores, softmax and sums to fp16, whose error grows with the number of keys. Its
+matrix products and convolutions in fp16 have fp32 sums already (measured: one rounding of the result, no more).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import torch
-from onnx import AttributeProto, GraphProto, TensorProto, TypeProto
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, helper
 
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
+from stepvideo_serve.errors import ExportError
 
-BF16, FP16 = TensorProto.BFLOAT16, TensorProto.FLOAT16
+BF16, FP16, FP32 = TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT
 FP16_MAX = 65504.0
 DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
 
@@ -30,7 +35,8 @@ def twin_spec(spec: EngineSpec) -> EngineSpec:
 
 
 def write_fp16_twin(path: Path, twin: Path) -> None:
-    """Reads the graph at `path` with its external data and writes its twin, with its own data beside it."""
+    """Reads the graph at `path`, in bf16 or fp16, with its external data and writes its twin, with its own data beside.
+    Raises ExportError for an attention of tensors whose type the graph does not give."""
     model = onnx.load(str(path))
     for graph in _graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
@@ -40,6 +46,7 @@ def write_fp16_twin(path: Path, twin: Path) -> None:
         for node in graph.node:
             for attribute in node.attribute:
                 _convert_attribute(attribute)
+        _widen_attention(graph)
     onnx.save(model, str(twin), save_as_external_data=True, location=f"{twin.name}.data", size_threshold=1024)
 
 
@@ -50,6 +57,38 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 yield from _graphs(inner)
+
+
+def _widen_attention(graph: GraphProto) -> None:
+    """Every 16-bit input of an attention through a cast to fp32, every such output back to fp16."""
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "Attention" or node.domain:
+            nodes.append(node)
+            continue
+        before, after = [], []
+        for index, name in enumerate(node.input):
+            if name and _type_of(types, name, node) == FP16:
+                node.input[index] = wide = f"{name}__{node.name}_{index}"
+                before.append(helper.make_node("Cast", [name], [wide], f"{wide}_cast", to=FP32))
+        for index, name in enumerate(node.output):
+            if name and _type_of(types, name, node) == FP16:
+                node.output[index] = wide = f"{name}__wide"
+                after.append(helper.make_node("Cast", [wide], [name], f"{wide}_cast", to=FP16))
+        nodes += [*before, node, *after]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _type_of(types: Mapping[str, int], tensor: str, node: NodeProto) -> int:
+    if tensor not in types:
+        raise ExportError(
+            f"The graph must give the type of {tensor}, an input or output of {node.name}, it gives none: "
+            "export it again."
+        )
+    return types[tensor]
 
 
 def _retype(type_: TypeProto) -> None:

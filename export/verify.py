@@ -1,9 +1,13 @@
-"""Recomputes golden tensors of the official code with this package, and says where the two agree.
+"""Recomputes golden tensors of the official code with this package, and says where the two agree; or says what engines
+lose.
 
     python -m export.verify --model-dir DIR --goldens DIR [--backend eager|ort] [--onnx DIR] [--json PATH]
+    python -m export.verify --engines DIR [--gpu --model-dir DIR [--calibration FILE]]
 
 "eager" runs the torch modules in fp32, "ort" the exported ONNX graphs in ONNX Runtime: those in --onnx, or, without
 it, ones exported for the occasion. Goldens whose weights are made by rule need no --model-dir.
+With --engines the parity reports of an engine directory are printed; --gpu first runs its engines on this machine's GPU
+and adds what they give (engine_parity.py).
 Exit status: 0 all compared entries agree; 1 some do not, or nothing could be compared; 2 nothing was verified because
 of wrong arguments or files.
 """
@@ -16,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from export.engine_parity import compare_engines, gpu_opener
+from export.engine_parity import report as engine_report
 from export.goldens.by_rule import is_by_rule, verify_by_rule
 from export.goldens.folder import Goldens
 from export.goldens.networks import BACKENDS, open_networks
@@ -30,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status; argparse itself leaves with 2."""
     options = _parser().parse_args(arguments)
     try:
+        if options.engines is not None:
+            return _engines(options)
         with torch.no_grad():
             report = _verify(options.model_dir, options.goldens, options.backend, options.onnx)
         print(report)
@@ -38,10 +46,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SetupError as error:
         print(f"verify: {error}", file=sys.stderr)
         return UNUSABLE
+    except OSError as error:
+        print(f"verify: the manifest in {options.engines} must be writable, got: {error}", file=sys.stderr)
+        return UNUSABLE
     return PASSED if report.passed else FAILED
 
 
-def _verify(model_dir: Path | None, folder: Path, backend: str, onnx: Path | None) -> Report:
+def _engines(options: argparse.Namespace) -> int:
+    if options.goldens is not None:
+        raise ExportError("--engines and --goldens are two verifications, got both: run them one after the other.")
+    if options.gpu:
+        if options.model_dir is None:
+            raise ExportError("--gpu compares engines with their checkpoint, got no --model-dir: add it.")
+        compare_engines(options.engines, options.model_dir, options.calibration, gpu_opener)
+    lines, passed = engine_report(options.engines)
+    print("\n".join(lines))
+    return PASSED if passed else FAILED
+
+
+def _verify(model_dir: Path | None, folder: Path | None, backend: str, onnx: Path | None) -> Report:
+    if folder is None:
+        raise ExportError("There must be something to verify, got neither --goldens nor --engines: add one.")
     if not folder.is_dir():
         raise ExportError(f"--goldens must be a folder of golden tensors, found no folder {folder}.")
     if onnx is not None and backend != "ort":
@@ -78,12 +103,16 @@ def _write_json(report: Report, options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export.verify", description="Compare with golden tensors of the official code."
+        prog="python -m export.verify",
+        description="Compare with the official code, or check engines.",
     )
     parser.add_argument("--model-dir", type=Path, help="checkpoint in the official layout")
-    parser.add_argument("--goldens", type=Path, required=True, help="folder of golden tensors")
+    parser.add_argument("--goldens", type=Path, help="folder of golden tensors")
     parser.add_argument("--backend", choices=BACKENDS, default="eager", help="torch modules, or ONNX graphs")
     parser.add_argument("--onnx", type=Path, metavar="DIR", help="exported graphs for --backend ort")
+    parser.add_argument("--engines", type=Path, metavar="DIR", help="print the parity reports of these engines")
+    parser.add_argument("--gpu", action="store_true", help="run the engines, and add what they give to their reports")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of the engines, for FP8 and NVFP4 with --gpu")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report here")
     return parser
 

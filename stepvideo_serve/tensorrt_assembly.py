@@ -1,7 +1,7 @@
 """Engines of TensorRT as runners: everything about them is compared with the configuration before one is opened."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,7 @@ def load_engines(
     target = EngineTarget(model.backend, trt.__version__, 0, layout, part)
     check_engines(config, manifest, names, target)
     device = _current_gpu(model.backend)
-    major, minor = torch.cuda.get_device_capability(device)
-    target = replace(target, sm=10 * major + minor)
-    require_target(manifest, model.engines_dir, target)
+    require_target(manifest, model.engines_dir, replace(target, sm=_sm(device)))
     entries = {name: manifest.graph(name) for name in names}
     _register_plugins(trt, model.engines_dir, entries)
     memory = activation_memory(device)
@@ -60,6 +58,24 @@ def load_engines(
         )
         for name, entry in entries.items()
     }
+
+
+def open_alone(directory: Path, manifest: Manifest) -> Callable[[str], EngineRunner]:
+    """Opens one engine at a time on the current GPU, whatever a configuration says; nothing is streamed or captured.
+    Raises EngineError when they were built for another TensorRT or GPU, or there is no GPU."""
+    found = EngineTarget.of(manifest, directory)
+    trt = load_tensorrt(found.backend)
+    device = _current_gpu(found.backend)
+    require_target(manifest, directory, replace(found, version=trt.__version__, sm=_sm(device)))
+    _register_plugins(trt, directory, manifest.graphs)
+    memory = activation_memory(device)
+
+    def open_engine(name: str) -> EngineRunner:
+        entry = manifest.graph(name)
+        engine_id = f"{name}@{entry.key[:12]}"
+        return NvInferRunner(trt, entry.spec, directory, entry.files[0], memory, engine_id)
+
+    return open_engine
 
 
 def check_engines(config: ServeConfig, manifest: Manifest, names: Collection[str], target: EngineTarget) -> None:
@@ -105,6 +121,11 @@ def _current_gpu(backend: str) -> torch.device:
     if not torch.cuda.is_available():
         raise EngineError(f'[model] backend "{backend}" needs an NVIDIA GPU with its driver, found none: use "ort".')
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _sm(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _register_plugins(trt: Any, directory: Path, entries: Mapping[str, GraphEntry]) -> None:

@@ -31,7 +31,7 @@ from export.build.profiles import profile_spec
 from export.build.toolkit import check_local_gpu, check_target, child_environment, toolkit_version
 from stepvideo_serve.engine.manifest import FILE_NAME, GraphEntry, GraphFile, Manifest, content_key
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.engine.target import KEY, EngineTarget
+from stepvideo_serve.engine.target import GRAPH, KEY, EngineTarget
 from stepvideo_serve.errors import EngineError, ExportError
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
@@ -87,6 +87,15 @@ def build_engines(onnx_dir: Path, out: Path, options: Options, show_progress: bo
             f"--only must match at least one graph, {list(options.only)} matches none of {sorted(source.graphs)}."
         )
     return report
+
+
+def check_machine(options: Options) -> None:
+    """Raises ExportError when this machine cannot build for what `options` name, whatever the graphs."""
+    if options.fixed and len(options.videos) != 1:
+        raise ExportError(f"--fixed builds for one size, got {len(options.videos)}: give one with --shapes.")
+    check_target(options.backend, options.sm, "bf16")
+    check_local_gpu(options.backend, options.sm)
+    toolkit_version(options.backend)
 
 
 def check_checkpoint(onnx_dir: Path, model_dir: Path) -> None:
@@ -244,6 +253,7 @@ class _Folder:
         figures = {"activation_bound_bytes": expected.activation_bytes, "plugins": len(expected.plugins)}
         return {
             **self._source.graph(name).extras,
+            GRAPH: self._source.graph(name).key,
             "seconds": built.seconds,
             "peak_bytes": built.peak_bytes,
             "plan": {**summary(plan), **figures},

@@ -13,6 +13,8 @@ from stepvideo_serve.engine.manifest import GraphEntry, Manifest
 from stepvideo_serve.errors import EngineError
 
 KEY = "target"
+GRAPH = "graph_key"
+"""Key in `GraphEntry.extras` of an engine: the key of the graph that it was built from."""
 LOOP = "loop_parity"
 """Key in `Manifest.extra` of the report on a short loop through all graphs (export/parity.py)."""
 

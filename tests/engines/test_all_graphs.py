@@ -1,6 +1,7 @@
 """A whole trained checkpoint to engines, in both precisions and for two architectures."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,4 +46,33 @@ def test_all_graphs_of_a_trained_checkpoint(tool: Run, measured: Path, tmp_path:
         require_parity(built, built.graphs)
         plans = {name: entry.extras["plan"] for name, entry in built.graphs.items()}
         assert all(plans[f"dit_block_{index:02d}"]["fused_attentions"] == 2 for index in range(3))
+        assert any(plan["fp8_gemms"] for plan in plans.values()) == (precision == "fp8")
+
+
+@pytest.mark.parametrize(("precision", "sm", "split_llm"), [("bf16", 89, False), ("fp8", 120, True)])
+def test_make_engines_of_two_tensor_parallel_ranks(
+    root: Path, measured: Path, tmp_path: Path, precision: str, sm: int, split_llm: bool
+) -> None:
+    """The command as it is typed; a rank of the DiT has one head. The environment is the one that runs the tests."""
+    given = {"MODEL_DIR": CHECKPOINT, "OUT": tmp_path, "LAYOUT": "tp2", "PRECISION": precision, "SM": sm}
+    given |= {"BACKEND": "tensorrt_rtx", "SHAPES": "64x64x34", "INSTALLED": "", "KERNELS_INSTALLED": ""}
+    if split_llm:
+        given["SPLIT_LLM"] = "1"
+    if precision == "fp8":
+        keep = json.loads((measured / "sensitivity.json").read_text(encoding="utf-8"))["keep_bf16"]
+        given |= {"CALIBRATION": measured / "calibration.json", "KEEP_BF16": " ".join(keep)}
+    command = ["make", "engines", *(f"{name}={value}" for name, value in given.items())]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pieces = [f"dit_{piece}_{index:02d}" for index in range(3) for piece in ("attn", "text", "ff", "cross")]
+    halves = [f"step_llm_{half}_{index:02d}" for index in range(3) for half in ("attn", "ff")]
+    own = {*pieces, *([*halves, "step_llm_embed"] if split_llm else [])}
+    assert ("step_llm" in Manifest.load(tmp_path).graphs) != split_llm
+    for rank in ("tp0of2", "tp1of2"):
+        built = Manifest.load(tmp_path / rank)
+        assert built.graphs.keys() == own
+        built.verify(tmp_path / rank, hashes=True)
+        require_parity(built, built.graphs)
+        plans = {name: entry.extras["plan"] for name, entry in built.graphs.items()}
+        assert all(plans[name]["fused_attentions"] == ("_attn_" in name or "_text_" in name) for name in plans)
         assert any(plan["fp8_gemms"] for plan in plans.values()) == (precision == "fp8")

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,9 +41,32 @@ def test_wrong_arguments(graphs: Path, tmp_path: Path, options: tuple[str, ...],
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("SM=77", "build_engine: --sm must be one of 80, 86, 89, 120, 121 for tensorrt_rtx, got 77"),
+        ("LAYOUT=tp3", "build_engine: layout must be"),
+        ("SHAPES=64x64", "build_engine: --shapes must be HEIGHTxWIDTHxFRAMES"),
+        ("PRECISION=fp8", "export: --calibration goes with --precision fp8 or nvfp4, got none"),
+        ("PRECISION=fp32", "export: Engines are built from graphs in bf16, fp16, fp8, nvfp4, found fp32"),
+        ("LAYOUT=tp4", "export: layout tp4 must divide the DiT's 2 heads"),
+    ],
+)
+def test_make_engines_says_what_is_wrong_before_it_exports(
+    root: Path, checkpoint: Path, tmp_path: Path, given: str, message: str
+) -> None:
+    """The export of a full model takes hours. The environment is the one that runs the tests."""
+    out = tmp_path / "out"
+    command = ["make", "engines", f"MODEL_DIR={checkpoint}", f"OUT={out}", "INSTALLED=", "KERNELS_INSTALLED=", given]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(out.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize(
     ("target", "message"),
     [
-        (("tensorrt_rtx", 89, "fp32"), "Engines are built from graphs in bf16, fp16, fp8, found fp32"),
+        (("tensorrt_rtx", 89, "fp32"), "Engines are built from graphs in bf16, fp16, fp8, nvfp4, found fp32"),
         (("tensorrt_rtx", 86, "fp8"), "fp8 needs SM 89 or newer, got 86"),
         (("tensorrt", 70, "bf16"), "--sm must be one of 80, .* for tensorrt, got 70"),
         (("tensorflow", 89, "bf16"), "--backend must be one of tensorrt, tensorrt_rtx"),

@@ -1,7 +1,9 @@
-"""A checkpoint of the full width with one DiT block and one Step-LLM layer, its weights random; 2.9 GB on disk."""
+"""A checkpoint of the full width with few DiT blocks and one Step-LLM layer, its weights random; 2.9 GB on disk with
+one block, 1.2 GB more with each other."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,20 +28,25 @@ LLM = StepLLMConfig(
 AMAX = 16.0
 
 
-def write_full_width(folder: Path) -> None:
-    """The DiT's block in a shard of its own, everything around it in another; the other networks are those of MINI."""
+def write_full_width(folder: Path, blocks: int = 1) -> None:
+    """Each of the DiT's blocks in a shard of its own, everything around them in another; the other networks are those
+    of MINI."""
     write_checkpoint(folder, MINI)
-    dit = meta_shapes(lambda: StepVideoDiT(DIT))
-    block = {key: shape for key, shape in dit.items() if key.startswith(BLOCKS_PREFIX)}
-    outer = {key: shape for key, shape in dit.items() if key not in block}
+    config = replace(DIT, num_layers=blocks)
+    dit = meta_shapes(lambda: StepVideoDiT(config))
+    shards = [
+        {key: shape for key, shape in dit.items() if key.startswith(f"{BLOCKS_PREFIX}{index}.")}
+        for index in range(blocks)
+    ]
+    shards.append({key: shape for key, shape in dit.items() if not key.startswith(BLOCKS_PREFIX)})
     transformer, stem = folder / "transformer", "diffusion_pytorch_model"
     for old in (*transformer.glob("*"), *(folder / "step_llm").glob("model*")):
         old.unlink()
-    write_json(transformer / "config.json", DIT.to_dict())
+    write_json(transformer / "config.json", config.to_dict())
     weight_map: dict[str, str] = {}
-    for index, shapes in enumerate((block, outer), 1):
-        name = f"{stem}-{index:05d}-of-00002"
-        save_weights(transformer, name, _random(shapes))
+    for index, shapes in enumerate(shards, 1):
+        name = f"{stem}-{index:05d}-of-{len(shards):05d}"
+        save_weights(transformer, name, _random(shapes, index))
         weight_map |= dict.fromkeys(shapes, f"{name}.safetensors")
     write_json(transformer / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(folder / "step_llm" / "config.json", llm_json(LLM))
@@ -54,11 +61,12 @@ def write_calibration(checkpoint: Checkpoint, path: Path) -> None:
     Calibration({part: checkpoint.digest(part) for part in ("dit", "llm")}, {}, amax).save(path)
 
 
-def _random(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Matrices that keep the size of what passes through them, norms near 1."""
-    state = {}
+def _random(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Matrices that keep the size of what passes through them, norms near 1. No two are equal: TensorRT would store
+    them once."""
+    state, generator = {}, torch.Generator().manual_seed(seed)
     for key, shape in shapes.items():
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+        values = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
         if len(shape) > 1:
             values *= 1 / math.sqrt(math.prod(shape[1:]))
         state[key] = 1 + 0.1 * values if key.endswith("norm.weight") else values

@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export.compare import FP32_ALLOWED, relative_error
+from export.fused_modules import PairedCore
 from export.ops import USES, ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from export.quantize.calibration import Calibration
+from export.quantize.fp8 import Fp8, quantize_module
+from export.quantize.layers import all_names
 from export.quantize.qdq import QuantizedAttention, QuantizedLinear
+from export.samples import SMALL_SIZES, sample_inputs
 from stepvideo_kernels.ops import Choice, Target
 from stepvideo_serve.components import Component, components, core_component, llm_part_components, part_components
 from stepvideo_serve.dit.blocks import DiTBlock, SelfAttention
@@ -156,6 +162,54 @@ def assert_no_worse(
 
 def test_a_fused_block_computes_what_the_block_does() -> None:
     assert_no_worse(lambda: DiTBlock(MINI.dit.width), "dit_block_00", block_inputs)
+
+
+def native() -> dict[str, Choice]:
+    return choose_ops("bf16", L40S_RTX, "native")
+
+
+def test_attention_of_a_single_head_is_that_of_two_equal_ones(mini_checkpoint: Path) -> None:
+    """TensorRT has no kernel for one; a slice of two heads stays as it is. FP8 attention takes its place as ever."""
+    assert MINI.dit.num_heads == 2
+    checkpoint = Checkpoint(mini_checkpoint)
+    for count in (1, 2):
+        table = part_components(checkpoint, "fp32", TensorPart(0, count), sequence=False)
+        for name in ("dit_attn_00", "dit_text_00"):
+            plain = table[name].load()
+            module, operators = apply_ops(plain, name, native())
+            assert sum(isinstance(part, PairedCore) for part in module.modules()) == (2 if count == 2 else 0)
+            assert not operators
+            inputs = tuple(sample_inputs(table[name].spec, SMALL_SIZES).values())
+            with torch.no_grad():
+                for ours, expected in zip(outputs(module(*inputs)), outputs(plain(*inputs)), strict=True):
+                    assert relative_error(ours, expected) <= FP32_ALLOWED
+    name = "dit_attn_00"
+    component = part_components(checkpoint, "bf16", TensorPart(0, 2), sequence=False)[name]
+    module, _ = apply_ops(component.load(), name, native())
+    calibration = Calibration({}, {}, dict.fromkeys(operands(all_names(checkpoint)), 6.0))
+    assert quantize_module(component, module, Fp8(calibration))
+    assert isinstance(module.get_submodule("block.attn1.core"), QuantizedAttention)
+
+
+def operands(layers: list[str]) -> list[str]:
+    """The tensors that calibration measures."""
+    return [
+        name for layer in layers for name in ([f"{layer}.{x}" for x in "qkv"] if layer.endswith("core") else [layer])
+    ]
+
+
+def outputs(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+@pytest.mark.parametrize(("heads", "paired"), [(1, True), (2, False)])
+def test_attention_alone_knows_its_heads_by_its_name(heads: int, paired: bool) -> None:
+    component = core_component("bf16", heads)
+    module, _ = apply_ops(component.load(), component.name, native())
+    assert any(isinstance(part, PairedCore) for part in module.modules()) == paired
+    qkv = normal(3, heads, 40, 128)
+    with torch.no_grad():
+        assert relative_error(module(qkv), component.load()(qkv)) <= FP32_ALLOWED
 
 
 def test_fused_step_llm_computes_what_it_does() -> None:

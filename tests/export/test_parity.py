@@ -35,7 +35,7 @@ def manifest(parity: list[dict[str, Any]], loop: Mapping[str, Any] | None) -> Ma
     return Manifest("weights", "fp8", {}, {"one": entry}, {} if loop is None else {LOOP: dict(loop)})
 
 
-ROW = {"output": "y", "error": 0.1, "allowed": 0.2, "rms": 0.01, "cosine": 0.999}
+ROW = {"output": "y", "error": 0.1, "allowed": 0.2, "rms": 0.01, "cosine": 0.999, "backend": "torch"}
 STEP = {"error": 0.1, "rms": 0.02, "cosine": 0.9}
 LOOP_OK = {
     "graphs": {"one": "key-1"},
