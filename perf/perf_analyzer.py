@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perf.perf_report import write_report
+from perf.perf_report import read_export, write_report
 from perf.wheel import Wheel
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.server_options import ServerOptions
@@ -109,6 +109,11 @@ class Analyzer:
             except subprocess.TimeoutExpired:
                 return f"it did not end in {ANALYZER_S / 3600:g} hours"
         if code == 0 and partial.is_file():
+            try:
+                read_export(partial)  # once in a while it ends well and has written a part only
+            except SetupError as error:
+                partial.unlink()
+                return f"{error} (exit code 0, log {log})"
             partial.replace(export)
             return None
         partial.unlink(missing_ok=True)

@@ -82,6 +82,21 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.export.json")), "a row of an earlier run would pass for this one's"
 
 
+def test_an_export_that_breaks_off_is_no_result(tmp_path: Path) -> None:
+    """As was seen of the real one: it ended with exit code 0 and had written whole pages only."""
+    program = tmp_path / "program"
+    program.write_text(
+        '#!/bin/sh\nfor one; do case "$one" in --profile-export-file=*) printf \'{"experiments":[{"requests":[{"a\' '
+        '> "${one#*=}";; esac; done\n'
+    )
+    program.chmod(0o755)
+    analyzer = Analyzer(program, tmp_path)
+    reason = analyzer.run(Load("ti2v", "rate", 1.0), "127.0.0.1:9", tmp_path / "data", 1, tmp_path, [])
+    assert reason is not None
+    assert "must be an export of perf_analyzer, but cannot be read as one: Unterminated string" in reason
+    assert not list(tmp_path.glob("*.export*"))
+
+
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"tritonclient 2\.51\.0 .* must be downloaded with the pinned hash"):
         Wheel(WHEEL.name, WHEEL.version, "0" * 64).extract("/bin/perf_analyzer", tmp_path / "program")
