@@ -1,6 +1,7 @@
 """What `kernels/bench.py` measures: for each kernel its inputs, what it is compared with, and how it is checked.
 
-A case works on any device and at any size, so that the tests can run each at a tiny one in the interpreter.
+A case works on any device and at any size, so that the tests can run each at a tiny one in the interpreter. A
+kernel's source is imported where that runs: its machine code needs no compiler.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -72,7 +73,7 @@ def _ends(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def _adaln(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
-    from stepvideo_kernels.adaln_modulate import kernel, reference
+    from stepvideo_kernels.adaln_modulate import reference
 
     shape = (full.batch, full.video_tokens, full.width)
     names = ("x", "branch", "gate", "weight", "bias", "scale", "shift")
@@ -83,6 +84,8 @@ def _adaln(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
         return made | {"out_scale": torch.full((1,), 0.02, device=device)}
 
     def run(given: Tensors, tile: TileConfig) -> Tensors:
+        from stepvideo_kernels.adaln_modulate import kernel
+
         total = torch.empty_like(given["x"])
         y = torch.empty_like(total, dtype=torch.float8_e4m3fn if fp8 else total.dtype)
         residual, affine = (given["branch"], given["gate"]), (given["weight"], given["bias"])
@@ -126,7 +129,7 @@ def _adaln(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
 
 
 def _qkv(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
-    from stepvideo_kernels.qkv_norm_rope import kernel, reference, spec
+    from stepvideo_kernels.qkv_norm_rope import reference, spec
 
     tokens, heads = full.video_tokens, full.heads
 
@@ -138,6 +141,8 @@ def _qkv(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
         return {"qkv": qkv, **gains, "cos": cos, "sin": sin, **scales}
 
     def run(given: Tensors, tile: TileConfig) -> Tensors:
+        from stepvideo_kernels.qkv_norm_rope import kernel
+
         dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
         rows = (full.batch, heads, tokens, spec.HEAD_DIM)
         columns = (*rows[:2], spec.HEAD_DIM, spec.padded_tokens(tokens))
@@ -182,7 +187,7 @@ def _qkv(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
 
 
 def _attention(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
-    from stepvideo_kernels.attention import kernel, spec
+    from stepvideo_kernels.attention import spec
     from stepvideo_kernels.qkv_norm_rope import reference
 
     shape = (full.batch, full.heads, full.video_tokens, spec.HEAD_DIM)
@@ -197,6 +202,8 @@ def _attention(full: FullSize, device: torch.device, *, fp8: bool) -> Case:
         return made | eight | turned | {"scale": scale}
 
     def run(given: Tensors, tile: TileConfig) -> Tensors:
+        from stepvideo_kernels.attention import kernel
+
         out = torch.empty(shape[0], shape[2], full.width, dtype=torch.bfloat16, device=device)
         operands = (given["q8"], given["k8"], given["v8"]) if fp8 else (given["q"], given["k"], given["v"])
         kernel.launch(*operands, out, tile, scales=(given["scale"],) * 3 if fp8 else None)
@@ -258,7 +265,7 @@ def _sdpa_baselines() -> dict[str, Callable[[Tensors], object]]:
 
 
 def _lengths(full: FullSize, device: torch.device) -> Case:
-    from stepvideo_kernels.attention import kernel, spec
+    from stepvideo_kernels.attention import spec
 
     def inputs(generator: torch.Generator) -> Tensors:
         queries = (full.batch, full.heads, full.video_tokens, spec.HEAD_DIM)
@@ -269,6 +276,8 @@ def _lengths(full: FullSize, device: torch.device) -> Case:
         return made | {"lengths": lengths, "mask": mask[:, None, None]}
 
     def run(given: Tensors, tile: TileConfig) -> Tensors:
+        from stepvideo_kernels.attention import kernel
+
         out = torch.empty(full.batch, full.video_tokens, full.width, dtype=torch.bfloat16, device=device)
         kernel.launch(given["q"], given["k"], given["v"], out, tile, lengths=given["lengths"])
         return {"out": out}
@@ -287,7 +296,7 @@ def _lengths(full: FullSize, device: torch.device) -> Case:
 
 
 def _alibi(full: FullSize, device: torch.device) -> Case:
-    from stepvideo_kernels.alibi_attention import kernel, reference, spec
+    from stepvideo_kernels.alibi_attention import reference, spec
 
     groups = full.llm_groups if full.heads % full.llm_groups == 0 else 1
     width = (full.heads + 2 * groups) * spec.HEAD_DIM
@@ -298,6 +307,8 @@ def _alibi(full: FullSize, device: torch.device) -> Case:
         return {"qkv": _random(generator, 1, full.llm_tokens, width), "slopes": slopes, "bias": bias[None].bfloat16()}
 
     def run(given: Tensors, tile: TileConfig) -> Tensors:
+        from stepvideo_kernels.alibi_attention import kernel
+
         out = torch.empty(1, full.llm_tokens, full.width, dtype=torch.bfloat16, device=device)
         kernel.launch(given["qkv"], given["slopes"], out, tile)
         return {"out": out}
@@ -320,7 +331,6 @@ def _alibi(full: FullSize, device: torch.device) -> Case:
 
 
 def _vae(full: FullSize, device: torch.device) -> Case:
-    from stepvideo_kernels.vae_attention import kernel
 
     shape = (1, full.vae_tokens, full.vae_channels)
 
@@ -328,6 +338,8 @@ def _vae(full: FullSize, device: torch.device) -> Case:
         return {name: _random(generator, *shape) for name in "qkv"}
 
     def run(given: Tensors, tile: TileConfig) -> Tensors:
+        from stepvideo_kernels.vae_attention import kernel
+
         out = torch.empty(shape, dtype=torch.bfloat16, device=device)
         kernel.launch(given["q"], given["k"], given["v"], out, tile)
         return {"out": out}
