@@ -35,8 +35,7 @@ def load_runners(config: ServeConfig, names: Collection[str], threads: int, part
     model = config.model
     if model.backend == "eager":
         torch.set_num_threads(threads or torch.get_num_threads())
-        # On GPUs torch's default for convolutions is TF32, with ten bits of mantissa.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.allow_tf32 = False  # torch's default on GPUs: convolutions with ten bits of mantissa
         table = components(Checkpoint(model.dir), model.precision)
         return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
     if model.backend == "ort":
