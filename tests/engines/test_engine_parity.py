@@ -1,5 +1,6 @@
 """What engines give beside what they should: `make verify GPU=1`, with torch in the place of the driver."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -221,7 +222,10 @@ def test_make(root: Path, tmp_path: Path) -> None:
     """What `make verify` runs, by its variables."""
 
     def commands(*given: str) -> str:
-        done = subprocess.run(["make", "-n", "verify", *given], cwd=root, capture_output=True, text=True, check=True)
+        # A make that runs the tests hands its own variables down, OUT among them.
+        environment = {name: value for name, value in os.environ.items() if name in ("HOME", "PATH")}
+        command = ["make", "-n", "verify", *given]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
         return " ".join(done.stdout.replace("\\\n", "").split())
 
     run = "PYTHONPATH=kernels:. .venv/bin/python -m export.verify --engines"

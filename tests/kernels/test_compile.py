@@ -14,7 +14,7 @@ from stepvideo_kernels.binaries import Binary
 from stepvideo_kernels.compile import faults, remove_unknown
 from stepvideo_kernels.kernel_spec import FullSize, KernelBuild, Work
 
-NAMES = ("adaln_modulate.residual-fp8.sm90.m32w16s2", "qkv_norm_rope.bf16.sm120.m16w4s2headsperprogram16")
+NAMES = ("adaln_modulate.residual-fp8.sm90.m32w8s3", "qkv_norm_rope.bf16.sm120.m16w4s2headsperprogram16")
 
 
 def run(root: Path, *command: str) -> "subprocess.CompletedProcess[str]":
