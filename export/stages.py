@@ -76,7 +76,7 @@ def encode_prompts(checkpoint: Checkpoint, open_graph: Open, prompts: Iterable[s
     wanted = list(dict.fromkeys(prompts))
     with open_graph("step_llm") as llm, open_graph("hunyuan_clip") as clip:
         tokenizers = checkpoint.step_tokenizer(), checkpoint.clip_tokenizer()
-        encoder = TextEncoder(llm, clip, *tokenizers, cache_entries=0)
+        encoder = TextEncoder(llm.from_cpu, clip.from_cpu, *tokenizers, cache_entries=0)
         return {prompt: encoder.encode(prompt)[0] for prompt in wanted}
 
 

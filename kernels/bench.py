@@ -72,6 +72,11 @@ def measure(case: Case, full: FullSize, sm: int, folder: Path, repeats: int) -> 
         except EngineError as error:
             wrong.append(f"{label} was not run: {error}")
         torch.cuda.empty_cache()
+    chosen = next(build.tile.label for build in builds if build.chosen)
+    if chosen not in tilings:
+        wrong.append(
+            f"{chosen}, which is served, must be in {folder} and run, it is not or does not: run `make kernels`."
+        )
     baselines: dict[str, float | str] = {}
     for name, baseline in case.baselines.items():
         try:
@@ -86,7 +91,7 @@ def measure(case: Case, full: FullSize, sm: int, folder: Path, repeats: int) -> 
         "wrong": wrong,
         "tilings_ms": tilings,
         "worst_error": worst,
-        "chosen": next(build.tile.label for build in builds if build.chosen),
+        "chosen": chosen,
         "baselines_ms": baselines,
         **_against_peaks(builds[0], min(tilings.values(), default=math.inf)),
     }

@@ -81,19 +81,14 @@ def build_text_encoder(config: ServeConfig, step_llm: Graph | None = None) -> "T
 
     checkpoint = Checkpoint(config.model.dir)
     names = ("hunyuan_clip",) if step_llm else ("step_llm", "hunyuan_clip")
-    graphs = {name: _from_cpu(runner) for name, runner in load_runners(config, names, threads=0).items()}
+    runners = load_runners(config, names, threads=0)
     return TextEncoder(
-        step_llm or graphs["step_llm"],
-        graphs["hunyuan_clip"],
+        step_llm or runners["step_llm"].from_cpu,
+        runners["hunyuan_clip"].from_cpu,
         checkpoint.step_tokenizer(),
         checkpoint.clip_tokenizer(),
         config.text.cache_entries,
     )
-
-
-def _from_cpu(runner: EngineRunner) -> Graph:
-    """The runner as a graph whose inputs come from the CPU."""
-    return lambda **inputs: runner(**{name: tensor.to(runner.device) for name, tensor in inputs.items()})
 
 
 class ImageEncoder:

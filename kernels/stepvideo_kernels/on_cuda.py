@@ -79,9 +79,9 @@ class BuiltOperators:
     def call(self, operator: str, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
         """As torch calls it: tensors, then numbers, in the order of the schema."""
         form = self._forms[operator]
-        count = len(form.inputs)
-        attributes = dict(zip(form.attributes, map(float, arguments[count:]), strict=False))
-        made = self(operator, arguments[:count], attributes)
+        tensors, numbers = arguments[: len(form.inputs)], arguments[len(form.inputs) :]
+        given = tuple(form.attributes)[: len(numbers)]  # torch leaves defaults out at the end
+        made = self(operator, tensors, dict(zip(given, map(float, numbers), strict=True)))
         return made[0] if len(made) == 1 else made
 
 

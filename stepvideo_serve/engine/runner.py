@@ -57,6 +57,11 @@ class EngineRunner(abc.ABC):
         return {tensor.name: outputs[tensor.name] for tensor in self._spec.outputs}
 
     @final
+    def from_cpu(self, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same for inputs that lie on the CPU; the outputs are on `device`."""
+        return self(**{name: tensor.to(self._device) for name, tensor in inputs.items()})
+
+    @final
     def close(self) -> None:
         """Frees what the backend holds; more calls of close() do nothing."""
         if not self._closed:

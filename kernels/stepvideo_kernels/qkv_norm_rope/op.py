@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from stepvideo_kernels.qkv_norm_rope import reference, spec
-from stepvideo_kernels.tensors import sm_of, type_name
 
 EPS = 1e-6
 
@@ -62,18 +61,3 @@ def _fake_fp8(
     columns = (batch, heads, spec.HEAD_DIM, spec.padded_tokens(tokens))
     q, k, v = (qkv.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in (rows, rows, columns))
     return q, k, v
-
-
-def _launch(
-    qkv: Tensor,
-    gains: tuple[Tensor, Tensor],
-    tables: tuple[Tensor, Tensor],
-    scales: tuple[Tensor, Tensor, Tensor] | None,
-    outputs: tuple[Tensor, Tensor, Tensor],
-    eps: float,
-) -> None:
-    """Compiles for the GPU at hand; production launches the binaries from TensorRT instead."""
-    from stepvideo_kernels.qkv_norm_rope import kernel  # the Triton language is needed on a GPU only
-
-    tile = spec.tile(type_name(outputs[0].dtype), sm_of(qkv.device))
-    kernel.launch(qkv, gains, tables, scales, outputs, eps, tile)
