@@ -74,9 +74,7 @@ def measure(case: Case, full: FullSize, sm: int, folder: Path, repeats: int) -> 
         torch.cuda.empty_cache()
     chosen = next(build.tile.label for build in builds if build.chosen)
     if chosen not in tilings:
-        wrong.append(
-            f"{chosen}, which is served, must be in {folder} and run, it is not or does not: run `make kernels`."
-        )
+        wrong.append(f"{chosen}, which is served, must be in {folder} and run, and is not: run `make kernels`.")
     baselines: dict[str, float | str] = {}
     for name, baseline in case.baselines.items():
         try:

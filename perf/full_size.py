@@ -59,18 +59,16 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     work = workload(PUBLISHED, VideoGeometry(102, 544, 992), STEPS)
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: {work.tokens} tokens, {STEPS} steps")
-    try:
-        BuiltOperators(options.kernels).register()
-    except StepVideoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     print(f"{'stage':<14} {'way':<22} {'seconds':>9} {'TFLOP/s':>8} {'GiB':>6} {'off':>8}")
     results = []
-    for one in measure(device, work, options.layers, options.repeats):
-        off = "" if one.off is None else f"{one.off:.1e}"
-        line = f"{one.stage:<14} {one.way:<22} {one.seconds:>9.4f} {one.tflops:>8.0f} {one.peak_gib:>6.1f} {off:>8}"
-        print(line, flush=True)
-        results.append(one)
+    try:
+        BuiltOperators(options.kernels).register()
+        for one in measure(device, work, options.layers, options.repeats):
+            print(_line(one), flush=True)
+            results.append(one)
+    except StepVideoError as error:  # no kernels for this GPU, or no cuda-bindings
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print("\n".join(summary(results, work, torch.cuda.get_device_name(device))))
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n", encoding="utf-8")
@@ -125,6 +123,11 @@ def summary(results: Sequence[Measured], work: Workload, gpu_name: str) -> list[
             f"the planner for an {known[0].name} in bf16: {planned.step.total:.2f} s a step, {planned.request_s:.0f} s"
         )
     return lines
+
+
+def _line(one: Measured) -> str:
+    off = "" if one.off is None else f"{one.off:.1e}"
+    return f"{one.stage:<14} {one.way:<22} {one.seconds:>9.4f} {one.tflops:>8.0f} {one.peak_gib:>6.1f} {off:>8}"
 
 
 def _seconds(run: Run) -> float:

@@ -1,7 +1,9 @@
 """What every test may ask for."""
 
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -48,3 +50,14 @@ def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "mini"
     write_checkpoint(folder, MINI)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bench(root: Path) -> ModuleType:
+    """kernels/bench.py, which is a program beside its package."""
+    spec = importlib.util.spec_from_file_location("kernels_bench", root / "kernels" / "bench.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

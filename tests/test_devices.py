@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from export.stages import GraphStages, encode_prompts
 from stepvideo_serve.assembly import LocalStages
 from stepvideo_serve.components import components
 from stepvideo_serve.config import ServeConfig
@@ -55,6 +56,25 @@ def test_from_prompt_to_frames(config: ServeConfig, meta: ReadableMeta) -> None:
     frames = [chunk.shape for chunk in stages.decode(done.latents)]
     assert frames == [(17, 64, 96, 3), (17, 64, 96, 3)]
     assert meta.reads >= 8  # text, image, two steps of two branches, two chunks
+
+
+@pytest.mark.usefixtures("meta")
+def test_calibration(config: ServeConfig) -> None:
+    """The stages of export.calibrate --device cuda, up to the latents."""
+    checkpoint = Checkpoint(config.model.dir)
+    table = components(checkpoint, "fp32")
+
+    def open_graph(name: str) -> EagerRunner:
+        return EagerRunner(table[name].spec, table[name].load(), META)
+
+    texts = encode_prompts(checkpoint, open_graph, ["一只猫。"])
+    stages = GraphStages(checkpoint, open_graph, texts, torch.float32)
+    condition = stages.encode_image(torch.zeros(3, 64, 96), torch.zeros(stages.latent_channels, 4, 6))
+    [text] = texts.values()
+    job = DenoiseJob(torch.zeros(3, *condition.shape), condition, text, text, 2, 9.0, 7.0, 5.0)
+    *_, done = stages.denoise(job, lambda: False)
+    assert done.latents is not None
+    assert done.latents.device.type == "cpu"
 
 
 @pytest.mark.usefixtures("meta")

@@ -1,7 +1,6 @@
 """The machine code of the kernels on a GPU, at the lengths where tiles begin and end, against fp64; full size is what
 kernels/bench.py checks."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -23,16 +22,6 @@ LENGTHS = (1, 31, 64, 127, 128, 129, 263)
 def case_of(name: str, tokens: int) -> Case:
     full = FullSize(video_tokens=tokens, text_tokens=tokens, llm_tokens=tokens, vae_tokens=tokens)
     return next(one for one in cases(full, torch.device("cuda")) if f"{one.op}.{one.variant}" == name)
-
-
-@pytest.fixture(scope="module")
-def bench(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernels_bench", root / "kernels" / "bench.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)

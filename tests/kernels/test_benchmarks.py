@@ -1,7 +1,5 @@
 """The benchmark's cases at a tiny size: inputs, kernel, baselines and the check itself."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -18,16 +16,6 @@ TINY = FullSize(
 )
 CPU = torch.device("cpu")
 ALL = {f"{case.op}.{case.variant}": case for case in cases(TINY, CPU)}
-
-
-@pytest.fixture(scope="module")
-def bench(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernels_bench", root / "kernels" / "bench.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def chosen_tile(case: Case) -> TileConfig:
