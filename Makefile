@@ -56,7 +56,8 @@ $(INSTALLED):
 	@touch $@
 
 # --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
-GRAPH_CODE := $(wildcard export/*.py stepvideo_serve/components.py $(foreach f,text vae dit engine weights,stepvideo_serve/$(f)/*.py))
+GRAPH_CODE := $(wildcard $(foreach f,graphs fuse quantize compare tiny,export/$(f)/*.py) export/*.py \
+	$(foreach f,text vae dit engine weights assembly,stepvideo_serve/$(f)/*.py) stepvideo_serve/geometry.py)
 
 TOY_WEIGHTS := $(wildcard toyworld/checkpoint/*/*.safetensors toyworld/checkpoint/*/*/*.safetensors)
 
@@ -92,12 +93,12 @@ setup: $(INSTALLED) ## make the environment in .venv
 demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint, export, real server, one generation: out/demo.mp4
 	@mkdir -p "$(dir $(OUT))"
 	$(SAY) "Triton Inference Server (log: build/demo-server.log), then one generation: $(FRAMES) frames, $(WIDTH)x$(HEIGHT)"
-	@$(RUN) stepvideo_serve.tritonserver run --config '$(CONFIG)' --log build/demo-server.log -- \
+	@$(RUN) stepvideo_serve.launch.server run --config '$(CONFIG)' --log build/demo-server.log -- \
 		sh -c 'exec $(GENERATE) --out "$$OUT" --json "$${OUT%.*}.json"'
 	@$(SHOW_JSON) "$(basename $(OUT)).json"
 
 serve: $(SERVED) ## run the server in the foreground until Ctrl-C
-	@$(RUN) stepvideo_serve.tritonserver serve --config '$(CONFIG)'
+	@$(RUN) stepvideo_serve.launch.server serve --config '$(CONFIG)'
 
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
@@ -119,7 +120,7 @@ bench-scheduling: $(INSTALLED) $(ENGINE_DIR).made ## cold start, saturation, pre
 
 PERF_ARGS ?=
 perf: $(SERVED) ## perf_analyzer on the real server: build/perf (PERF_ARGS='--concurrency 1,4,8 --rates 0.1 --requests 50')
-	@$(RUN) perf.perf_analyzer --config '$(CONFIG)' $(PERF_ARGS)
+	@$(RUN) perf.analyzer --config '$(CONFIG)' $(PERF_ARGS)
 
 SOAK_ARGS ?=
 soak: $(SERVED) ## many callers, right and wrong, while ranks are killed (SOAK_ARGS='--requests 1000 --concurrency 32')
@@ -128,7 +129,7 @@ soak: $(SERVED) ## many callers, right and wrong, while ranks are killed (SOAK_A
 GPU ?= H100
 GPUS ?= 8
 layouts: $(INSTALLED) ## predicted memory, traffic and seconds of every layout of GPUS x GPU
-	@$(RUN) stepvideo_serve.plan_layout --gpu $(GPU) --gpus $(GPUS)
+	@$(RUN) stepvideo_serve.planning.layouts --gpu $(GPU) --gpus $(GPUS)
 
 QUALITY_ARGS ?=
 PRICES_ARGS ?=

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.build.engines import Options, build_engines, check_checkpoint, check_machine
-from export.build.profiles import parse_shapes
-from export.build.report import outcome, table
-from export.build.toolkit import SMS
+from export.engines.engines import Options, build_engines, check_checkpoint, check_machine
+from export.engines.profiles import parse_shapes
+from export.engines.report import outcome, table
+from export.engines.toolkit import SMS
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.parallel.layout import Layout

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from export.compare.graph_stages import read_requests
 from export.quantize.calibration import Calibration
 from export.quantize.measure import measure
 from export.quantize.observers import AmaxObserver
-from export.stages import read_requests
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import ExportError, RequestError, SetupError
 from stepvideo_serve.request import GenerationRequest
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 REQUEST_OPTIONS = ("steps", "num_frames", "height", "width", "cfg_scale", "time_shift", "motion_score")
 SHOWN = 5

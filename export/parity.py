@@ -16,11 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from export.loop import loop_report, sample_request
-from stepvideo_serve.engine.manifest import Manifest
-from stepvideo_serve.engine.target import GRAPH, LOOP
+from export.compare.denoising import loop_report, sample_request
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.engine.manifest import GRAPH, LOOP, Manifest
 from stepvideo_serve.errors import RequestError, SetupError
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 PASSED, FAILED, UNUSABLE = 0, 1, 2
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from export.loop import sample_request
+from export.compare.denoising import sample_request
+from export.compare.graph_stages import read_requests
 from export.quantize.calibration import Calibration, write_json
 from export.quantize.sensitivity import GROUPINGS, Sensitivity, globs, measure_sensitivity
-from export.stages import read_requests
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import RequestError, SetupError
 from stepvideo_serve.request import GenerationRequest
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.goldens.weight_rule import weight_for
-from export.tiny_config import MODEL_INDEX, SCHEDULER, TinyConfig, clip_json, llm_json
-from export.tiny_tokenizers import train_step_model, write_clip_tokenizer
+from export.tiny.config import MODEL_INDEX, SCHEDULER, TinyConfig, clip_json, llm_json
+from export.tiny.tokenizers import train_step_model, write_clip_tokenizer
+from stepvideo_serve.assembly.checkpoint import vae_file_key
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.weights.checkpoint import vae_file_key
 
 DEFAULT_SEED = 7
 MARKER = "tiny_checkpoint.json"
-SOURCES = ("tiny_checkpoint.py", "tiny_config.py", "tiny_tokenizers.py", "goldens/weight_rule.py")
+SOURCES = ("tiny_checkpoint.py", "tiny/config.py", "tiny/tokenizers.py", "goldens/weight_rule.py")
 PARTS = ("transformer", "step_llm", "hunyuan_clip", "vae")
 
 

@@ -35,25 +35,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from export.build.toolkit import check_target
-from export.compare import compare_plugins, compare_with_eager
-from export.plan import export_plan
-from export.preview_fit import fit_preview
+from export.compare.one_graph import compare_plugins, compare_with_eager
+from export.engines.toolkit import check_target
+from export.graphs.example_inputs import SMALL_SIZES, sample_inputs
+from export.graphs.placement import export_plan
+from export.graphs.preview_fit import fit_preview
+from export.graphs.recipe import OPSET, PRECISIONS, TOOLS, Recipe, Table
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, Linears, count_quantized
 from export.quantize.nvfp4 import type_codes
 from export.quantize.weights import check_weights
-from export.recipe import OPSET, PRECISIONS, TOOLS, Recipe, Table
-from export.samples import SMALL_SIZES, sample_inputs
-from stepvideo_serve.components import Component
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import Component
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError, ExportError, SetupError
 from stepvideo_serve.parallel.layout import SINGLE, Layout
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from stepvideo_kernels.ops import Target
+    from stepvideo_kernels.choice import Target
 
 
 def export_graphs(
@@ -305,7 +305,7 @@ def _target(arguments: argparse.Namespace) -> "Target | None":
         raise ExportError("--sm and --toolkit go together, got one of them: add the other.")
     check_target(arguments.toolkit, arguments.sm, arguments.precision)  # now, and not when all graphs are there
     try:
-        from stepvideo_kernels.ops import Target
+        from stepvideo_kernels.choice import Target
     except ModuleNotFoundError as error:
         raise ExportError(
             f"--sm needs the folder kernels/ on PYTHONPATH, {error.name} was not found: add it."

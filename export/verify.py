@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from export.engine_parity import compare_engines, gpu_opener
-from export.engine_parity import report as engine_report
+from export.compare.engines import compare_engines, gpu_opener
+from export.compare.engines import report as engine_report
 from export.goldens.by_rule import is_by_rule, verify_by_rule
 from export.goldens.folder import Goldens
 from export.goldens.networks import BACKENDS, open_networks

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
-from stepvideo_kernels.benchmarks import Case, Tensors, cases
+from kernels.benchmarks import Case, Tensors, cases
+from stepvideo_kernels.choice import builds_of
 from stepvideo_kernels.hardware import GPUS, roofline
 from stepvideo_kernels.kernel_spec import FullSize, KernelBuild
-from stepvideo_kernels.on_cuda import BuiltOperators
-from stepvideo_kernels.ops import builds_of
-from stepvideo_kernels.tensors import sm_of
+from stepvideo_kernels.launch.on_cuda import BuiltOperators, sm_of
 from stepvideo_serve.errors import EngineError
 
 INPUT_SETS = 2

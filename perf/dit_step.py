@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from export.to_onnx import write_graph
+from export.graphs.writer import write_graph
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.graphs import (
@@ -35,9 +35,8 @@ from stepvideo_serve.dit.graphs import (
 )
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.velocity import DiTVelocity
-from stepvideo_serve.engine.eager import EagerRunner
 from stepvideo_serve.engine.ort import OrtRunner
-from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
 from stepvideo_serve.text.states import CLIP_TOKENS, TextStates
 

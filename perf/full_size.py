@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from perf.full_size_networks import FusedWay, decoder, dit_step, encoder, step_llm
-from stepvideo_kernels.on_cuda import BuiltOperators
-from stepvideo_kernels.ops import Target
-from stepvideo_kernels.tensors import sm_of
+from stepvideo_kernels.choice import Target
+from stepvideo_kernels.launch.on_cuda import BuiltOperators, sm_of
 from stepvideo_serve.errors import StepVideoError
 from stepvideo_serve.geometry import VideoGeometry
-from stepvideo_serve.model_size import PUBLISHED, model_size, workload
-from stepvideo_serve.parallel.cost import Workload, predict, step_flops
-from stepvideo_serve.parallel.gpus import GPUS
 from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.planning.cost import Workload, predict, step_flops
+from stepvideo_serve.planning.gpus import GPUS
+from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
 
 STEPS = 50
 WARM_UPS = 1

@@ -10,9 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from export.ops import apply_ops, choose_ops, ops_of
+from export.fuse.choose import apply_ops, choose_ops, ops_of
+from stepvideo_kernels.choice import Target
 from stepvideo_kernels.kernel_spec import FP8_MAX
-from stepvideo_kernels.ops import Target
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.graphs import (
@@ -28,14 +28,13 @@ from stepvideo_serve.dit.graphs import (
 )
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.velocity import DiTVelocity
-from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.geometry import LATENTS_PER_CHUNK, VideoGeometry
-from stepvideo_serve.model_size import PUBLISHED
+from stepvideo_serve.planning.model_size import PUBLISHED
 from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS, TextStates
 from stepvideo_serve.text.step_llm import StepLLM
-from stepvideo_serve.vae.decoder import VideoDecoder
-from stepvideo_serve.vae.encoder import VideoEncoder
+from stepvideo_serve.vae.model import VideoDecoder, VideoEncoder
 
 VIDEO = VideoGeometry(102, 544, 992)
 DTYPE = "bfloat16"

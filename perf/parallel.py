@@ -21,20 +21,20 @@ import numpy as np
 import psutil
 import torch
 
+from export.tiny.config import TINY_DIT, TinyConfig
 from export.tiny_checkpoint import write_checkpoint
-from export.tiny_config import TINY_DIT, TinyConfig
-from stepvideo_serve.model_size import ModelConfigs, model_size
-from stepvideo_serve.parallel.cost import exchanges
 from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.parallel.run import ResultEvent, StepEvent
+from stepvideo_serve.planning.cost import exchanges
+from stepvideo_serve.planning.model_size import ModelConfigs, model_size
 from stepvideo_serve.video.preview import LatentPreview
 
 LAYOUTS = {2: ("cfg2", "tp2", "sp2"), 4: ("tp4", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")}
 LATENTS = (9, 8, 12, 18)
 TEXT_TOKENS = (120, 48)
-RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
-SIGNS_FACTORY = "perf.signs_of_life:build_worker"
+RANK_FACTORY = "stepvideo_serve.serving.rank_factory:build_rank"
+SIGNS_FACTORY = "perf.waiting_worker:build_worker"
 FULL_SIZE_LATENTS = (18, 64, 34, 62)  # 102 frames of 544x992
 SIGNS_STEPS = 20
 IDLE_S = 10.0  # processor time is counted in units of 10 ms

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stepvideo_client import Client, Result
-from stepvideo_serve.server_options import ServerOptions
-from stepvideo_serve.tritonserver import TritonServer
+from stepvideo_serve.launch.options import ServerOptions
+from stepvideo_serve.launch.server import TritonServer
 
 PROMPT = "一艘小船在平静的湖面上缓缓驶过，镜头慢慢推近。"
 IMAGE = Path("client/examples/first_frame.png")

@@ -24,8 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from stepvideo_client import Client, Result, StepEvent
-from stepvideo_serve.server_options import ServerOptions
-from stepvideo_serve.tritonserver import TritonServer
+from stepvideo_serve.launch.options import ServerOptions
+from stepvideo_serve.launch.server import TritonServer
 
 PROMPT = "红色圆形向右移动。"
 IMAGE = Path("client/examples/first_frame.png")

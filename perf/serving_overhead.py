@@ -17,12 +17,12 @@ import psutil
 
 from stepvideo_client import Client
 from stepvideo_client import Result as ServedResult
-from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.pipeline import Result, generate
+from stepvideo_serve.launch.options import ServerOptions
+from stepvideo_serve.launch.server import TritonServer
+from stepvideo_serve.pipeline.generate import Result, generate
 from stepvideo_serve.request import parse_request
-from stepvideo_serve.server_options import ServerOptions
-from stepvideo_serve.tritonserver import TritonServer
 
 PROMPT = "一艘小船在平静的湖面上缓缓驶过，镜头慢慢推近。"
 IMAGE = Path("client/examples/first_frame.png")

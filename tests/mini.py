@@ -5,8 +5,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from export.tiny.config import ClipDims, TinyConfig
 from export.tiny_checkpoint import random_state
-from export.tiny_config import ClipDims, TinyConfig
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.text.step_llm import StepLLMConfig
 from stepvideo_serve.vae.config import VAEConfig

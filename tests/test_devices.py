@@ -10,17 +10,17 @@ from typing import Any, cast
 import pytest
 import torch
 
-from export.stages import GraphStages, encode_prompts
-from stepvideo_serve.assembly import LocalStages
-from stepvideo_serve.components import components
+from export.compare.graph_stages import GraphStages, encode_prompts
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.dit.sharded import ShardedVelocity
-from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.dit.velocity import ShardedVelocity
+from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.sampling.job import DenoiseJob, run_job
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.meta_device import META, ReadableMeta
 from tests.serving.launch import EAGER
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from stepvideo_serve.errors import RequestError
-from stepvideo_serve.plan_layout import main as plan_layout
-from stepvideo_serve.server_release import ADVISORIES, MINIMUM_NAME
-from stepvideo_serve.server_security import GRPC_OPERATOR_HEADER, OPERATOR_HEADER
+from stepvideo_serve.launch.install import ADVISORIES, MINIMUM_NAME
+from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER
+from stepvideo_serve.planning.layouts import main as plan_layout
 
 
 @pytest.fixture

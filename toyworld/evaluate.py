@@ -20,15 +20,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import StepVideoError
 from stepvideo_serve.vae.chunking import decode_chunks
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from toyworld import metrics, pictures
-from toyworld.latents import encode_clip
 from toyworld.prompts import OPPOSITE, wordings
 from toyworld.samples import Sampling, bytes_to_pixels, first_image, local_stages, sample, serve_config
+from toyworld.training.latents import encode_clip
 from toyworld.world import Scene, draw_scene, render
 
 CHECKPOINT: Final = Path(__file__).parent / "checkpoint"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import StepVideoError
-from stepvideo_serve.pipeline import Stages
+from stepvideo_serve.pipeline.generate import Stages
 from toyworld import metrics
 from toyworld.evaluate import CHECKPOINT, Measured, held_out_scene, measure, wording
 from toyworld.price_stages import RankStages, fp8_stages, ranks_of

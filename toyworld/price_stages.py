@@ -8,22 +8,22 @@ from typing import Final
 
 import torch
 
-from export.loop import graph_opener
-from stepvideo_serve.assembly import LocalStages
-from stepvideo_serve.components import dit_graph_names
+from export.compare.denoising import graph_opener
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import dit_graph_names
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.parallel.run import ResultEvent, StepEvent
-from stepvideo_serve.pipeline import Cancelled
+from stepvideo_serve.pipeline.generate import Cancelled
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.text.encode import TextEncoder
 from stepvideo_serve.text.states import TextStates
 from stepvideo_serve.video.preview import LatentPreview
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
-RANK_FACTORY: Final = "stepvideo_serve.serving.rank:build_rank"
+RANK_FACTORY: Final = "stepvideo_serve.serving.rank_factory:build_rank"
 START_TIMEOUT_S: Final = 300.0
 ARENA_BYTES: Final = 16 << 20
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import DecoderConfig, DenoiserConfig, ModelConfig, ServeConfig
-from stepvideo_serve.pipeline import Result, Stages, generate
+from stepvideo_serve.pipeline.generate import Result, Stages, generate
 from stepvideo_serve.request import GenerationRequest, parse_request
 from toyworld.world import FRAMES, SIZE_PX, Scene, render
 

@@ -20,15 +20,15 @@ from typing import Final
 
 import torch
 
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.errors import StepVideoError
 from stepvideo_serve.vae.model import VideoVAE
-from stepvideo_serve.weights.checkpoint import Checkpoint
-from toyworld.dit_network import toy_dit
-from toyworld.dit_training import DitPlan, DitTrainer
-from toyworld.latents import ClipSet, cached_clips, encode_prompts
-from toyworld.official_layout import write_checkpoint
-from toyworld.vae_training import PLAN, Phase, VaeTrainer
+from toyworld.training.dit import DitPlan, DitTrainer
+from toyworld.training.dit_setup import toy_dit
+from toyworld.training.latents import ClipSet, cached_clips, encode_prompts
+from toyworld.training.official_layout import write_checkpoint
+from toyworld.training.vae import PLAN, Phase, VaeTrainer
 
 CHECKPOINT: Final = Path(__file__).parent / "checkpoint"
 HELD_OUT_CLIPS: Final = 64

@@ -25,8 +25,7 @@ from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS
 from stepvideo_serve.vae.config import VAEConfig
-from stepvideo_serve.vae.decoder import VideoDecoder
-from stepvideo_serve.vae.encoder import VideoEncoder
+from stepvideo_serve.vae.model import VideoDecoder, VideoEncoder
 from stepvideo_serve.weights.files import open_safetensors
 
 Progress = Callable[[str], None]

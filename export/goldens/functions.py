@@ -7,7 +7,7 @@ import torch
 from export.goldens.answers import GIVEN, UNKNOWN, Answer, Computed, Skipped
 from export.goldens.folder import Goldens
 from stepvideo_serve.dit.rope import apply_rope, axis_angles, rope_tables
-from stepvideo_serve.sampling.schedule import euler_step, flow_times
+from stepvideo_serve.sampling.denoise import euler_step, flow_times
 from stepvideo_serve.video.image import fit_image
 
 PREFIXES = ("rope", "sched", "pre")

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from stepvideo_serve.components import components, dit_graph_names
-from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components, dit_graph_names
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.ort import OrtRunner
-from stepvideo_serve.engine.runner import EngineRunner
-from stepvideo_serve.weights.checkpoint import Checkpoint
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 
 BACKENDS = ("eager", "ort")
 

@@ -16,9 +16,7 @@ from export.goldens.networks import Networks
 from export.goldens.text import context_mask, padded_tokens, text_states
 from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.geometry import PIXELS_PER_LATENT
-from stepvideo_serve.sampling.denoise import denoise
-from stepvideo_serve.sampling.guidance import guide, needs_guidance
-from stepvideo_serve.sampling.schedule import flow_times
+from stepvideo_serve.sampling.denoise import denoise, flow_times, guide, needs_guidance
 from stepvideo_serve.vae.chunking import decode_chunks, sample_posterior
 from stepvideo_serve.video.image import fit_image
 from stepvideo_serve.video.mp4 import crop_to_standard, to_uint8

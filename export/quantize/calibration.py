@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 FORMAT_VERSION = 1
 PARTS = ("dit", "llm")

@@ -11,7 +11,7 @@ from export.quantize.calibration import Calibration
 from export.quantize.layers import OPERANDS, SHARED_CORE, Layer, belongs, is_kept, layer_of, quantizable
 from export.quantize.nvfp4 import BLOCK, Fp4Linear
 from export.quantize.qdq import QuantizedAttention, QuantizedLinear
-from stepvideo_serve.components import Component
+from stepvideo_serve.assembly.graphs import Component
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.spec import TORCH_DTYPES
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stepvideo_serve.components import Component
+from stepvideo_serve.assembly.checkpoint import BLOCKS_PREFIX, LAYERS_PREFIX, Checkpoint
+from stepvideo_serve.assembly.graphs import Component
 from stepvideo_serve.dit.blocks import AttentionCore
 from stepvideo_serve.dit.segments import CoreSegment
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.weights.checkpoint import BLOCKS_PREFIX, LAYERS_PREFIX, Checkpoint
 
 SHARED_CORE = f"{BLOCKS_PREFIX}*.attn1.core"
 """The graph of attention alone, in layouts that split the tokens, serves all blocks: its name stands for all theirs."""

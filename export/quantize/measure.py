@@ -8,20 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from export.compare.graph_stages import GraphStages, Open, encode_prompts, prompts_of
 from export.quantize.calibration import PARTS, Calibration, write_json
 from export.quantize.layers import OPERANDS, quantizable
 from export.quantize.observers import AmaxObserver
-from export.stages import GraphStages, Open, encode_prompts, prompts_of
-from stepvideo_serve.components import Component, components
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import Component, components
 from stepvideo_serve.config import VideoConfig
-from stepvideo_serve.engine.eager import EagerRunner
 from stepvideo_serve.engine.manifest import content_key
-from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.engine.spec import TORCH_DTYPES
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.pipeline import Progress, generate
+from stepvideo_serve.pipeline.generate import Progress, generate
 from stepvideo_serve.request import GenerationRequest
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 TEXTS = "texts"
 """Stands for all prompts together among the requests that are done."""

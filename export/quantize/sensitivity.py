@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.compare import error_row
-from export.loop import run_eager, run_loop
+from export.compare.denoising import run_eager, run_loop
+from export.compare.one_graph import error_row
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Linears, quantized
 from export.quantize.layers import Layer, all_names, quantizable
-from stepvideo_serve.components import components
-from stepvideo_serve.engine.eager import EagerRunner
-from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.request import GenerationRequest
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 GROUPINGS = ("layer", "block", "kind")
 

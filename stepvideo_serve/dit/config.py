@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stepvideo_serve.errors import CheckpointError
-from stepvideo_serve.json_file import integer, read_json_object
+from stepvideo_serve.weights.json_file import integer, read_json_object
 
 HEAD_DIM = 128
 ROPE_SPLIT = (64, 32, 32)

@@ -6,7 +6,7 @@ Source: Megatron-LM (arXiv 1909.08053), section 3.
 """
 
 from stepvideo_serve.dit.config import FFN_MULTIPLE, DiTConfig
-from stepvideo_serve.sharding import REPLICATED, ShardPlan, Split
+from stepvideo_serve.weights.cuts import REPLICATED, ShardPlan, Split
 
 
 def dit_plan(config: DiTConfig) -> ShardPlan:

@@ -2,13 +2,20 @@
 
 Groups of one rank cost nothing: no collective is called for an axis of size 1. Payload bytes handed to the collectives
 are counted by kind, for comparison with the planner's prediction.
+
+The ranks of one generation find each other by torch.distributed's file store in memory without a name. The parent makes
+the memory anew for every generation and hands it down (generation.py), so no key of a former generation is ever seen,
+no port is needed, and nothing is left behind: the memory is gone with the last process that has it open.
 """
 
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -187,3 +194,24 @@ def _make_groups(layout: Layout, axis: str, rank: int) -> dist.ProcessGroup:
     if not isinstance(mine, dist.ProcessGroup):
         raise RuntimeError(f"rank {rank} is in no group along {axis}")
     return mine
+
+
+def init_process_group(settings: Mapping[str, Any], backend: str, timeout_s: float) -> None:
+    """Join the default process group of the generation; to be called by every rank, once.
+
+    `settings` are what the rank's factory is given (rank, world_size, rendezvous). `timeout_s` limits the meeting and
+    every gloo collective; it should be longer than any step, since the parent is the one that looks for stuck ranks.
+    All ranks are on this machine: gloo talks over the loopback interface.
+
+    Raises torch.distributed.DistError when the others do not come.
+    """
+    import torch.distributed as dist  # here, so that the parent can do without torch
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{settings['rendezvous']}",
+        rank=settings["rank"],
+        world_size=settings["world_size"],
+        timeout=timedelta(seconds=timeout_s),
+    )

@@ -27,10 +27,10 @@ from types import TracebackType
 from typing import Any
 
 from stepvideo_serve.errors import RequestError, ServiceUnavailable, WorkerFailed
-from stepvideo_serve.parallel.arena import Array
 from stepvideo_serve.parallel.channel import JsonObject, error_from_json
-from stepvideo_serve.parallel.ranks import Ranks, RanksLostError, RanksSpec, default_python
-from stepvideo_serve.parallel.run import Job, ResultEvent, Run, StepEvent
+from stepvideo_serve.parallel.generation import Ranks, RanksLostError, RanksSpec, default_python
+from stepvideo_serve.parallel.job import Job, ResultEvent, Run, StepEvent
+from stepvideo_serve.parallel.shared_memory import Array
 
 RESERVED_SETTINGS = frozenset({"rank", "world_size", "generation", "rendezvous"})
 SHUTDOWN_GRACE_S = 5.0

@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepvideo_serve.dit.velocity import GuidedVelocity
-from stepvideo_serve.sampling.denoise import denoise
-from stepvideo_serve.sampling.guidance import guide, needs_guidance
-from stepvideo_serve.sampling.schedule import flow_times
+from stepvideo_serve.sampling.denoise import denoise, flow_times, guide, needs_guidance
 from stepvideo_serve.text.states import TextStates
 
 

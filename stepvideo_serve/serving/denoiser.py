@@ -19,22 +19,22 @@ from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.parallel.run import ResultEvent, StepEvent
-from stepvideo_serve.parallel.vitals import DEAD_BEATS
+from stepvideo_serve.parallel.watchdog import DEAD_BEATS
+from stepvideo_serve.planning.pace import Pace, TurnPace
 from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
+from stepvideo_serve.scheduling.resume import Repeated, Resumable, ResumableDenoise, run_on
+from stepvideo_serve.scheduling.run_queue import URGENT, QueuedRun, QueueRules, RunQueue
 from stepvideo_serve.serving.adapter import Arrays, bytes_array, clear_setup_errors
-from stepvideo_serve.serving.logs import configure_logging
-from stepvideo_serve.serving.metric_families import OK
-from stepvideo_serve.serving.metrics import Heartbeats, Metrics
-from stepvideo_serve.serving.pace import Pace, TurnPace
-from stepvideo_serve.serving.queued import QueuedModel
-from stepvideo_serve.serving.resume import Repeated, Resumable, ResumableDenoise, run_on
-from stepvideo_serve.serving.run_queue import URGENT, QueuedRun, QueueRules, RunQueue
-from stepvideo_serve.serving.run_watch import RankWatch, RunWatch, Turn
-from stepvideo_serve.serving.telemetry import Tracer
+from stepvideo_serve.serving.observe.logs import configure_logging
+from stepvideo_serve.serving.observe.metric_families import OK
+from stepvideo_serve.serving.observe.metrics import Heartbeats, Metrics
+from stepvideo_serve.serving.observe.run_watch import RankWatch, RunWatch, Turn
+from stepvideo_serve.serving.observe.traces import Tracer
+from stepvideo_serve.serving.queued_model import QueuedModel
 
-RANK_FACTORY = "stepvideo_serve.serving.rank:build_rank"
+RANK_FACTORY = "stepvideo_serve.serving.rank_factory:build_rank"
 TENSORS = {
     "denoise": ("LATENTS", "CONDITION", "POSITIVE_LLM", "POSITIVE_CLIP", "NEGATIVE_LLM", "NEGATIVE_CLIP"),
     "decode": ("LATENTS",),

@@ -1,4 +1,5 @@
-"""The public models: `ti2v` (decoupled: a response per step, then the result) and `ti2v_unary` (the result alone)."""
+"""The public models: `ti2v` (decoupled: a response per step, then the result), `ti2v_unary` (the result alone), and
+`ti2v_quote` (what a request would take on this server, from what the server has measured)."""
 
 import json
 import threading
@@ -6,17 +7,22 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from stepvideo_serve.assembly import describe, latent_channels
+from stepvideo_serve.assembly.runners import latent_channels
+from stepvideo_serve.assembly.stages import describe
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.errors import QueueFull
+from stepvideo_serve.errors import QueueFull, ServiceUnavailable
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.pipeline import Cancelled, Progress, Result, generate
+from stepvideo_serve.pipeline.generate import Cancelled, Progress, Result, generate
+from stepvideo_serve.planning.quote import QuoteRequest, Server, quote
 from stepvideo_serve.request import GenerationRequest, parse_request
+from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
 from stepvideo_serve.serving.adapter import (
+    Arrays,
     Sender,
     UnarySender,
     bytes_array,
@@ -25,9 +31,10 @@ from stepvideo_serve.serving.adapter import (
     is_probe,
     read_inputs,
 )
-from stepvideo_serve.serving.bls import BlsStages, report_pace
-from stepvideo_serve.serving.request_watch import RequestWatch, RequestWatches, WatchedAnswer
-from stepvideo_serve.serving.results import Answer, Results, fingerprint
+from stepvideo_serve.serving.model_calls import ANSWER_S, call, in_time
+from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestWatches, WatchedAnswer
+from stepvideo_serve.serving.remote_stages import BlsStages, report_pace
+from stepvideo_serve.serving.stage_models import StageModel
 from stepvideo_serve.video.preview import encode_jpeg
 
 HEARTBEAT_S = 15.0
@@ -215,3 +222,38 @@ def result_outputs(result: Result) -> Outputs:
 
 def _preview_outputs(progress: Progress) -> Outputs:
     return {} if progress.preview is None else {"PREVIEW": bytes_array(encode_jpeg(progress.preview))}
+
+
+class QuoteModel(StageModel):
+    """Sizes and steps -> SECONDS, GPU_SECONDS, PEAK_MEMORY_MIB, QUEUE_WAIT_S and the parts in REPORT."""
+
+    def load(self, config: ServeConfig) -> None:
+        self._config = config
+        self._latent_channels = latent_channels(config)
+
+    def answer(self, inputs: Arrays) -> Arrays:
+        asked = QuoteRequest.parse(inputs, self._config, self._latent_channels)
+        question = {"KIND": bytes_array(b"pace"), "PRIORITY": np.array([asked.request.priority], np.int32)}
+        try:
+            state = in_time(lambda: call("dit_denoiser", question, ("REPORT",)))
+        except TimeoutError:
+            raise ServiceUnavailable(
+                f"dit_denoiser must answer within {ANSWER_S:g} s, it does not: see python -m stepvideo_serve health."
+            ) from None
+        return outputs_of(quote(asked, self._server, json.loads(state["REPORT"].flat[0])))
+
+    @cached_property
+    def _server(self) -> Server:
+        """Counting the parameters costs seconds of CPU time, which no start should pay for."""
+        return Server.of(self._config)
+
+
+def outputs_of(report: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """The model's outputs for a quote."""
+    return {
+        "SECONDS": np.array([report["seconds"]["total"]], np.float32),
+        "GPU_SECONDS": np.array([report["gpu_seconds"]["total"]], np.float32),
+        "PEAK_MEMORY_MIB": np.array([report["peak_memory_mib"]], np.float32),
+        "QUEUE_WAIT_S": np.array([report["queue_wait_s"]], np.float32),
+        "REPORT": bytes_array(json.dumps(report).encode()),
+    }

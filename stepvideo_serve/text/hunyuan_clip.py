@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from stepvideo_serve.json_file import integer, read_json_object
+from stepvideo_serve.weights.json_file import integer, read_json_object
 
 
 class HunyuanClip(nn.Module):

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from stepvideo_serve.communicator import Communicator
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
-from stepvideo_serve.sharding import WHOLE, TensorPart
+from stepvideo_serve.parallel.communicator import Communicator
 from stepvideo_serve.text.states import LLM_MAX_TOKENS
 from stepvideo_serve.text.step_llm import (
     Attention,
@@ -24,6 +23,7 @@ from stepvideo_serve.text.step_llm import (
     alibi_slopes,
     sqrt_alibi_bias,
 )
+from stepvideo_serve.weights.cuts import WHOLE, TensorPart
 
 Graph = Callable[..., dict[str, Tensor]]
 LLM_TOKENS = Dim(min=2, opt=128, max=LLM_MAX_TOKENS)

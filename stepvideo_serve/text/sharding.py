@@ -3,8 +3,8 @@
 Embeddings and norms stay whole. Source: Megatron-LM (arXiv 1909.08053), section 3.
 """
 
-from stepvideo_serve.sharding import REPLICATED, ShardPlan, Split
 from stepvideo_serve.text.step_llm import StepLLMConfig
+from stepvideo_serve.weights.cuts import REPLICATED, ShardPlan, Split
 
 
 def llm_plan(config: StepLLMConfig) -> ShardPlan:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepvideo_serve.errors import CheckpointError
-from stepvideo_serve.json_file import integer, read_json_object
+from stepvideo_serve.weights.json_file import integer, read_json_object
 
 FFN_ROUNDING = 256
 

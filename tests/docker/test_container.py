@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.launch.install import MINIMUM
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.server_release import MINIMUM
 
 
 @pytest.fixture

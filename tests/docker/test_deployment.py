@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.launch.options import add_server_arguments
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.server_options import add_server_arguments
-from stepvideo_serve.serving.metric_families import FAMILIES
+from stepvideo_serve.serving.observe.metric_families import FAMILIES
 from tests.docker.chart import VERSION, Helm, Manifest, Values, only
 
 KUBERNETES = "1.37"
@@ -313,10 +313,10 @@ def test_compose_builds_this_image(compose: dict[str, Any], docker: Path) -> Non
 @pytest.mark.parametrize(
     ("choice", "started"),
     [
-        ({}, "-m stepvideo_serve.tritonserver serve --config {config} --address 127.0.0.1 --exit-timeout=5"),
+        ({}, "-m stepvideo_serve.launch.server serve --config {config} --address 127.0.0.1 --exit-timeout=5"),
         (
             {"STEPVIDEO_SUPERVISE": "1", "STEPVIDEO_ADDRESS": "0.0.0.0"},
-            "-m stepvideo_serve.supervise --config {config} --address 0.0.0.0 --exit-timeout=5",
+            "-m stepvideo_serve.launch.supervise --config {config} --address 0.0.0.0 --exit-timeout=5",
         ),
         ({"STEPVIDEO_SUPERVISE": "yes"}, None),
     ],

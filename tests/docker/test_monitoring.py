@@ -1,4 +1,5 @@
-"""The dashboard, the alerts and the guide to them, against what the models declare; tests/serving/test_metrics.py holds
+"""The dashboard, the alerts and the guide to them, against what the models declare;
+tests/serving/observe/test_metrics.py holds
 the same names against a live server."""
 
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepvideo_serve.serving.metric_families import FAMILIES, codes
+from stepvideo_serve.serving.observe.metric_families import FAMILIES, codes
 from tests.docker import promql
 
 OF_PROMETHEUS = {"up": {"job", "instance"}}

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 
-from export.build.child import Job
-from export.build.process import run_child
-from export.build.toolkit import child_environment
-from stepvideo_serve.engine._nvinfer import ActivationMemory, NvInferRunner
+from export.engines.child import Job
+from export.engines.process import run_child
+from export.engines.toolkit import child_environment
 from stepvideo_serve.engine.manifest import GraphFile
-from stepvideo_serve.engine.trt import load_tensorrt
+from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load_tensorrt
 from tests.engine.toy import Graph
 
 

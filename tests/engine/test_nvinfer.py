@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepvideo_serve.engine._nvinfer import ActivationMemory, checked_file, may_capture, weight_budgets
 from stepvideo_serve.engine.manifest import GraphFile
+from stepvideo_serve.engine.nvinfer import (
+    PACKAGES,
+    ActivationMemory,
+    checked_file,
+    load_tensorrt,
+    may_capture,
+    weight_budgets,
+)
 from stepvideo_serve.engine.spec import Dim
-from stepvideo_serve.engine.trt import PACKAGES, load_tensorrt
 from stepvideo_serve.errors import EngineError
 from tests.engine.gpu_engines import open_engine
 from tests.engine.toy import SPEC, Graph, toy_inputs

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepvideo_serve.engine.eager import EagerRunner
 from stepvideo_serve.engine.ort import OrtRunner
-from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError
 from tests.engine.gpu_engines import open_engine

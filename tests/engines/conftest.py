@@ -16,7 +16,7 @@ from export import build_engine
 from export.quantize.calibration import PARTS, Calibration
 from export.quantize.layers import OPERANDS, all_names
 from export.tiny_checkpoint import write_checkpoint
-from stepvideo_serve.weights.checkpoint import Checkpoint
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from tests.mini import MINI
 
 SHAPES = "64x64x17"

@@ -9,9 +9,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from export.tiny.config import TINY_CLIP, TINY_LLM, TinyConfig
 from export.tiny_checkpoint import write_checkpoint
-from export.tiny_config import TINY_CLIP, TINY_LLM, TinyConfig
-from stepvideo_serve.model_size import PUBLISHED
+from stepvideo_serve.planning.model_size import PUBLISHED
 
 
 def config() -> TinyConfig:

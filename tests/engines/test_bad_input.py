@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.build.engines import Options, build_engines
-from export.build.toolkit import check_target, toolkit_version
+from export.engines.engines import Options, build_engines
+from export.engines.toolkit import check_target, toolkit_version
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.parallel.layout import Layout

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from export.build.child import Job
-from export.build.process import run_child
-from export.build.toolkit import child_environment
-from stepvideo_serve.engine._nvinfer import checked_file
-from stepvideo_serve.engine.manifest import Manifest
-from stepvideo_serve.engine.target import EngineTarget, require_parity
+from export.engines.child import Job
+from export.engines.process import run_child
+from export.engines.toolkit import child_environment
+from stepvideo_serve.engine.manifest import EngineTarget, Manifest, require_parity
+from stepvideo_serve.engine.nvinfer import checked_file
 from stepvideo_serve.errors import EngineError, ExportError
 from tests.engines.conftest import build
 
@@ -120,7 +119,7 @@ def builders(out: Path) -> list[int]:
             line = path.read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if "export.build.child" in line and str(out) in line:
+        if "export.engines.child" in line and str(out) in line:
             found.append(int(path.parent.name))
     return found
 

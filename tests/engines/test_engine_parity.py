@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from export import verify
-from export.engine_parity import Open, compare_engines
-from export.engine_parity import report as engine_report
-from export.plan import export_plan
+from export.compare.engines import Open, compare_engines
+from export.compare.engines import report as engine_report
+from export.graphs.placement import export_plan
+from export.graphs.recipe import Recipe
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
-from export.recipe import Recipe
-from stepvideo_serve.engine.eager import EagerRunner
-from stepvideo_serve.engine.manifest import Manifest
-from stepvideo_serve.engine.runner import EngineRunner
-from stepvideo_serve.engine.target import LOOP, EngineTarget, require_parity
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.engine.manifest import LOOP, EngineTarget, Manifest, require_parity
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.errors import EngineError, ExportError
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.engines.conftest import Run, build, export
 
 CHEAP = ("dit_final", "dit_context", "dit_block_00")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from export import build_engine
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.engine.manifest import Manifest
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.export.full_width import write_calibration, write_full_width
 
 GIB = 2**30

@@ -8,12 +8,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.build.child import Job
-from export.build.expectations import GIB, Expected, activation_bound, expected_of, violations
-from export.build.plan import Plan, PlanLayer, parse_plan
-from export.build.process import run_child
-from export.build.profiles import profile_spec
-from export.build.toolkit import check_target, child_environment
+from export.engines.child import Job
+from export.engines.engine_plan import Plan, PlanLayer, parse_plan
+from export.engines.expectations import GIB, Expected, activation_bound, expected_of, violations
+from export.engines.process import run_child
+from export.engines.profiles import profile_spec
+from export.engines.toolkit import check_target, child_environment
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import ExportError

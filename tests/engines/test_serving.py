@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from stepvideo_serve.assembly import load_runners, open_manifest
+from stepvideo_serve.assembly.engines import check_engines
+from stepvideo_serve.assembly.runners import load_runners, open_manifest
 from stepvideo_serve.config import DenoiserConfig, ModelConfig, ServeConfig
-from stepvideo_serve.engine.target import EngineTarget
+from stepvideo_serve.engine.manifest import EngineTarget
 from stepvideo_serve.errors import ConfigError, EngineError, SetupError
 from stepvideo_serve.request import RequestLimits
-from stepvideo_serve.tensorrt_assembly import check_engines
 
 NAMES = ("dit_embed", "dit_block_00", "step_llm")
 LIMITS = RequestLimits(max_frames=17, max_height=64, max_width=64, max_tokens=48)

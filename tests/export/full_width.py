@@ -11,12 +11,12 @@ from torch import Tensor
 
 from export.quantize.calibration import Calibration
 from export.quantize.layers import all_names
+from export.tiny.config import llm_json
 from export.tiny_checkpoint import save_weights, write_checkpoint, write_json
-from export.tiny_config import llm_json
+from stepvideo_serve.assembly.checkpoint import BLOCKS_PREFIX, Checkpoint, meta_shapes
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
-from stepvideo_serve.weights.checkpoint import BLOCKS_PREFIX, Checkpoint, meta_shapes
 from tests.mini import MINI
 
 DIT = DiTConfig(

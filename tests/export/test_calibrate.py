@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from export.calibrate import main
+from export.compare.graph_stages import read_requests
 from export.quantize.calibration import Calibration
 from export.quantize.layers import all_names
-from export.stages import read_requests
 from export.tiny_checkpoint import write_checkpoint
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.pipeline import generate
-from stepvideo_serve.weights.checkpoint import Checkpoint
+from stepvideo_serve.pipeline.generate import generate
 from tests.mini import MINI
 
 OPTIONS = ("--steps", "2", "--num-frames", "17", "--height", "32", "--width", "48", "--threads", "1", "--quiet")

@@ -10,15 +10,15 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from export.compare import ROUND_OFF, compare_with_eager, error_row, relative_error
-from export.to_onnx import write_graph
-from export.twin import twin_spec, write_fp16_twin
-from stepvideo_serve.components import Component, components
+from export.compare.fp16_copy import twin_spec, write_fp16_twin
+from export.compare.one_graph import ROUND_OFF, compare_with_eager, error_row, relative_error
+from export.graphs.writer import write_graph
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import Component, components
 from stepvideo_serve.dit.config import HEAD_DIM
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import MINI, normal
 
 QUERIES, KEYS = 231, 138

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from export.compare.fp16_copy import twin_spec, write_fp16_twin
+from export.graphs.recipe import Recipe
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
 from export.quantize.layers import all_names
 from export.quantize.weights import check_weights
-from export.recipe import Recipe
 from export.tiny_checkpoint import write_checkpoint
 from export.to_onnx import export_graphs, main
-from export.twin import twin_spec, write_fp16_twin
-from stepvideo_serve.components import components
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import MINI
 
 FP8 = onnx.TensorProto.FLOAT8E4M3FN

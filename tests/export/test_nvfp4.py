@@ -10,6 +10,8 @@ from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
+from export.graphs.recipe import Recipe
+from export.graphs.writer import write_graph
 from export.quantize.nvfp4 import (
     DYNAMIC_QUANTIZE,
     Fp4Linear,
@@ -21,8 +23,6 @@ from export.quantize.nvfp4 import (
     translation_table,
     weight,
 )
-from export.recipe import Recipe
-from export.to_onnx import write_graph
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import ExportError
 

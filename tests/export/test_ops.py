@@ -7,25 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.compare import FP32_ALLOWED, relative_error
-from export.fused_modules import PairedCore
-from export.ops import USES, ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from export.compare.one_graph import FP32_ALLOWED, relative_error
+from export.fuse.choose import USES, ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from export.fuse.modules import PairedCore
+from export.graphs.example_inputs import SMALL_SIZES, sample_inputs
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, quantize_module
 from export.quantize.layers import all_names
 from export.quantize.qdq import QuantizedAttention, QuantizedLinear
-from export.samples import SMALL_SIZES, sample_inputs
-from stepvideo_kernels.ops import Choice, Target
-from stepvideo_serve.components import Component, components, core_component, llm_part_components, part_components
+from stepvideo_kernels.choice import Choice, Target
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import Component, components, core_component, llm_part_components, part_components
 from stepvideo_serve.dit.blocks import DiTBlock, SelfAttention
 from stepvideo_serve.dit.rope import rope_tables
 from stepvideo_serve.dit.segments import CoreSegment
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.sharding import TensorPart
 from stepvideo_serve.text.segments import LlmAttention
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
 from stepvideo_serve.vae.layers import TokenCausalAttention
-from stepvideo_serve.weights.checkpoint import Checkpoint
+from stepvideo_serve.weights.cuts import TensorPart
 from tests.mini import MINI, normal, with_random_weights
 
 H100 = Target(90, "tensorrt")

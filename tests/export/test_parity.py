@@ -8,21 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from export.compare import error_row
-from export.loop import run_eager, sample_request, verdict
+from export.compare.denoising import run_eager, sample_request, verdict
+from export.compare.one_graph import error_row
+from export.graphs.recipe import Recipe
 from export.parity import failures, loop_table
 from export.parity import main as parity
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
 from export.quantize.measure import measure
 from export.quantize.sensitivity import Effect, Sensitivity, globs, measure_sensitivity
-from export.recipe import Recipe
 from export.to_onnx import export_graphs
-from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.engine.manifest import LOOP, GraphEntry, GraphFile, Manifest
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
-from stepvideo_serve.engine.target import LOOP
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import normal
 
 SIZES = {"steps": 3, "num_frames": 17, "height": 32, "width": 48}

@@ -10,10 +10,10 @@ from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, quantize_module
 from export.quantize.layers import SHARED_CORE, all_names, check_globs, is_kept, quantizable
 from export.quantize.qdq import QuantizedAttention, QuantizedLinear
-from stepvideo_serve.components import components, core_component, llm_part_components, part_components
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components, core_component, llm_part_components, part_components
 from stepvideo_serve.errors import ExportError
-from stepvideo_serve.sharding import TensorPart
-from stepvideo_serve.weights.checkpoint import Checkpoint
+from stepvideo_serve.weights.cuts import TensorPart
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 
+from export.tiny.config import TinyConfig
+from export.tiny.tokenizers import CONTROL_SYMBOLS, STEP_PIECES, USER_SYMBOLS, clip_vocabulary, train_step_model
 from export.tiny_checkpoint import MARKER, main, make, random_state, save_weights
-from export.tiny_config import TinyConfig
-from export.tiny_tokenizers import CONTROL_SYMBOLS, STEP_PIECES, USER_SYMBOLS, clip_vocabulary, train_step_model
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.vae.layers import NORM_GROUPS
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from stepvideo_serve.weights.files import file_digest
 from tests.mini import normal
 

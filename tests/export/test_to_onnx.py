@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from export.tiny_checkpoint import write_checkpoint
-from stepvideo_serve.components import components
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.engine.manifest import Manifest
-from stepvideo_serve.weights.checkpoint import Checkpoint
 
 CHEAP = ("dit_context", "dit_final")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from export import verify
 from export.to_onnx import export_graphs
-from stepvideo_serve.weights.checkpoint import Checkpoint
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from tests.export.golden_copies import change_largest, copy_goldens
 
 OFFICIAL = "the official code"

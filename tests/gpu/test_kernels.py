@@ -7,11 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from stepvideo_kernels.benchmarks import Case, cases
+from kernels.benchmarks import Case, cases
+from stepvideo_kernels.choice import builds_of
 from stepvideo_kernels.kernel_spec import FullSize
-from stepvideo_kernels.on_cuda import BuiltOperators
-from stepvideo_kernels.ops import builds_of
-from stepvideo_kernels.tensors import sm_of
+from stepvideo_kernels.launch.on_cuda import BuiltOperators, sm_of
 
 pytestmark = pytest.mark.gpu
 

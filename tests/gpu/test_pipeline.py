@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.parallel.run import ResultEvent
+from stepvideo_serve.parallel.job import ResultEvent
 from stepvideo_serve.sampling.job import DenoiseJob
 from tests.serving.launch import EAGER, ranks
 

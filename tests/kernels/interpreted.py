@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepvideo_kernels.binaries import Binary, descriptor_block
-from stepvideo_kernels.launch import PackedParameters, TensorView
+from stepvideo_kernels.compile.binaries import Binary, descriptor_block
+from stepvideo_kernels.launch.parameters import PackedParameters, TensorView
 
 _SCALARS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 

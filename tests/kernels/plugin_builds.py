@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.build.toolkit import child_environment, set_target
+from export.engines.toolkit import child_environment, set_target
 
 BACKEND = "tensorrt_rtx"
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _build(trt: Any, job: Job, logger: Any) -> Result:
-    from stepvideo_kernels.plugins import register
+    from stepvideo_kernels.plugins.registration import register
 
     registration = register(trt, sm=job.sm)
     registration.refusals.clear()

@@ -7,8 +7,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from stepvideo_kernels.kernel_spec import ONNX_DOMAIN, ONNX_VERSION
-from stepvideo_kernels.plugin_form import MAIN, PluginForm
-from stepvideo_kernels.plugins import forms
+from stepvideo_kernels.plugins.form import MAIN, PluginForm
+from stepvideo_kernels.plugins.registration import forms
 
 ONNX_TYPES: Mapping[str, int] = {
     "fp32": TensorProto.FLOAT,

@@ -5,10 +5,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from stepvideo_kernels.benchmarks import Case, cases
+from kernels.benchmarks import Case, cases
+from stepvideo_kernels.choice import builds_of
 from stepvideo_kernels.kernel_spec import FullSize, TileConfig
-from stepvideo_kernels.ops import builds_of
-from stepvideo_kernels.tensors import type_name
+from stepvideo_kernels.launch.on_cuda import type_name
 from tests.kernels.plugin_graphs import form_of
 
 TINY = FullSize(

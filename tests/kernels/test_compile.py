@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from stepvideo_kernels.adaln_modulate.spec import builds
-from stepvideo_kernels.binaries import Binary
-from stepvideo_kernels.compile import faults, remove_unknown
+from stepvideo_kernels.compile.__main__ import faults, remove_unknown
+from stepvideo_kernels.compile.binaries import Binary
 from stepvideo_kernels.kernel_spec import FullSize, KernelBuild, Work
 
 NAMES = ("adaln_modulate.residual-fp8.sm90.m32w8s3", "qkv_norm_rope.bf16.sm120.m16w4s2headsperprogram16")

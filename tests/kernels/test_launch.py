@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from stepvideo_kernels.binaries import Binary, Slot, slots_of_ptx
-from stepvideo_kernels.cuda_driver import CudaDriver
-from stepvideo_kernels.launch import Argument, KernelLibrary, PackedParameters, TensorView, pack
+from stepvideo_kernels.compile.binaries import Binary, Slot, slots_of_ptx
+from stepvideo_kernels.launch.cuda_driver import CudaDriver
+from stepvideo_kernels.launch.library import KernelLibrary
+from stepvideo_kernels.launch.parameters import Argument, PackedParameters, TensorView, pack
 from stepvideo_serve.errors import EngineError
 
 # As triton 3.9 writes it for (desc tensordesc<bf16[1, 64, 128]>, out *bf16, tokens i32, wide i64, eps fp32, flag i1).

@@ -2,9 +2,7 @@
 
 import pytest
 
-from stepvideo_kernels.hardware import blocks_per_sm, roofline
-from stepvideo_kernels.kernel_spec import Work
-from stepvideo_kernels.machine_code import (
+from stepvideo_kernels.compile.machine_code import (
     LOCAL_MEMORY,
     TENSOR_CORE,
     TENSOR_CORE_16_BIT,
@@ -13,6 +11,8 @@ from stepvideo_kernels.machine_code import (
     is_serialized,
     parse_sass,
 )
+from stepvideo_kernels.hardware import blocks_per_sm, roofline
+from stepvideo_kernels.kernel_spec import Work
 
 LISTING = """
         Function : kernel

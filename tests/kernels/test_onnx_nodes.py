@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stepvideo_kernels.choice import OPS
 from stepvideo_kernels.kernel_spec import ONNX_DOMAIN
-from stepvideo_kernels.onnx_nodes import operators, schema, translation_table
-from stepvideo_kernels.ops import OPS
-from stepvideo_kernels.tensors import type_name
+from stepvideo_kernels.launch.on_cuda import type_name
+from stepvideo_kernels.plugins.onnx_nodes import operators, schema, translation_table
 from stepvideo_serve.errors import EngineError
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from stepvideo_kernels.adaln_modulate.spec import SPEC as ADALN
+from stepvideo_kernels.choice import OPS, Target, Use, builds_of, choices, choose, full_size_uses, spec_of, table
 from stepvideo_kernels.kernel_spec import FP8_MIN_SM, SMS, FullSize, TileConfig
-from stepvideo_kernels.ops import OPS, Target, Use, builds_of, choices, choose, full_size_uses, spec_of, table
 from stepvideo_kernels.qkv_norm_rope.spec import SPEC as QKV
 from stepvideo_serve.errors import ExportError
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from export.ops import ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from export.fuse.choose import ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from export.graphs.writer import write_graph
 from export.quantize.qdq import QuantizedLinear, translation_table
-from export.to_onnx import write_graph
+from stepvideo_kernels.choice import Target
 from stepvideo_kernels.kernel_spec import ONNX_DOMAIN
-from stepvideo_kernels.ops import Target
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.graphs import block_spec
 from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_spec, segment_module, segment_spec
 from stepvideo_serve.engine.spec import Dim, EngineSpec
 from stepvideo_serve.text.graphs import step_llm_spec
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
-from stepvideo_serve.vae.decoder import VideoDecoder
 from stepvideo_serve.vae.graphs import vae_decoder_spec
+from stepvideo_serve.vae.model import VideoDecoder
 from tests.kernels.plugin_builds import Job, Result, build
 from tests.mini import MINI, with_random_weights
 

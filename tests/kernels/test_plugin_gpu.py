@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepvideo_kernels.choice import OPS, builds_of
 from stepvideo_kernels.kernel_spec import SMS, FullSize
-from stepvideo_kernels.onnx_nodes import operators
-from stepvideo_kernels.ops import OPS, builds_of
-from stepvideo_kernels.plugins import device_kernels, register
-from stepvideo_kernels.tensors import sm_of
+from stepvideo_kernels.launch.on_cuda import sm_of
+from stepvideo_kernels.plugins.onnx_nodes import operators
+from stepvideo_kernels.plugins.registration import device_kernels, register
 from stepvideo_serve.dit.rope import rope_tables
 from tests.kernels import plugin_graphs
 from tests.kernels.comparison import assert_no_worse

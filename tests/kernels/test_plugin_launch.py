@@ -18,11 +18,11 @@ import tensorrt_rtx as trt
 import torch
 from torch import Tensor
 
+from stepvideo_kernels.choice import builds_of
 from stepvideo_kernels.kernel_spec import FullSize
-from stepvideo_kernels.launch import KernelLibrary
-from stepvideo_kernels.ops import builds_of
-from stepvideo_kernels.plugins import Registration, creator_class
-from stepvideo_kernels.tensors import type_name
+from stepvideo_kernels.launch.library import KernelLibrary
+from stepvideo_kernels.launch.on_cuda import type_name
+from stepvideo_kernels.plugins.registration import Registration, creator_class
 from stepvideo_serve.errors import EngineError
 from tests.kernels.comparison import poisoned
 from tests.kernels.interpreted import InterpretingDriver

@@ -11,8 +11,8 @@ import pytest
 import tensorrt_rtx as trt
 
 from stepvideo_kernels.kernel_spec import SMS
-from stepvideo_kernels.onnx_nodes import operators
-from stepvideo_kernels.plugins import creator_class, forms, register
+from stepvideo_kernels.plugins.onnx_nodes import operators
+from stepvideo_kernels.plugins.registration import creator_class, forms, register
 from tests.kernels import plugin_graphs
 from tests.kernels.plugin_builds import Job, Result, build
 from tests.kernels.plugin_graphs import Dims, form_of

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from stepvideo_kernels.choice import builds_of
 from stepvideo_kernels.kernel_spec import FullSize
-from stepvideo_kernels.ops import builds_of
 
 FULL = FullSize()
 VALUES = FULL.batch * FULL.video_tokens * FULL.width

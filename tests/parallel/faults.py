@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepvideo_serve.parallel.group import RankGroup
-from stepvideo_serve.parallel.run import ResultEvent
-from stepvideo_serve.serving.resume import ResumableDenoise, run_on
-from stepvideo_serve.serving.run_queue import QueuedRun
+from stepvideo_serve.parallel.job import ResultEvent
+from stepvideo_serve.scheduling.resume import ResumableDenoise, run_on
+from stepvideo_serve.scheduling.run_queue import QueuedRun
 from tests.parallel.failing import SIGNALS
 
 FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
-from stepvideo_serve.parallel.arena import Array
-from stepvideo_serve.parallel.rendezvous import init_process_group
-from stepvideo_serve.parallel.worker import JobContext
+from stepvideo_serve.parallel.collectives import init_process_group
+from stepvideo_serve.parallel.rank_process import JobContext
+from stepvideo_serve.parallel.shared_memory import Array
 from tests.parallel.failing import fail, fail_at_signals
 
 Tensors = dict[str, Array]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stepvideo_serve.errors import CheckpointError, InvalidRequest
-from stepvideo_serve.parallel.arena import Array
-from stepvideo_serve.parallel.worker import JobContext
+from stepvideo_serve.parallel.rank_process import JobContext
+from stepvideo_serve.parallel.shared_memory import Array
 
 Tensors = dict[str, Array]
 Result = tuple[dict[str, Any], Tensors]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stepvideo_serve.assembly.stages import ShardedDecoder, ShardedDenoiser
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.sampling.job import DenoiseJob
-from stepvideo_serve.sharded_assembly import ShardedDecoder, ShardedDenoiser
 from stepvideo_serve.text.states import TextStates
 
 LATENTS = (3, 4, 3, 5)  # 45 tokens: divisible by neither 2 nor 4

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from export.tiny_checkpoint import write_checkpoint
-from stepvideo_serve.parallel.run import ResultEvent, StepEvent
+from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from tests.mini import MINI
 from tests.serving.launch import EAGER, ranks
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled, ServiceUnavailable, WorkerFailed
 from stepvideo_serve.parallel.group import RankGroup
-from stepvideo_serve.parallel.run import ERROR_GRACE_S, StepEvent
-from stepvideo_serve.parallel.vitals import DEAD_BEATS
-from stepvideo_serve.serving.resume import ResumableDenoise, run_on
+from stepvideo_serve.parallel.job import ERROR_GRACE_S, StepEvent
+from stepvideo_serve.parallel.watchdog import DEAD_BEATS
+from stepvideo_serve.scheduling.resume import ResumableDenoise, run_on
 from tests.parallel.faults import (
     FAULTS,
     FIRST_STEP_S,

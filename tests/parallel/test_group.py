@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled, ServiceUnavailable, WorkerFailed
-from stepvideo_serve.parallel.arena import Array
 from stepvideo_serve.parallel.group import RankGroup
-from stepvideo_serve.parallel.run import ResultEvent, Run, StepEvent
+from stepvideo_serve.parallel.job import ResultEvent, Run, StepEvent
+from stepvideo_serve.parallel.shared_memory import Array
 
 MakeGroup = Callable[..., RankGroup]
 

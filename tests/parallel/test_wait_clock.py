@@ -3,7 +3,7 @@
 import pytest
 
 from stepvideo_serve.parallel.group import RankGroup
-from stepvideo_serve.parallel.run import ResultEvent
+from stepvideo_serve.parallel.job import ResultEvent
 
 LATE_S = 1.0
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from stepvideo_serve.parallel.arena import Array
-from stepvideo_serve.parallel.collectives import Collectives
+from stepvideo_serve.parallel.collectives import Collectives, init_process_group
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.parallel.rendezvous import init_process_group
-from stepvideo_serve.parallel.worker import JobContext
+from stepvideo_serve.parallel.rank_process import JobContext
+from stepvideo_serve.parallel.shared_memory import Array
 
 Tensors = dict[str, Array]
 

@@ -5,10 +5,10 @@ import torch
 
 from perf.full_size import Measured, main, summary
 from perf.full_size_networks import FusedWay, dit_step
-from stepvideo_kernels.ops import Target
+from stepvideo_kernels.choice import Target
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.geometry import VideoGeometry
-from stepvideo_serve.model_size import PUBLISHED, workload
+from stepvideo_serve.planning.model_size import PUBLISHED, workload
 
 SMALL = DiTConfig(
     num_heads=2, num_layers=2, in_channels=8, out_channels=8, patch_size=1, llm_channels=64, clip_channels=32

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from perf.perf_analyzer import WHEEL, Analyzer, Load, expand, loads, main
-from perf.perf_report import NAME, read_folder
-from perf.wheel import Wheel
+from perf.analyzer.__main__ import WHEEL, Analyzer, Load, expand, loads, main
+from perf.analyzer.report import NAME, read_folder
+from perf.analyzer.wheel import Wheel
 from stepvideo_serve.errors import SetupError
 from tests.serving.conftest import config_text, engines
 from tests.serving.launch import Engines

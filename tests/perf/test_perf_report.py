@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perf.perf_report import Row, Sample, main, picture, read_export, read_folder, summarize, table, write_report
+from perf.analyzer.report import Row, Sample, main, picture, read_export, read_folder, summarize, table, write_report
 from stepvideo_serve.errors import SetupError
 
 

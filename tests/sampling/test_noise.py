@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepvideo_serve.sampling.noise import request_noise
+from stepvideo_serve.sampling.denoise import request_noise
 
 SHAPE = (6, 4, 3, 5)
 

@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepvideo_serve.sampling.denoise import denoise
-from stepvideo_serve.sampling.guidance import guide, needs_guidance
-from stepvideo_serve.sampling.schedule import euler_step, flow_times
+from stepvideo_serve.sampling.denoise import denoise, euler_step, flow_times, guide, needs_guidance
 from tests.mini import normal
 
 SHAPE = (3, 4, 2, 3)

@@ -217,7 +217,7 @@ class Server:
 
     def rank(self) -> psutil.Process:
         """The process that computes the denoising steps."""
-        return self.process("stepvideo_serve.parallel.worker")
+        return self.process("stepvideo_serve.parallel.rank_process")
 
     def executions(self, model: str) -> int:
         """How many requests the model has taken."""

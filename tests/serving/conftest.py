@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.tritonserver import TritonServer
+from stepvideo_serve.launch.server import TritonServer
 from tests.serving.calls import Server, Values
 from tests.serving.launch import CONFIG, MAX_QUEUED, Engines, exclusive, export_graphs, serving
 

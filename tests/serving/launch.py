@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepvideo_serve.launch.options import ServerOptions
+from stepvideo_serve.launch.server import TritonServer
 from stepvideo_serve.parallel.group import RankGroup
-from stepvideo_serve.server_options import ServerOptions
-from stepvideo_serve.tritonserver import TritonServer
 
 READY_S = 300.0
 
@@ -92,7 +92,7 @@ def ranks(root: Path, config: Path, size: int, **overrides: Any) -> Iterator[Ran
         "threads_per_rank": 1,
         "env": {"PYTHONPATH": str(root)},
     }
-    factory = "stepvideo_serve.serving.rank:build_rank"
+    factory = "stepvideo_serve.serving.rank_factory:build_rank"
     with RankGroup(factory, {"config": str(config)}, size=size, **{**arguments, **overrides}) as group:
         group.start()
         yield group

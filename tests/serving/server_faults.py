@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from stepvideo_serve.tritonserver import SHARED_MEMORY
+from stepvideo_serve.launch.server import SHARED_MEMORY
 from tests.parallel.failing import SIGNALS
 from tests.serving.calls import Answer, Outputs, Server, Stream, Values, cpu_s, report_of, until
 from tests.serving.launch import Engines, serving
@@ -87,7 +87,7 @@ class FaultyServer:
                 command = child.cmdline()
             except psutil.Error:
                 continue  # it has just ended
-            if "stepvideo_serve.parallel.worker" in command:
+            if "stepvideo_serve.parallel.rank_process" in command:
                 found[int(command[command.index("--rank") + 1])] = child
         return found
 

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from stepvideo_serve.tritonserver import SHARED_MEMORY
+from stepvideo_serve.launch.server import SHARED_MEMORY
 from tests.serving.calls import Refused, Server, Values
 from tests.serving.launch import serving
 
@@ -168,7 +168,7 @@ def test_a_killed_launcher_leaves_nothing_and_the_next_start_works(
 ) -> None:
     config = tmp_path / "serve.toml"
     config.write_text(config_text, encoding="utf-8")
-    launch = [sys.executable, "-m", "stepvideo_serve.tritonserver", "run", f"--config={config}"]
+    launch = [sys.executable, "-m", "stepvideo_serve.launch.server", "run", f"--config={config}"]
     launch += [f"--log={tmp_path / 'server.log'}", "--", sys.executable, "-c"]
     launch += ["import sys; print('up', flush=True); sys.stdin.read()"]
     with subprocess.Popen(launch, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stepvideo_client import Client, Result
-from stepvideo_serve.tritonserver import TritonServer
+from stepvideo_serve.launch.server import TritonServer
 from tests.video.decode import decode_mp4
 
 NAMES = (

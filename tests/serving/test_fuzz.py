@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2_grpc
 
-from stepvideo_serve.tritonserver import TritonServer
+from stepvideo_serve.launch.server import TritonServer
 from tests.serving.calls import CODED, PATIENCE_S, Refused, Server, Values, grpc_request
 
 REFUSED = ("INVALID_ARGUMENT", "NOT_FOUND")  # statuses; a stream has none

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stepvideo_serve.health import RANKS_MODEL, State, check, main, questions
+from stepvideo_serve.launch.health import RANKS_MODEL, State, check, main, questions
 from tests.serving.calls import Server, Values, until
 
 PACE = {"ranks": 2, "ranks_ready": True, "silence_s": 0.25, "silence_limit_s": 5.0}

@@ -17,12 +17,12 @@ from stepvideo_serve.config import ModelConfig, ServeConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.errors import ServiceUnavailable as Unmeasured
 from stepvideo_serve.geometry import VideoGeometry
-from stepvideo_serve.model_size import PUBLISHED, model_size, workload
-from stepvideo_serve.parallel.cost import memory
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.serving.pace import Ledger, step_flops
-from stepvideo_serve.serving.quote import ACCEPTED, PARTS, QuoteRequest, Server, quote
-from stepvideo_serve.serving.run_queue import QueuedRun, QueueRules, RunQueue
+from stepvideo_serve.planning.cost import memory
+from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
+from stepvideo_serve.planning.pace import Ledger, step_flops
+from stepvideo_serve.planning.quote import ACCEPTED, PARTS, QuoteRequest, Server, quote
+from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue
 from tests.serving.calls import Refused, Values, report_of
 from tests.serving.calls import Server as Running
 from tests.serving.launch import serving

@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from stepvideo_serve.assembly import LocalStages
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.pipeline import Result, generate
+from stepvideo_serve.pipeline.generate import Result, generate
 from stepvideo_serve.request import parse_request
-from stepvideo_serve.sampling.noise import request_noise
+from stepvideo_serve.sampling.denoise import request_noise
 from tests.serving.calls import Answer, Outputs, Server, Values, as_array, report_of
 from tests.video.decode import decode_mp4
 

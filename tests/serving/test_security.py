@@ -14,11 +14,10 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.server_options import ServerOptions
-from stepvideo_serve.server_security import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, ServerSecurity
-from stepvideo_serve.tritonserver import TritonServer, main
+from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, ServerOptions, ServerSecurity
+from stepvideo_serve.launch.server import TritonServer, main
+from tests.launch.test_server import MODEL, ask, model_repository
 from tests.serving.calls import Values
-from tests.test_tritonserver import MODEL, ask, model_repository
 
 KEY = "0123456789abcdef" * 2 + "_-"
 READY_S = 60.0
@@ -161,7 +160,7 @@ def test_serves_from_a_read_only_model_repository(root: Path, tmp_path: Path, co
         done = subprocess.run(
             [
                 *without_right_to_override(),
-                *(sys.executable, "-m", "stepvideo_serve.tritonserver", "run"),
+                *(sys.executable, "-m", "stepvideo_serve.launch.server", "run"),
                 *("--model-repository", str(repository), "--config", str(config), "--log", str(tmp_path / "log")),
                 *("--", "sh", "-c", script),
             ],

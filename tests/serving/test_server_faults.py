@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stepvideo_serve.parallel.run import ERROR_GRACE_S
+from stepvideo_serve.parallel.job import ERROR_GRACE_S
 from tests.parallel.failing import LATE_S
 from tests.serving.calls import Outputs
 from tests.serving.launch import Engines

@@ -8,7 +8,11 @@ import pytest
 
 from tests.serving.calls import Server
 
-MODULES = ("stepvideo_serve.assembly", "stepvideo_serve.pipeline", "stepvideo_serve.serving.rank")
+MODULES = (
+    "stepvideo_serve.assembly.stages",
+    "stepvideo_serve.pipeline.generate",
+    "stepvideo_serve.assembly.denoiser_rank",
+)
 
 
 def loaded_by(module: str, root: Path) -> set[str]:

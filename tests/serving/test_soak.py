@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2_grpc
 
-from perf.exchange import CANCELLED, OK, Outcome, exchange, message
-from perf.growth import Sample, slope
-from perf.soak import soak_server
-from perf.soak_plan import ACTIONS, good_requests, plan
-from perf.soak_report import Books, Ended, Soak, flat_below_mib, growing, violations
-from stepvideo_serve.tritonserver import TritonServer
+from perf.soak.__main__ import soak_server
+from perf.soak.growth import Sample, slope
+from perf.soak.plan import ACTIONS, good_requests, plan
+from perf.soak.report import Books, Ended, Soak, flat_below_mib, growing, violations
+from perf.soak.wire import CANCELLED, OK, Outcome, exchange, message
+from stepvideo_serve.launch.server import TritonServer
 from tests.serving.calls import PATIENCE_S, Refused, Server, Values
 from tests.serving.launch import serving
 

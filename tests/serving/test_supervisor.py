@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from stepvideo_client import Client, Result, StepEvent, StreamStalled
-from stepvideo_serve.health import check
-from stepvideo_serve.supervise import Recent
-from stepvideo_serve.tritonserver import SHARED_MEMORY
+from stepvideo_serve.launch.health import check
+from stepvideo_serve.launch.server import SHARED_MEMORY
+from stepvideo_serve.launch.supervise import Recent
 from tests.serving.calls import Outputs, Refused, Server, Stream, Values
 
 PATIENCE_S = 600.0  # models are loaded anew, on a machine that may be busy
@@ -70,7 +70,13 @@ def supervised(
     folder = tmp_path_factory.mktemp("supervised")
     config = folder / "serve.toml"
     config.write_text(config_text, encoding="utf-8")
-    command = [sys.executable, "-m", "stepvideo_serve.supervise", f"--config={config}", f"--log={folder / 'log'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "stepvideo_serve.launch.supervise",
+        f"--config={config}",
+        f"--log={folder / 'log'}",
+    ]
     command += ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--exit-timeout=2", "--check-every=5"]
     command += [f"--ready-timeout={PATIENCE_S}"]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

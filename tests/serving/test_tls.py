@@ -12,12 +12,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from stepvideo_client import Client, Result, ServerUnreachable
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.server_options import ServerOptions
-from stepvideo_serve.server_security import ServerSecurity
-from stepvideo_serve.tritonserver import TritonServer
+from stepvideo_serve.launch.options import ServerOptions, ServerSecurity
+from stepvideo_serve.launch.server import TritonServer
+from tests.launch.test_server import MODEL, model_repository
 from tests.serving.calls import Values
 from tests.serving.launch import READY_S
-from tests.test_tritonserver import MODEL, model_repository
 
 ANSWER_S = 30.0
 

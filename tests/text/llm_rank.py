@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.sharding import TensorPart
 from stepvideo_serve.text import segments
-from stepvideo_serve.weights.checkpoint import Checkpoint
+from stepvideo_serve.weights.cuts import TensorPart
 
 
 def graphs_of(checkpoint: Checkpoint, part: TensorPart) -> dict[str, EagerRunner]:

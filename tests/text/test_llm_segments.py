@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from export.tiny.config import llm_json
 from export.tiny_checkpoint import random_state, save_weights, write_json
-from export.tiny_config import llm_json
-from stepvideo_serve.sharding import WHOLE, TensorPart
+from stepvideo_serve.assembly.checkpoint import Checkpoint, meta_shapes
 from stepvideo_serve.text.segments import LlmAttention, ShardedStepLLM, llm_graph_names
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig, alibi_slopes
-from stepvideo_serve.weights.checkpoint import Checkpoint, meta_shapes
+from stepvideo_serve.weights.cuts import WHOLE, TensorPart
 from tests.mini import MINI, relative_error
 from tests.text.llm_rank import graphs_of, token_ids
 

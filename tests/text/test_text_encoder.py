@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepvideo_serve.components import TEXT_GRAPHS, components
-from stepvideo_serve.engine.eager import EagerRunner
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import TEXT_GRAPHS, components
+from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_POSITIVE_SUFFIX
 from stepvideo_serve.text.encode import TextEncoder
 from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS, TextStates
 from stepvideo_serve.text.tokenizers import BOS, EOS, ClipTokenizer, StepTokenizer
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import MINI
 
 PROMPT = "A small boat drifts. 镜头推进"

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.video.image import decode_image
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from toyworld import evaluate, first_image, fp8_graphs, price_list
 from toyworld.evaluate import CHECKPOINT, TARGETS, Target, verdict
-from toyworld.latents import encode_clip
 from toyworld.price_list import Price, faults, price_all
 from toyworld.samples import Sampling
+from toyworld.training.latents import encode_clip
 from toyworld.world import SIZE_PX
 
 MAX_BYTES = 20_000_000

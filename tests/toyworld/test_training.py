@@ -6,29 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import CheckpointError
 from stepvideo_serve.request import DEFAULT_NEGATIVE_PROMPT
 from stepvideo_serve.text.states import TextStates
 from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.model import VideoVAE
-from stepvideo_serve.weights.checkpoint import Checkpoint
 from tests.mini import normal, relative_error
-from toyworld.dit_network import initialise as initialise_dit
-from toyworld.dit_network import stack_texts, toy_dit, velocity
-from toyworld.dit_training import DitPlan, DitTrainer
-from toyworld.latents import ClipSet, cached_clips, scene_number
-from toyworld.official_layout import write_checkpoint
-from toyworld.optimizer import Optimizer, orthogonal
 from toyworld.prompts import wordings
 from toyworld.train import main
-from toyworld.vae_networks import (
-    LOGVAR,
-    PixelHead,
-    attach_pixels,
-    initialise,
-    standardise,
-)
-from toyworld.vae_training import Phase, VaeTrainer, draw_clips
+from toyworld.training.dit import DitPlan, DitTrainer
+from toyworld.training.dit_setup import initialise as initialise_dit
+from toyworld.training.dit_setup import stack_texts, toy_dit, velocity
+from toyworld.training.latents import ClipSet, cached_clips, scene_number
+from toyworld.training.official_layout import write_checkpoint
+from toyworld.training.optimizer import Optimizer, orthogonal
+from toyworld.training.vae import Phase, VaeTrainer, draw_clips
+from toyworld.training.vae_setup import LOGVAR, PixelHead, attach_pixels, initialise, standardise
 
 SMALL = VAEConfig(
     z_channels=8,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.stages import read_requests
+from export.compare.graph_stages import read_requests
 from stepvideo_serve.video.image import decode_image
 from toyworld import calibration_pairs, metrics
 from toyworld.evaluate import held_out_scene, measure
-from toyworld.latents import scene_number
 from toyworld.prompts import OPPOSITE, prompt, wordings
 from toyworld.samples import bytes_to_pixels, pixels_to_bytes
+from toyworld.training.latents import scene_number
 from toyworld.world import FRAMES, MOTION_SCORES, SIZE_PX, Scene, draw_scene, render, subjects
 
 SCENE = Scene("triangle", "blue", "up", False, 2, 10.0, 31.0, 35.5)

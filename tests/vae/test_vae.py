@@ -7,8 +7,7 @@ from torch import Tensor
 from stepvideo_serve.geometry import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK
 from stepvideo_serve.vae.chunking import decode_chunks, sample_posterior
 from stepvideo_serve.vae.config import VAEConfig
-from stepvideo_serve.vae.decoder import VideoDecoder
-from stepvideo_serve.vae.encoder import VideoEncoder
+from stepvideo_serve.vae.model import VideoDecoder, VideoEncoder
 from tests.mini import normal, relative_error, with_random_weights
 
 CONFIG = VAEConfig(

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from stepvideo_kernels.adaln_modulate import spec
 from stepvideo_kernels.kernel_spec import Constant, TileConfig
-from stepvideo_kernels.launch import Argument
-from stepvideo_kernels.plugin_form import Operand, PluginForm, Shape, Shapes
+from stepvideo_kernels.launch.parameters import Argument
+from stepvideo_kernels.plugins.form import Operand, PluginForm, Shape, Shapes
 
 _VECTORS = (Operand("weight", 1), Operand("bias", 1), Operand("scale", 2), Operand("shift", 2))
 _OUT_SCALE = Operand("out_scale", 1, "fp32")

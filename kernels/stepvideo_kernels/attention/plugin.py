@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from stepvideo_kernels.attention import spec
 from stepvideo_kernels.kernel_spec import TileConfig
-from stepvideo_kernels.launch import Argument
-from stepvideo_kernels.plugin_form import UNKNOWN, Operand, PluginForm, Shape, Shapes
+from stepvideo_kernels.launch.parameters import Argument
+from stepvideo_kernels.plugins.form import UNKNOWN, Operand, PluginForm, Shape, Shapes
 
 _SCALES = ("q_scale", "k_scale", "v_scale")
 

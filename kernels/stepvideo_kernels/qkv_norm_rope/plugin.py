@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from stepvideo_kernels.kernel_spec import TileConfig
-from stepvideo_kernels.launch import Argument
-from stepvideo_kernels.plugin_form import UNKNOWN, Operand, PluginForm, Shape, Shapes
+from stepvideo_kernels.launch.parameters import Argument
+from stepvideo_kernels.plugins.form import UNKNOWN, Operand, PluginForm, Shape, Shapes
 from stepvideo_kernels.qkv_norm_rope import spec
 
 _TABLES = (Operand("rope_cos", 2, "fp32"), Operand("rope_sin", 2, "fp32"))

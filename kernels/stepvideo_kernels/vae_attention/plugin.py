@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from stepvideo_kernels.kernel_spec import Constant, TileConfig
-from stepvideo_kernels.launch import Argument
-from stepvideo_kernels.plugin_form import Operand, PluginForm, Shape, Shapes
+from stepvideo_kernels.launch.parameters import Argument
+from stepvideo_kernels.plugins.form import Operand, PluginForm, Shape, Shapes
 from stepvideo_kernels.vae_attention import spec
 
 

@@ -1,5 +1,5 @@
-"""Triton loads this file; the model is stepvideo_serve.serving.stages.TextEncoderModel."""
+"""Triton loads this file; the model is stepvideo_serve.serving.stage_models.TextEncoderModel."""
 
-from stepvideo_serve.serving.stages import TextEncoderModel as TritonPythonModel
+from stepvideo_serve.serving.stage_models import TextEncoderModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,5 +1,5 @@
-"""Triton loads this file; the model is stepvideo_serve.serving.quote_model.QuoteModel."""
+"""Triton loads this file; the model is stepvideo_serve.serving.public.QuoteModel."""
 
-from stepvideo_serve.serving.quote_model import QuoteModel as TritonPythonModel
+from stepvideo_serve.serving.public import QuoteModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

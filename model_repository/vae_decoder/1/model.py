@@ -1,5 +1,5 @@
-"""Triton loads this file; the model is stepvideo_serve.serving.stages.VaeDecoderModel."""
+"""Triton loads this file; the model is stepvideo_serve.serving.stage_models.VaeDecoderModel."""
 
-from stepvideo_serve.serving.stages import VaeDecoderModel as TritonPythonModel
+from stepvideo_serve.serving.stage_models import VaeDecoderModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

@@ -1,5 +1,5 @@
-"""Triton loads this file; the model is stepvideo_serve.serving.stages.VaeEncoderModel."""
+"""Triton loads this file; the model is stepvideo_serve.serving.stage_models.VaeEncoderModel."""
 
-from stepvideo_serve.serving.stages import VaeEncoderModel as TritonPythonModel
+from stepvideo_serve.serving.stage_models import VaeEncoderModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

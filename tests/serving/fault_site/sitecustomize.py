@@ -2,7 +2,7 @@
 
 import sys
 
-if "stepvideo_serve.parallel.worker" in sys.orig_argv:
+if "stepvideo_serve.parallel.rank_process" in sys.orig_argv:
     from tests.parallel.failing import fail_at_signals
 
     fail_at_signals()

@@ -1,0 +1,132 @@
+"""What engines lose against torch in fp32: the reports in their manifests, and what they give on this machine's GPU.
+
+On the GPU each engine gets the inputs on which its graph was compared (compare.py), rounded to its dtypes. It may lose
+twice what torch loses in these, with the same layers quantised. The rows join the graph's own report in the manifest,
+with "engine" as their backend: a server refuses the engine when one of them fails.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from export.compare.one_graph import compare_engine
+from export.graphs.placement import export_plan
+from export.graphs.recipe import QUANTIZED, Recipe
+from export.parity import graph_failures, graph_table, loop_failures, loop_table
+from export.quantize.calibration import Calibration
+from export.quantize.fp8 import Fp8, Linears
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import Component
+from stepvideo_serve.engine.manifest import FILE_NAME, LOOP, EngineTarget, GraphEntry, Manifest
+from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.errors import ExportError
+from stepvideo_serve.parallel.layout import Layout
+
+Open = Callable[[str], EngineRunner]
+Opener = Callable[[Path, Manifest], Open]
+"""From a folder of engines to what opens one by its name."""
+ENGINE = "engine"
+
+
+def report(directory: Path) -> tuple[list[str], bool]:
+    """Lines: the tables of an engine directory and of its ranks' folders, then what fails; whether nothing does. Raises
+    EngineError where there are no engines."""
+    EngineTarget.of(Manifest.load(directory), directory)
+    lines, failed = [], []
+    for folder in _folders(directory):
+        manifest = Manifest.load(folder)
+        lines += [f"{folder}: {manifest.precision}, {EngineTarget.of(manifest, folder)}", *graph_table(manifest), ""]
+        failed += graph_failures(manifest)
+        if LOOP in manifest.extra:
+            lines += [*loop_table(manifest), ""]
+            failed += loop_failures(manifest)
+    return [*lines, *failed], not failed
+
+
+def compare_engines(directory: Path, model_dir: Path, calibration: Path | None, opener: Opener) -> None:
+    """Runs every engine below `directory`, made from the checkpoint in `model_dir`, and records its rows.
+
+    calibration  the file that quantised engines were made with
+    Raises ExportError or CheckpointError for what does not belong together, EngineError when an engine does not run.
+    """
+    comparison = _Comparison.of(directory, Checkpoint(model_dir), calibration)
+    for folder in _folders(directory):
+        manifest = Manifest.load(folder)
+        open_engine = opener(folder, manifest)
+        for name, entry in manifest.graphs.items():
+            print(f"verify: engine {folder.name}/{name}", file=sys.stderr, flush=True)
+            with open_engine(name) as runner:
+                compared = comparison.entry(folder, entry, runner)
+            manifest = replace(manifest, graphs={**manifest.graphs, name: compared})
+            manifest.save(folder)
+
+
+def gpu_opener(directory: Path, manifest: Manifest) -> Open:
+    """Opens engines on this machine's GPU. Raises ExportError where there is none, EngineError for other engines."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ExportError(
+            f"--gpu runs the engines in {directory} on an NVIDIA GPU with its driver, found none: "
+            "leave it out, or verify on the machine that serves."
+        )
+    from stepvideo_serve.assembly.engines import open_alone
+
+    return open_alone(directory, manifest)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Modules by folder and name: those of the engines' own precision, and those in fp32."""
+
+    recipe: Recipe
+    own: Mapping[Path, Mapping[str, Component]]
+    wide: Mapping[Path, Mapping[str, Component]]
+
+    @classmethod
+    def of(cls, directory: Path, checkpoint: Checkpoint, calibration: Path | None) -> "_Comparison":
+        manifest = Manifest.load(directory)
+        if manifest.checkpoint != checkpoint.identity:
+            raise ExportError(
+                f"The engines in {directory} must be made from the checkpoint in {checkpoint.folder}, which is another "
+                "or changed since: name theirs, or build them again."
+            )
+        recipe = _recipe(manifest, calibration)
+        recipe.check(checkpoint)
+        layout = Layout.parse(EngineTarget.of(manifest, directory).layout)
+        split_llm = any("step_llm_embed" in Manifest.load(folder).graphs for folder in _folders(directory))
+        own, wide = (export_plan(checkpoint, directory, name, layout, split_llm) for name in (recipe.base, "fp32"))
+        return cls(recipe, own, wide)
+
+    def entry(self, folder: Path, entry: GraphEntry, runner: EngineRunner) -> GraphEntry:
+        """The entry with the engine's rows in its report, in place of older ones."""
+        own, wide = (table[folder][entry.spec.name] for table in (self.own, self.wide))
+        rows = compare_engine(runner, wide.load, self.recipe.same_precision(own))
+        kept = [row for row in entry.extras.get("parity", []) if row["backend"] != ENGINE]
+        return replace(entry, extras={**entry.extras, "parity": [*kept, *rows]})
+
+
+def _recipe(manifest: Manifest, calibration: Path | None) -> Recipe:
+    """What the engines were made with."""
+    if manifest.precision not in QUANTIZED:
+        return Recipe(manifest.precision)
+    made_with = manifest.extra["fp8"]
+    if calibration is None:
+        raise ExportError(
+            f"Engines in {manifest.precision} need the calibration that they were made with, got none: "
+            "add --calibration FILE (make verify CALIBRATION=FILE)."
+        )
+    found = Calibration.load(calibration)
+    if dict(found.settings) != made_with["calibration"]:
+        raise ExportError(
+            f"The engines were made with a calibration of {made_with['calibration']}, {calibration} is one of "
+            f"{dict(found.settings)}: name theirs."
+        )
+    linears: Linears = "nvfp4" if manifest.precision == "nvfp4" else "fp8"
+    return Recipe(manifest.precision, Fp8(found, tuple(made_with["keep_bf16"]), linears))
+
+
+def _folders(directory: Path) -> list[Path]:
+    """`directory` and the folders of its tensor-parallel ranks."""
+    return [directory, *sorted(file.parent for file in directory.glob(f"tp*of*/{FILE_NAME}"))]

@@ -1,0 +1,85 @@
+"""Runs one build in a child process and says how it ended."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.engines.child import Job
+from stepvideo_serve.errors import ExportError
+
+LOG_TAIL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Built:
+    """Of a finished build: how long it took, and the most memory that its process held."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run_child(job: Job, folder: Path, environment: Mapping[str, str], tell: Callable[[str], None]) -> Built:
+    """Builds in a process that lives in `folder`; `tell` gets a line per step of the builder.
+
+    Raises ExportError with the reason when the builder fails or crashes; what it printed is in the job's log.
+    """
+    request = folder / "job.json"
+    job.save(request)
+    log = Path(job.log)
+    with log.open("wb") as messages:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "export.engines.child", str(request)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the parent, which ends the child below
+        )
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            tell(_step(line))
+        status = child.wait()
+    finally:
+        child.kill()
+        child.communicate()
+    return _outcome(job, status)
+
+
+def _step(line: bytes) -> str:
+    try:
+        step = json.loads(line)
+        return f"{step['phase']} {step['step']}/{step['steps']}"
+    except (ValueError, KeyError, TypeError):
+        return line.decode(errors="replace").strip()
+
+
+def _outcome(job: Job, status: int) -> Built:
+    if status < 0:
+        raise ExportError(f"the builder crashed with {signal.Signals(-status).name}; see {job.log}")
+    try:
+        result = json.loads(Path(job.result).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ExportError(f"the builder ended with status {status} and no result: {last_error(job.log)}") from None
+    if result["error"] is not None:
+        raise ExportError(f"{result['error']}; see {job.log}{_hint(job)}")
+    return Built(result["seconds"], result["peak_bytes"])
+
+
+def last_error(log: str) -> str:
+    """The last line of a log that speaks of an error, or the last line; where the log is."""
+    text = Path(log).read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line]
+    return f"{(errors or lines or ['it printed nothing'])[-1]}; see {log}"
+
+
+def _hint(job: Job) -> str:
+    """What TensorRT printed past its logger."""
+    with Path(job.log).open(encoding="utf-8", errors="replace") as log:
+        found = [line[line.index("Internal Error") :].strip() for line in log if "Internal Error" in line]
+    return f" ({found[-1][:300]})" if found else ""

@@ -1,0 +1,1 @@
+"""A tiny random checkpoint in the official layout: its configuration and its tokenizers."""

@@ -1,0 +1,1 @@
+"""Machine code -> a running kernel: packed parameters, the loaded library, the CUDA driver."""

@@ -1,0 +1,1 @@
+"""perf_analyzer on the real server, and a report of what it measured."""

@@ -1,0 +1,30 @@
+"""A worker whose steps only wait, and then do what every step does to show that it is alive; run by perf.parallel."""
+
+import time
+from typing import Any
+
+from stepvideo_serve.parallel.rank_process import JobContext
+from stepvideo_serve.parallel.shared_memory import Array
+
+
+class SignsOfLife:
+    """Marks and reports each of params["steps"] steps of `step_s`, and returns the seconds that this took a step."""
+
+    def info(self) -> dict[str, Any]:
+        return {}
+
+    def run(
+        self, params: dict[str, Any], tensors: dict[str, Array], context: JobContext
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        seconds = 0.0
+        for step in range(params["steps"]):
+            time.sleep(params["step_s"])
+            began_s = time.perf_counter()
+            context.mark_step()
+            context.report({"step": step + 1}, {"latents": tensors["latents"]})
+            seconds += time.perf_counter() - began_s
+        return {"seconds": seconds / params["steps"]}, {}
+
+
+def build_worker(_settings: dict[str, Any]) -> SignsOfLife:
+    return SignsOfLife()

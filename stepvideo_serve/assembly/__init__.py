@@ -1,0 +1,1 @@
+"""What a configuration names becomes objects: checkpoint -> graphs -> runners -> stages."""

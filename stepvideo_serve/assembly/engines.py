@@ -1,0 +1,148 @@
+"""Engines of TensorRT as runners: everything about them is compared with the configuration before one is opened."""
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.engine.manifest import (
+    EngineTarget,
+    GraphEntry,
+    Manifest,
+    require_parity,
+    require_profile,
+    require_target,
+)
+from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load_tensorrt, may_capture, weight_budgets
+from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.errors import ConfigError, EngineError
+from stepvideo_serve.geometry import PIXELS_PER_LATENT
+from stepvideo_serve.parallel.layout import Layout
+
+RESERVE_BYTES = 2 * 2**30
+"""Kept free beside weights and activations: tokens between graphs, keys and values, communicators."""
+
+WHOLE_TOKENS = "dit_core"  # the graphs that see all tokens where a layout divides them
+KERNELS_FOLDER = "kernels"  # in the engine directory: machine code of plugins
+
+
+def load_engines(
+    config: ServeConfig, manifest: Manifest, names: Collection[str], part: str = ""
+) -> dict[str, EngineRunner]:
+    """The named engines of [model] engines_dir on the current GPU; `part`: the folder of a tensor-parallel rank that
+    this directory is. Raises ConfigError or EngineError, before anything is loaded, when they do not fit."""
+    model = config.model
+    if model.device != "cuda":
+        raise ConfigError(f'[model] backend "{model.backend}" needs device = "cuda", got "{model.device}": correct it.')
+    trt = load_tensorrt(model.backend)
+    layout = str(Layout.parse(config.denoiser.layout).of_branch)
+    target = EngineTarget(model.backend, trt.__version__, 0, layout, part)
+    check_engines(config, manifest, names, target)
+    device = _current_gpu(model.backend)
+    require_target(manifest, model.engines_dir, replace(target, sm=_sm(device)))
+    entries = {name: manifest.graph(name) for name in names}
+    _register_plugins(trt, model.engines_dir, entries)
+    memory = activation_memory(device)
+    free = torch.cuda.mem_get_info(device)[0] - _activation_bytes(entries) - RESERVE_BYTES
+    weights = {name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}
+    budgets = weight_budgets(weights, free, all(entry.extras["weight_streaming"] for entry in entries.values()))
+    return {
+        name: NvInferRunner(
+            trt,
+            entry.spec,
+            model.engines_dir,
+            entry.files[0],
+            memory,
+            engine_id=f"{name}@{entry.key[:12]}",
+            weight_bytes=budgets[name],
+            capture=budgets[name] is None and may_capture(entry.spec),
+        )
+        for name, entry in entries.items()
+    }
+
+
+def open_alone(directory: Path, manifest: Manifest) -> Callable[[str], EngineRunner]:
+    """Opens one engine at a time on the current GPU, whatever a configuration says; nothing is streamed or captured.
+    Raises EngineError when they were built for another TensorRT or GPU, or there is no GPU."""
+    found = EngineTarget.of(manifest, directory)
+    trt = load_tensorrt(found.backend)
+    device = _current_gpu(found.backend)
+    require_target(manifest, directory, replace(found, version=trt.__version__, sm=_sm(device)))
+    _register_plugins(trt, directory, manifest.graphs)
+    memory = activation_memory(device)
+
+    def open_engine(name: str) -> EngineRunner:
+        entry = manifest.graph(name)
+        engine_id = f"{name}@{entry.key[:12]}"
+        return NvInferRunner(trt, entry.spec, directory, entry.files[0], memory, engine_id)
+
+    return open_engine
+
+
+def check_engines(config: ServeConfig, manifest: Manifest, names: Collection[str], target: EngineTarget) -> None:
+    """EngineError unless the engines are what `config` and `target` ask for; an SM of 0 in `target` is any.
+
+    Files are compared in size here, and byte by byte when they are opened.
+    """
+    directory = config.model.engines_dir
+    found = EngineTarget.of(manifest, directory)
+    require_target(manifest, directory, replace(target, sm=target.sm or found.sm))
+    manifest.verify(directory, names)
+    require_parity(manifest, names)
+    largest = _largest_sizes(config)
+    for name in names:
+        require_profile({name: manifest.graph(name)}, _divided(config, name, largest))
+
+
+@functools.cache
+def activation_memory(device: torch.device) -> ActivationMemory:
+    """Of this process on this GPU, shared by all its engines."""
+    return ActivationMemory(device)
+
+
+def _largest_sizes(config: ServeConfig) -> dict[str, int]:
+    limits = config.limits
+    return {
+        "tokens": limits.max_tokens,
+        "latent_height": limits.max_height // PIXELS_PER_LATENT,
+        "latent_width": limits.max_width // PIXELS_PER_LATENT,
+    }
+
+
+def _divided(config: ServeConfig, name: str, largest: Mapping[str, int]) -> dict[str, int]:
+    parts = 1 if name.startswith(WHOLE_TOKENS) else Layout.parse(config.denoiser.layout).sp
+    return {**largest, "tokens": -(-largest["tokens"] // parts)}
+
+
+def _activation_bytes(entries: Mapping[str, GraphEntry]) -> int:
+    return max((int(entry.extras["plan"]["activation_bytes"]) for entry in entries.values()), default=0)
+
+
+def _current_gpu(backend: str) -> torch.device:
+    if not torch.cuda.is_available():
+        raise EngineError(f'[model] backend "{backend}" needs an NVIDIA GPU with its driver, found none: use "ort".')
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _sm(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _register_plugins(trt: Any, directory: Path, entries: Mapping[str, GraphEntry]) -> None:
+    """Engines with layers of ours need them known to TensorRT before they are loaded."""
+    with_plugins = [name for name, entry in entries.items() if entry.extras["plan"].get("plugins")]
+    if not with_plugins:
+        return
+    try:
+        from stepvideo_kernels.plugins.registration import device_kernels, register
+    except ImportError as error:
+        raise EngineError(
+            f"Engines with plugins ({with_plugins[0]}) need the package stepvideo_kernels, found none ({error}): "
+            "put the folder kernels of the checkout on PYTHONPATH."
+        ) from error
+    register(trt, device_kernels(directory / KERNELS_FOLDER))

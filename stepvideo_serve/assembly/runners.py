@@ -1,0 +1,113 @@
+"""Graphs of a checkpoint or an engine directory as runners on the configured backend, for one rank or whole."""
+
+from collections.abc import Collection
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import DTYPES, components
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.ort import OrtRunner
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
+from stepvideo_serve.errors import EngineError
+
+if TYPE_CHECKING:
+    pass
+
+from dataclasses import replace
+
+from stepvideo_serve.assembly.graphs import core_component, llm_part_components, part_components, sharded_graph_names
+from stepvideo_serve.errors import ConfigError
+from stepvideo_serve.parallel.collectives import Collectives
+from stepvideo_serve.parallel.layout import Layout, part_folder
+from stepvideo_serve.text.segments import ShardedStepLLM, llm_graph_names
+from stepvideo_serve.weights.cuts import TensorPart
+
+
+def load_runners(config: ServeConfig, names: Collection[str], threads: int, part: str = "") -> dict[str, EngineRunner]:
+    """The named graphs on the configured backend; `part`: the folder of a tensor-parallel rank that the engine
+    directory is. Raises ConfigError or EngineError when the engine directory does not fit."""
+    model = config.model
+    if model.backend == "eager":
+        torch.set_num_threads(threads or torch.get_num_threads())
+        torch.backends.cudnn.allow_tf32 = False  # torch's default on GPUs: convolutions with ten bits of mantissa
+        table = components(Checkpoint(model.dir), model.precision)
+        return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
+    if model.backend == "ort":
+        manifest = open_manifest(config)
+        manifest.verify(model.engines_dir, names)
+        entries = {name: manifest.graph(name) for name in names}
+        return {
+            name: OrtRunner(entry.spec, model.engines_dir / entry.file, threads, engine_id=f"{name}@{entry.key[:12]}")
+            for name, entry in entries.items()
+        }
+    from stepvideo_serve.assembly.engines import load_engines  # for GPUs only
+
+    return load_engines(config, open_manifest(config), names, part)
+
+
+def open_manifest(config: ServeConfig) -> Manifest:
+    """The manifest of the engine directory, made for the configured checkpoint's dimensions and precision."""
+    manifest = Manifest.load(config.model.engines_dir)
+    manifest.require(precision=config.model.precision)
+    expected = asdict(Checkpoint(config.model.dir).dit_config)
+    if manifest.extra.get("dit_config") != expected:
+        raise EngineError(
+            f"{config.model.engines_dir} must hold graphs of the model in {config.model.dir} ({expected}), "
+            f"found {manifest.extra.get('dit_config')}: export the graphs again."
+        )
+    return manifest
+
+
+def latent_channels(config: ServeConfig) -> int:
+    """Channels of the latents that the configured model works on."""
+    return Checkpoint(config.model.dir).dit_config.in_channels
+
+
+def compute_dtype(config: ServeConfig) -> torch.dtype:
+    """The dtype of activations between graphs; FP8 graphs take and give bf16."""
+    dtype: torch.dtype = getattr(torch, DTYPES.get(config.model.precision, "bfloat16"))
+    return dtype
+
+
+def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> dict[str, EngineRunner]:
+    """The graphs of the ranks with this tensor-parallel index. Raises ConfigError, EngineError or CheckpointError."""
+    checkpoint = Checkpoint(config.model.dir)
+    dit_config = checkpoint.dit_config
+    layout.check(dit_config.num_heads)
+    common, own = sharded_graph_names(dit_config, layout.tp, layout.sp)
+    threads, model = config.denoiser.threads, config.model
+    if not own:
+        return load_runners(config, common, threads)
+    if model.backend != "eager":
+        part = part_folder(layout, tp_index)
+        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
+        return {**load_runners(config, common, threads), **load_runners(local, own, threads, part)}
+    table = components(checkpoint, model.precision)
+    table |= part_components(checkpoint, model.precision, TensorPart(tp_index, layout.tp), sequence=layout.sp > 1)
+    core = core_component(model.precision, dit_config.num_heads // (layout.tp * layout.sp))
+    table[core.name] = core
+    return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in (*common, *own)}
+
+
+def build_sharded_llm(config: ServeConfig, layout: Layout, ranks: Collectives) -> ShardedStepLLM:
+    """This rank's slice of Step-LLM. Raises ConfigError when the layout does not cut it."""
+    checkpoint = Checkpoint(config.model.dir)
+    llm_config = checkpoint.llm_config
+    layout.check(checkpoint.dit_config.num_heads, llm_groups=llm_config.num_groups)
+    if layout.tp == 1:
+        raise ConfigError(f"[text] on_ranks needs a layout with tensor parallelism, got {layout}: set it to false.")
+    names, model = llm_graph_names(llm_config.num_layers), config.model
+    if model.backend == "eager":
+        table = llm_part_components(checkpoint, model.precision, TensorPart(ranks.tp_index, layout.tp))
+        graphs: dict[str, EngineRunner] = {
+            name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names
+        }
+    else:
+        part = part_folder(layout, ranks.tp_index)
+        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
+        graphs = load_runners(local, names, config.denoiser.threads, part)
+    return ShardedStepLLM(graphs, llm_config, ranks)

@@ -1,0 +1,284 @@
+"""The runner for both TensorRTs: `tensorrt` for data-centre GPUs, `tensorrt_rtx` for workstation, Ada and Blackwell RTX
+GPUs. They have the same Python interface, so that the imported module is a parameter.
+
+All engines of a process run one after the other, on one stream, in one piece of scratch memory (ActivationMemory): a
+block of the DiT needs gigabytes of it, and there are 48.
+Source for the calls: the Python interface of TensorRT 11 (IExecutionContext, ICudaEngine).
+"""
+
+import hashlib
+import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepvideo_serve.engine.manifest import GraphFile
+from stepvideo_serve.engine.runner import EngineRunner
+from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
+from stepvideo_serve.errors import EngineError
+
+PACKAGES: Mapping[str, str] = MappingProxyType({"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"})
+"""Backend, which is the module's name -> the package to install."""
+
+ALIGNMENT = 256
+MAX_CAPTURED_BYTES = 64 * 2**20
+"""Inputs and outputs of a captured engine are copied at each call: worth it for small engines only."""
+
+
+def load_tensorrt(backend: str) -> Any:
+    """The module. Raises EngineError, with the command that installs it, where it is missing."""
+    package = PACKAGES[backend]
+    try:
+        return import_module(backend)
+    except ImportError as error:
+        raise EngineError(
+            f"The backend {backend} needs the package {package}, found none ({error}): pip install {package}, "
+            "in the version that built the engines."
+        ) from error
+
+
+_DTYPES: Mapping[str, str] = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "FP8",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+    "uint8": "UINT8",
+}
+
+
+class ActivationMemory:
+    """Scratch memory and stream of all engines of a process on one GPU; it grows to what the largest one needs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.generation = 0
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    @property
+    def size_bytes(self) -> int:
+        return max(len(self._buffer) - ALIGNMENT, 0)
+
+    @property
+    def pointer(self) -> int:
+        """Where it begins, aligned as TensorRT asks."""
+        return -(-self._buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+    def reserve(self, size_bytes: int) -> None:
+        """Makes room for an engine that needs this much."""
+        if size_bytes > self.size_bytes:
+            self.stream.synchronize()
+            self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)  # free the old one first
+            self._buffer = torch.empty(size_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
+            self.generation += 1
+
+
+class NvInferRunner(EngineRunner):
+    """Runs one engine on the GPU of `memory`.
+
+    trt            the imported module
+    directory, file  where the engine lies; its SHA-256 is compared before anything reads it as an engine
+    weight_bytes   how much of the weights may be on the GPU; None: all (needs an engine with weight streaming)
+    capture        run as a CUDA graph; for engines of one size (see `may_capture`)
+    Inputs are read and outputs are written in place, without a copy, where the inputs are contiguous.
+    EngineError if the file is missing or another one, or was built for something else, or the GPU runs out of memory.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        spec: EngineSpec,
+        directory: Path,
+        file: GraphFile,
+        memory: ActivationMemory,
+        engine_id: str,
+        weight_bytes: int | None = None,
+        capture: bool = False,
+    ) -> None:
+        super().__init__(spec, memory.device, engine_id)
+        self._memory = memory
+        self._logger = make_logger(trt)
+        with checked_file(spec.name, directory, file) as content:
+            self._runtime = trt.Runtime(self._logger)
+            self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise EngineError(
+                f"Engine {spec.name}: {directory / file.path} must load into {trt.__name__} {trt.__version__}, it does "
+                f"not: {self._logger.last_error}; build it with this version for this GPU."
+            )
+        check_signature(trt, spec, self._engine)
+        if weight_bytes is not None:
+            self._engine.weight_streaming_budget_v2 = weight_bytes
+        self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._context is None:
+            raise EngineError(
+                f"Engine {spec.name} must fit into the GPU's memory, it does not: {self._logger.last_error}; "
+                "choose a layout with more ranks, or engines with weight streaming."
+            )
+        memory.reserve(self._engine.device_memory_size_v2)
+        self._captured = _Captured(spec, memory, self._enqueue) if capture else None
+
+    def _run(self, inputs: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
+        if self._captured is not None:
+            return self._captured.run(inputs)
+        bound = {name: tensor.contiguous() for name, tensor in inputs.items()}  # kept alive until enqueued
+        outputs = empty_outputs(self.spec, dims, self.device)
+        current = torch.cuda.current_stream(self.device)
+        self._memory.stream.wait_stream(current)
+        self._enqueue(bound, outputs)
+        current.wait_stream(self._memory.stream)  # also: what is freed now is not reused before the engine is done
+        return outputs
+
+    def _enqueue(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Starts the engine on the shared stream; tensors are contiguous."""
+        context = self._context
+        accepted = [context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in inputs.items()]
+        accepted += [context.set_tensor_address(name, t.data_ptr()) for name, t in (inputs | outputs).items()]  # type: ignore[operator]
+        shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
+        if not all(accepted):
+            raise self._refused(shapes)
+        context.set_device_memory(self._memory.pointer, self._memory.size_bytes)
+        if not context.execute_async_v3(self._memory.stream.cuda_stream):
+            raise self._refused(shapes)
+
+    def _refused(self, shapes: Mapping[str, list[int]]) -> EngineError:
+        profile = {name: [list(shape) for shape in bounds] for name, bounds in self.spec.profile().items()}
+        return EngineError(
+            f"Engine {self.spec.name} must run with {shapes} (profile {profile}), TensorRT refused: "
+            f"{self._logger.last_error}; build the engine again."
+        )
+
+    def _release(self) -> None:
+        self._memory.stream.synchronize()
+        del self._captured, self._context, self._engine, self._runtime
+
+
+class _Captured:
+    """An engine of one size as a CUDA graph, with inputs and outputs at fixed addresses."""
+
+    def __init__(self, spec: EngineSpec, memory: ActivationMemory, enqueue: Any) -> None:
+        self._memory, self._enqueue = memory, enqueue
+        sizes = {symbol: dim.max for symbol, dim in spec.dims.items()}
+        self._inputs = {
+            tensor.name: torch.zeros(tensor.resolve(sizes), dtype=tensor.torch_dtype, device=memory.device)
+            for tensor in spec.inputs
+        }
+        self._outputs = empty_outputs(spec, sizes, memory.device)
+        self._graph = torch.cuda.CUDAGraph()
+        self._generation = -1
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._generation != self._memory.generation:  # the scratch memory moved since the capture
+            self._capture()
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor)
+        self._graph.replay()
+        return {name: tensor.clone() for name, tensor in self._outputs.items()}
+
+    def _capture(self) -> None:
+        self._memory.stream.wait_stream(torch.cuda.current_stream(self._memory.device))
+        self._enqueue(self._inputs, self._outputs)  # TensorRT allocates at the first run, which no graph may hold
+        self._memory.stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._memory.stream, capture_error_mode="thread_local"):
+            self._enqueue(self._inputs, self._outputs)
+        self._generation = self._memory.generation
+
+
+def may_capture(spec: EngineSpec) -> bool:
+    """Whether an engine has one size only, and inputs and outputs small enough to be copied."""
+    fixed = all(dim.min == dim.max for dim in spec.dims.values())
+    tensors = (*spec.inputs, *spec.outputs)
+    used = sum(prod(spec.bounds(tensor)[2]) * tensor.torch_dtype.itemsize for tensor in tensors)
+    return fixed and used <= MAX_CAPTURED_BYTES
+
+
+def weight_budgets(weights: Mapping[str, int], available: int, streamable: bool) -> dict[str, int | None]:
+    """How many bytes of each engine's weights may be on the GPU: None, all of them, where `available` bytes suffice;
+    else each the same share. EngineError when they must be streamed and the engines were not built for that."""
+    total = sum(weights.values())
+    if total <= available:
+        return dict.fromkeys(weights)
+    if not streamable or available < 0:
+        raise EngineError(
+            f"The engines need {total / 2**30:.1f} GiB for their weights, {max(available, 0) / 2**30:.1f} GiB are free "
+            "beside their activations: choose a layout with more ranks, or build with --weight-streaming."
+        )
+    return {name: size * available // total for name, size in weights.items()}
+
+
+def empty_outputs(spec: EngineSpec, dims: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+    """New tensors for the outputs at these sizes."""
+    return {
+        tensor.name: torch.empty(tensor.resolve(dims), dtype=tensor.torch_dtype, device=device)
+        for tensor in spec.outputs
+    }
+
+
+@contextmanager
+def checked_file(name: str, directory: Path, file: GraphFile) -> Iterator[mmap.mmap]:
+    """The file's bytes as a mapping that was compared with the manifest's hash: what is read later is what was
+    compared. EngineError if it is missing or another one."""
+    path = directory / file.path
+    try:
+        with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest = hashlib.sha256(content).hexdigest()
+            if digest != file.sha256:
+                raise EngineError(
+                    f"Engine {name}: {path} must have SHA-256 {file.sha256}, found {digest}: it was damaged or "
+                    "replaced, build it again."
+                )
+            yield content
+    except (OSError, ValueError) as error:
+        raise EngineError(f"Engine {name}: {path} must be a file of {file.size_bytes} bytes: {error}.") from error
+
+
+def check_signature(trt: Any, spec: EngineSpec, engine: Any) -> None:
+    """EngineError unless the engine's tensors have the names and dtypes of the spec, and its profile the sizes."""
+    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    if names != expected:
+        raise EngineError(f"Engine {spec.name} must have the tensors {sorted(expected)}, found {sorted(names)}.")
+    for tensor in (*spec.inputs, *spec.outputs):
+        wanted, found = getattr(trt.DataType, _DTYPES[tensor.dtype]), engine.get_tensor_dtype(tensor.name)
+        if wanted != found:
+            raise EngineError(f'Engine {spec.name}: "{tensor.name}" must be {wanted}, found {found}: build it again.')
+    for tensor in spec.inputs:
+        _check_profile(spec, tensor, engine)
+
+
+def _check_profile(spec: EngineSpec, tensor: TensorSpec, engine: Any) -> None:
+    if not tensor.symbols:
+        return
+    lowest, _, highest = spec.bounds(tensor)
+    found = [tuple(shape) for shape in engine.get_tensor_profile_shape(tensor.name, 0)]
+    if (found[0], found[2]) != (lowest, highest):
+        raise EngineError(
+            f'Engine {spec.name}: "{tensor.name}" must have a profile of {lowest} .. {highest}, found {found[0]} .. '
+            f"{found[2]}: build it again."
+        )
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger of TensorRT that keeps the last error for our own message."""
+
+    class LastError(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last_error = "it gave no reason"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.last_error = message
+
+    return LastError()

@@ -1,0 +1,340 @@
+"""Starts Triton Inference Server on this machine, waits until it is ready, and stops it without leaving anything.
+
+    python -m stepvideo_serve.launch.server serve --config serve.toml            # until Ctrl-C or SIGTERM
+    python -m stepvideo_serve.launch.server run --config serve.toml -- COMMAND   # exits with COMMAND's code
+
+The server is the one of /opt/tritonserver (the production image) or of the nvidia-pytriton wheel. It runs the models
+in Python stubs of the running environment; they find the configuration file in STEPVIDEO_CONFIG. COMMAND finds the
+server in STEPVIDEO_GRPC_URL, STEPVIDEO_HTTP_URL and STEPVIDEO_METRICS_URL.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import http.client
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn, Self
+
+from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch.install import check_exposure, link_stub, outdated, server_environment, server_home
+from stepvideo_serve.launch.options import ServerOptions, add_server_arguments, server_options
+
+SHARED_MEMORY = Path("/dev/shm")
+EXIT_MARGIN_S = 5.0
+POLL_S = 0.1
+LOG_TAIL_LINES = 30
+PR_SET_PDEATHSIG = 1
+MODEL_CONTROL = ("--model-control-mode=explicit", "--load-model=*")
+FORWARDED_HEADERS = "(?i)^traceparent$"  # of a call, to the models as parameters of its requests
+
+
+class TritonServer:
+    """One server process in a process group of its own, as a context manager; entering starts it.
+
+    The server gets SIGTERM when the thread that started it ends, even by SIGKILL: start it from a thread that lives
+    as long as the server should. Raises SetupError when it cannot be started or does not become ready.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.shm_prefix = f"stepvideo_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._grpc_port = self._http_port = self._metrics_port = 0
+
+    @property
+    def pid(self) -> int:
+        return self._started().pid
+
+    @property
+    def grpc_url(self) -> str:
+        """HOST:PORT, as tritonclient.grpc takes it."""
+        return f"{_client_host(self.options.address)}:{self._grpc_port}"
+
+    @property
+    def http_address(self) -> str:
+        """Where HTTP listens."""
+        return self.options.security.http_address(self.options.address)
+
+    @property
+    def http_url(self) -> str:
+        """HOST:PORT, as tritonclient.http takes it."""
+        return f"{_client_host(self.http_address)}:{self._http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """The address to scrape, with scheme and path."""
+        return f"http://{_client_host(self.options.address)}:{self._metrics_port}/metrics"
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """The environment variables that tell a client where the server is."""
+        return {
+            "STEPVIDEO_GRPC_URL": self.grpc_url,
+            "STEPVIDEO_HTTP_URL": self.http_url,
+            "STEPVIDEO_METRICS_URL": self.metrics_url,
+        }
+
+    def start(self) -> None:
+        """Starts the process and returns at once; see wait_ready. Ports in use are found before anything starts."""
+        options = self.options
+        for what, path in (("model repository", options.model_repository), ("configuration", options.config)):
+            if path is not None and not path.exists():
+                raise SetupError(f"The {what} must exist, but there is nothing at {path}: correct the path.")
+        home = server_home()
+        check_exposure(home, options.address, options.allow_outdated)
+        link_stub(home)
+        self._grpc_port, self._http_port, self._metrics_port = _choose_ports(
+            {
+                "gRPC": (options.address, options.grpc_port),
+                "HTTP": (self.http_address, options.http_port),
+                "metrics": (options.address, options.metrics_port),
+            }
+        )
+        with _log_target(options.log) as output:
+            self._process = subprocess.Popen(
+                self._command(home),
+                env=server_environment(options.config),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+                preexec_fn=_die_with_parent(),
+            )
+
+    def wait_ready(self, timeout_s: float = 120.0) -> None:
+        """Returns when every model is loaded and every port answers.
+
+        Raises SetupError with the end of the log as soon as the process exits, or when the time is over.
+        """
+        process = self._started()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._answers():
+                return
+            try:
+                code = process.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                continue
+            raise SetupError(f"The server must become ready, but it exited with code {code}: {self._log_tail()}")
+        raise SetupError(f"The server must become ready in {timeout_s:g} s, but it did not: {self._log_tail()}")
+
+    def wait(self) -> int:
+        """Blocks until the server exits by itself; the exit code."""
+        return self._started().wait()
+
+    def running(self) -> bool:
+        """Whether it was started and has not exited."""
+        return self._process is not None and self._process.poll() is None
+
+    def same_again(self) -> "TritonServer":
+        """Another server with the options of this one and on its ports, for when this one is stopped."""
+        grpc, http, metrics = self._grpc_port, self._http_port, self._metrics_port
+        return TritonServer(replace(self.options, grpc_port=grpc, http_port=http, metrics_port=metrics))
+
+    def stop(self) -> None:
+        """Asks the server to finish, kills its process group when it does not, and removes its shared memory.
+
+        Requests in flight get `exit_timeout_s`. Safe to call twice, and after a crash of the server.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.options.exit_timeout_s + EXIT_MARGIN_S)
+        finally:  # also when a second Ctrl-C cuts the waiting short
+            # Stubs outlive a server that crashed; the group is gone when there are none.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for leftover in SHARED_MEMORY.glob(f"{self.shm_prefix}*"):
+                leftover.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise SetupError("The server must be running, but it was not started or has been stopped: call start().")
+        return self._process
+
+    def _command(self, home: Path) -> list[str]:
+        options = self.options
+        return [
+            str(home / "bin/tritonserver"),
+            f"--model-repository={options.model_repository.absolute()}",
+            f"--backend-directory={home / 'backends'}",
+            f"--cache-directory={home / 'caches'}",
+            f"--grpc-address={options.address}",
+            f"--grpc-port={self._grpc_port}",
+            f"--http-address={self.http_address}",
+            f"--http-port={self._http_port}",
+            f"--metrics-address={options.address}",
+            f"--metrics-port={self._metrics_port}",
+            "--disable-auto-complete-config",
+            *(MODEL_CONTROL if options.model_control else ("--model-control-mode=none",)),
+            "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
+            f"--exit-timeout-secs={options.exit_timeout_s}",
+            "--model-load-thread-count=2",  # more at once starve each other where cores are few
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--grpc-header-forward-pattern={FORWARDED_HEADERS}",
+            f"--http-header-forward-pattern={FORWARDED_HEADERS}",
+            *options.security.server_arguments(),
+            *options.server_arguments,
+        ]
+
+    def _answers(self) -> bool:
+        """Whether all models are ready. The metrics port is the last that the server opens."""
+        http_url, metrics = self.http_url, f"{_client_host(self.options.address)}:{self._metrics_port}"
+        for url, path in ((http_url, "/v2/health/ready"), (metrics, "/metrics")):
+            connection = http.client.HTTPConnection(url, timeout=5.0)
+            try:
+                connection.request("GET", path)
+                if connection.getresponse().status != http.HTTPStatus.OK:
+                    return False
+            except (OSError, http.client.HTTPException):
+                return False
+            finally:
+                connection.close()
+        return True
+
+    def _log_tail(self) -> str:
+        log = self.options.log
+        if log is None:
+            return "see its log above."
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line for line in lines if line and line[0] not in "+|"]  # without the server's wide tables
+        return "\n".join([f"the end of {log} says", *told[-LOG_TAIL_LINES:]])
+
+
+def _choose_ports(places: dict[str, tuple[str, int]]) -> list[int]:
+    """The port for each name's address and port; 0 becomes a free port. SetupError for a port that is in use."""
+    chosen = []
+    with contextlib.ExitStack() as held:  # all at once, so that the free ones differ
+        for name, (address, port) in places.items():
+            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the waiting sockets of a past server are fine
+            try:
+                probe.bind((address, port))
+                probe.listen(1)  # two probes may bind to one port, but not listen
+            except OSError as error:
+                raise SetupError(
+                    f"The {name} port must be free, but {address}:{port} cannot be used ({error.strerror}): "
+                    f"choose another with --{name.lower()}-port, or 0 for any."
+                ) from None
+            chosen.append(probe.getsockname()[1])
+    return chosen
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """What the child does between fork and exec; the library is loaded here, because a fork must not allocate much."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask_for_signal() -> None:
+        if prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0 or os.getppid() != parent:
+            os._exit(1)
+
+    return ask_for_signal
+
+
+@contextlib.contextmanager
+def _log_target(log: Path | None) -> Iterator[int | None]:
+    if log is None:
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        yield file.fileno()
+
+
+def _client_host(address: str) -> str:
+    return "127.0.0.1" if address == "0.0.0.0" else address
+
+
+def announce(server: TritonServer) -> None:
+    """Says where a server that is ready is, and what is open that should not be."""
+    if (sentence := outdated(server_home())) is not None:
+        print(f"warning: {sentence}: keep it on loopback.", file=sys.stderr)
+    if (sentence := server.options.security.warning(server.options.address)) is not None:
+        print(f"warning: {sentence}.", file=sys.stderr)
+    print(f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}; Ctrl-C stops it", flush=True)
+
+
+def _serve(server: TritonServer, ready_timeout_s: float) -> int:
+    with server:
+        server.wait_ready(ready_timeout_s)
+        announce(server)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:  # how it is meant to end
+            return 0
+
+
+def _run(server: TritonServer, ready_timeout_s: float, command: Sequence[str]) -> int:
+    with server:
+        server.wait_ready(ready_timeout_s)
+        try:
+            code = subprocess.run(command, env={**os.environ, **server.addresses}, check=False).returncode
+        except OSError as error:
+            raise SetupError(f"COMMAND must be a program, but {command[0]} is not one: {error.strerror}.") from None
+        return code if code >= 0 else 128 - code
+
+
+def raise_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    """A signal handler that ends the process by way of its context managers."""
+    raise SystemExit(128 + number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m stepvideo_serve.launch.server", description=__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, ports, text in (
+        ("serve", (8001, 8000, 8002), "run the server until Ctrl-C or SIGTERM"),
+        ("run", (0, 0, 0), "run the server as long as COMMAND runs"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        add_server_arguments(sub, ports)
+        if name == "run":
+            sub.add_argument("argv", nargs="+", metavar="COMMAND", help="after --: the command and its arguments")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: COMMAND's for `run`; 0 when Ctrl-C ended `serve`, else 130; 1 when the server could not start."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, raise_on_sigterm)
+    try:
+        server = TritonServer(server_options(arguments))
+        if arguments.command == "serve":
+            return _serve(server, arguments.ready_timeout)
+        return _run(server, arguments.ready_timeout, arguments.argv)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""One job on the group of ranks: what its consumer sees (Run), and how it ends (Job)."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from stepvideo_serve.errors import RequestCancelled, RequestError, WorkerFailed
+from stepvideo_serve.parallel.channel import JsonObject
+from stepvideo_serve.parallel.shared_memory import Array
+
+ERROR_GRACE_S = 1.0  # from the exception of one rank to the end of the others: they may wait for it in a collective
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A report of the leader; the arrays belong to whoever receives the event."""
+
+    params: JsonObject
+    tensors: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class ResultEvent:
+    """The result, the last event of a run; the arrays belong to whoever receives the event."""
+
+    params: JsonObject
+    tensors: dict[str, Array]
+
+
+Event = StepEvent | ResultEvent
+
+
+class Job:
+    """What the group knows of a job. Its thread tells what the ranks say; any thread may cancel.
+
+    `tell_ranks` asks all ranks to end the job; it may be called on any thread and must not fail.
+    """
+
+    def __init__(self, job_id: int, size: int, cancel_grace_s: float, tell_ranks: Callable[[], None]) -> None:
+        self.id = job_id
+        self.events: queue.SimpleQueue[Event | RequestError] = queue.SimpleQueue()
+        """StepEvents, then one ResultEvent or error; without a limit, so that no rank waits for a slow consumer."""
+        self.cancelled = False
+        self._running = set(range(size))
+        self._cancel_grace_s = cancel_grace_s
+        self._tell_ranks = tell_ranks
+        self._lock = threading.RLock()  # reentrant: a Run may be finalised, and cancel, at any point
+        self._stop_by_s: float | None = None  # time.monotonic() by which all ranks must have ended the job
+        self._result: ResultEvent | None = None
+        self._error: RequestError | None = None
+
+    def cancel(self) -> None:
+        """Ask the ranks to end the job; does nothing when they have been asked."""
+        self.cancelled = True
+        self._stop(self._cancel_grace_s)
+
+    def reported(self, event: StepEvent) -> None:
+        """The leader reports; what comes after a stop is not news any more."""
+        if self._stop_by_s is None:
+            self.events.put(event)
+
+    def done(self, rank: int, result: ResultEvent | None) -> None:
+        """A rank has ended the job; `result` is the leader's."""
+        self._running.discard(rank)
+        self._result = self._result or result
+
+    def raised(self, rank: int, error: RequestError) -> None:
+        """A rank has ended the job by an exception; the others must follow."""
+        self._running.discard(rank)
+        self._error = self._error or error
+        if self._running:
+            self._stop(ERROR_GRACE_S)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all ranks have ended the job."""
+        return not self._running
+
+    def overdue(self, now_s: float) -> str | None:
+        """Who has not ended the job in time after a stop, as a clause; None when all is well."""
+        if self._stop_by_s is None or now_s <= self._stop_by_s:
+            return None
+        who = ", ".join(map(str, sorted(self._running)))
+        return f"rank {who} did not stop in time" + (f" after: {self._error}" if self._error else "")
+
+    def outcome(self) -> ResultEvent | RequestError:
+        """The last event, once all ranks have ended the job."""
+        if self.cancelled:
+            return RequestCancelled("The request was cancelled.")
+        if self._error is not None:
+            return self._error
+        return self._result or WorkerFailed("The leader must end with a result, it ended without: see the log.")
+
+    def outcome_of_loss(self, clause: str) -> RequestError:
+        """The last event, once the ranks are lost because of `clause`.
+
+        What a rank raised says more than that the others did not follow it, but a failure (a broken connection, say)
+        may itself come from the death of another rank.
+        """
+        if self.cancelled:
+            return RequestCancelled("The request was cancelled.")
+        overdue = self.overdue(time.monotonic()) is not None
+        if self._error is not None and (overdue or not isinstance(self._error, WorkerFailed)):
+            return self._error
+        return WorkerFailed(f"The request failed because {clause}: send it again.")
+
+    def _stop(self, grace_s: float) -> None:
+        with self._lock:
+            first = self._stop_by_s is None
+            self._stop_by_s = min(self._stop_by_s or float("inf"), time.monotonic() + grace_s)
+            if first:
+                self._tell_ranks()
+
+
+class Run(Iterator[Event]):
+    """One job under way: iterate over it to receive the StepEvents and, last, the ResultEvent.
+
+    One thread iterates; any thread may cancel. Dropping the object cancels the job; `close` also waits for its end.
+
+    Iteration raises the RequestError that a rank raised, RequestCancelled after a cancel, WorkerFailed when a rank
+    raised something else or was lost (all processes of its generation have ended by then), and ServiceUnavailable when
+    the group is closed.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._ended = False
+
+    def __iter__(self) -> "Run":
+        return self
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._job.events.get()
+        self._ended = not isinstance(event, StepEvent)
+        if isinstance(event, RequestError):
+            raise event
+        return event
+
+    def cancel(self) -> None:
+        """Tell the ranks to stop; does nothing when the run has ended."""
+        if not self._ended:
+            self._job.cancel()
+
+    def close(self) -> None:
+        """Cancel the run if it has not ended, and wait for its end, for cancel_grace_s at most."""
+        self.cancel()
+        try:
+            for _ in self:
+                continue
+        except RequestError as error:
+            _logger.info("job %d was given up: %s", self._job.id, error)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.cancel()

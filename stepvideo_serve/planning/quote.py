@@ -1,0 +1,187 @@
+"""What a request will take, from what it asks for and what the server has measured. Pure arithmetic.
+
+Seconds are the sum of the stages, each told by its rate (pace.py) from its work: FLOPs of the steps, pixels of the
+pictures, tokens of the texts. Waiting is apart. Memory is predicted from the model's dimensions (parallel/cost.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.errors import InvalidRequest, ServiceUnavailable
+from stepvideo_serve.geometry import FRAMES_PER_CHUNK, VideoGeometry
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.planning.cost import ModelSize, Workload, memory
+from stepvideo_serve.planning.model_size import ModelConfigs, decoder_bytes, model_size
+from stepvideo_serve.planning.pace import Rate, step_flops
+from stepvideo_serve.request import OUTPUT_LATENTS, OUTPUT_MP4, GenerationRequest, parse_request
+from stepvideo_serve.sampling.denoise import needs_guidance
+from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "vae_encode": ("image", "vae_encode"),
+    "denoise": ("prepare", "step"),
+    "vae_decode": ("vae_decode",),
+    "mp4": ("check", "mp4"),
+}
+"""The parts of a quote, and the stages that each is made of."""
+OWN_INPUTS = ("PROMPT_TOKENS", "NEGATIVE_TOKENS")
+ACCEPTED = ("NUM_FRAMES", "HEIGHT", "WIDTH", "STEPS", "CFG_SCALE", "OUTPUT", "REQUEST_PRIORITY", *OWN_INPUTS)
+MIN_TOKENS = 2  # of any text: its beginning and its end
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class QuoteRequest:
+    """What is asked about. prompt_tokens and negative_tokens: Step-LLM tokens of the texts, both 2 to 320; a negative
+    text of None is the usual one, which is in the cache."""
+
+    request: GenerationRequest
+    prompt_tokens: int
+    negative_tokens: int | None
+
+    @classmethod
+    def parse(cls, inputs: Arrays, config: ServeConfig, latent_channels: int) -> "QuoteRequest":
+        """From the inputs of `ti2v_quote`, under the rules of `ti2v`. Raises InvalidRequest."""
+        for name in inputs:
+            if name not in ACCEPTED:
+                raise InvalidRequest(f"Inputs must be among {', '.join(ACCEPTED)}, got {name[:60]!r}: leave it out.")
+        nobody = {name: np.array([value], np.object_) for name, value in (("PROMPT", b""), ("IMAGE", b"none"))}
+        shared = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
+        request = parse_request({**nobody, **shared}, config.limits, latent_channels)
+        return cls(request, _tokens(inputs, "PROMPT_TOKENS") or LLM_MAX_TOKENS, _tokens(inputs, "NEGATIVE_TOKENS"))
+
+    @property
+    def texts(self) -> list[int]:
+        """Context tokens of each guidance branch."""
+        negative = self.negative_tokens or LLM_MAX_TOKENS
+        branches = [self.prompt_tokens, negative] if needs_guidance(self.request.cfg_scale) else [self.prompt_tokens]
+        return [CLIP_TOKENS + tokens for tokens in branches]
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the texts that are not in the cache."""
+        guided = needs_guidance(self.request.cfg_scale)
+        return self.prompt_tokens + ((self.negative_tokens or 0) if guided else 0)
+
+
+@dataclass(frozen=True)
+class Server:
+    """What decides about a quote besides the measurements."""
+
+    size: ModelSize
+    configs: ModelConfigs
+    layout: Layout
+    llm_on_ranks: bool
+    precision: str
+    device: str
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> "Server":
+        """Raises SetupError."""
+        configs = ModelConfigs.load(config.model.dir)
+        layout = Layout.parse(config.denoiser.layout)
+        model = config.model
+        return cls(model_size(configs), configs, layout, config.text.on_ranks, model.precision, model.device)
+
+    @property
+    def decoders(self) -> int:
+        """How many decode at the same time: all ranks, or one model."""
+        return self.layout.world_size
+
+    def peak_memory_bytes(self, geometry: VideoGeometry, branches: int) -> int:
+        """Of rank 0's device, predicted. Without the CUDA context where there is none; fp32 is twice bf16."""
+        work = Workload(
+            tokens=geometry.tokens // self.configs.dit.patch_size**2,
+            text_tokens=CLIP_TOKENS + LLM_MAX_TOKENS,
+            steps=0,
+            chunks=geometry.chunks,
+            prepare_flops=0.0,
+            llm_flops=0.0,
+            encode_flops=0.0,
+            chunk_flops=0.0,
+            chunk_bytes=decoder_bytes(self.configs.vae, geometry),
+            branches=branches,
+        )
+        needed = memory(self.size, self.layout, work, "fp8" if self.precision in ("fp8", "nvfp4") else "bf16")
+        model = needed.total("split" if self.llm_on_ranks else "whole") - needed.reserved
+        model *= 2 if self.precision == "fp32" else 1
+        return model + (needed.reserved if self.device == "cuda" else 0)
+
+
+def stage_work(request: GenerationRequest, new_tokens: int, image_is_new: bool, decoders: int) -> dict[str, float]:
+    """The work of the stages that `ti2v` times, without those that have none; units as in pace.WORK."""
+    geometry = request.geometry
+    pixels = geometry.height * geometry.width
+    decoded = pixels * FRAMES_PER_CHUNK * ceil(geometry.chunks / decoders)
+    everything = pixels * geometry.num_frames
+    work = {
+        "text": new_tokens,
+        "image": pixels,
+        "vae_encode": pixels if image_is_new else 0,
+        "vae_decode": decoded if request.output != OUTPUT_LATENTS else 0,
+        "check": everything if request.output == OUTPUT_MP4 else 0,
+        "mp4": everything if request.output == OUTPUT_MP4 else 0,
+    }
+    return {stage: float(amount) for stage, amount in work.items() if amount}
+
+
+def quote(asked: QuoteRequest, server: Server, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The report: seconds and GPU seconds by part and in all, memory, waiting. `state` is dit_denoiser's answer to
+    "pace". Raises ServiceUnavailable for stages that have not been measured."""
+    request, geometry = asked.request, asked.request.geometry
+    tokens = geometry.tokens // server.configs.dit.patch_size**2
+    flops = step_flops(server.configs.dit, tokens, asked.texts)
+    work = {**stage_work(request, asked.new_tokens, True, server.decoders), "prepare": float(tokens), "step": flops}
+    stages = _seconds(work, state["rates"], request)
+    stages["step"] *= request.steps
+    parts = {part: sum(stages.get(stage, 0.0) for stage in PARTS[part]) for part in PARTS}
+    ranks = server.layout.world_size
+    gpus = {"text": ranks if server.llm_on_ranks else 1, "vae_encode": 1, "denoise": ranks, "vae_decode": ranks}
+    gpu_seconds = {part: parts[part] * count for part, count in gpus.items()}
+    return {
+        "seconds": {"total": sum(parts.values()), **parts},
+        "gpu_seconds": {"total": sum(gpu_seconds.values()), **gpu_seconds},
+        "step_seconds": stages["step"] / request.steps,
+        "step_flops": flops,
+        "queue_wait_s": state["wait_s"] or 0.0,
+        "waiting": state["waiting"],
+        "peak_memory_mib": server.peak_memory_bytes(geometry, len(asked.texts)) / 2**20,
+        "tokens": tokens,
+        "frames": request.num_frames,
+        "height": request.height,
+        "width": request.width,
+        "steps": request.steps,
+        "layout": str(server.layout),
+    }
+
+
+def _seconds(
+    work: Mapping[str, float], rates: Mapping[str, Sequence[Any]], request: GenerationRequest
+) -> dict[str, float]:
+    known = {stage: Rate(rates.get(stage, ())).seconds(amount) for stage, amount in work.items()}
+    missing = [stage for stage, seconds in known.items() if seconds is None]
+    if missing:
+        raise ServiceUnavailable(
+            f"A quote needs measurements of every stage, and {', '.join(missing)} has not run yet on this server: "
+            f"run one request with OUTPUT {request.output} and a new prompt and image first."
+        )
+    return {stage: seconds for stage, seconds in known.items() if seconds is not None}
+
+
+def _tokens(inputs: Arrays, name: str) -> int | None:
+    if name not in inputs:
+        return None
+    array = inputs[name]
+    if array.dtype != np.int32 or array.shape != (1,) or not MIN_TOKENS <= array[0] <= LLM_MAX_TOKENS:
+        raise InvalidRequest(
+            f"{name} must be one INT32 from {MIN_TOKENS} to {LLM_MAX_TOKENS}, got {array.tolist()!r:.60}: correct it."
+        )
+    return int(array[0])

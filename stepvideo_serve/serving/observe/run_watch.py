@@ -1,0 +1,180 @@
+"""What `dit_denoiser` tells of its queue, its runs and its ranks: metrics, log events and spans."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from stepvideo_serve.errors import StepVideoError
+from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueListener
+from stepvideo_serve.serving.observe.logs import log_event
+from stepvideo_serve.serving.observe.metric_families import OK, PRIORITY_NAMES
+from stepvideo_serve.serving.observe.metrics import Metrics
+from stepvideo_serve.serving.observe.traces import Span, Tracer
+
+LOOK_S = 1.0
+PARKED = "parked"
+
+_logger = logging.getLogger(__name__)
+
+
+class RunWatch(QueueListener):
+    """Hears of every run of one queue, and of its turns on the ranks.
+
+    flops_of        floating-point operations of one step of a run
+    steps_per_span  how many steps a span covers
+    peak_flops      per second and of all ranks together, 0 if not known
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        tracer: Tracer,
+        flops_of: Callable[[QueuedRun], float],
+        steps_per_span: int,
+        peak_flops: float,
+    ) -> None:
+        self.metrics, self.tracer, self.flops_of, self.steps_per_span = metrics, tracer, flops_of, steps_per_span
+        for priority in PRIORITY_NAMES.values():
+            metrics.set("stepvideo_queue_length", 0, priority=priority)
+            metrics.show("stepvideo_queue_wait_seconds", priority=priority)
+        for counter in ("steps", "flops", "preemptions"):
+            metrics.add(f"stepvideo_{counter}_total", 0)
+        for after in ("preemption", "rank_failure"):
+            metrics.add("stepvideo_resumes_total", 0, after=after)
+        for stage in ("queue", "denoise"):
+            metrics.show("stepvideo_stage_seconds", stage=stage)
+        metrics.show("stepvideo_step_seconds")
+        metrics.set("stepvideo_running", 0)
+        metrics.set("stepvideo_step_flops_per_second", 0)
+        metrics.set("stepvideo_peak_flops_per_second", peak_flops)
+
+    def waiting(self, counts: Mapping[int, int]) -> None:
+        for priority, name in PRIORITY_NAMES.items():
+            self.metrics.set("stepvideo_queue_length", counts.get(priority, 0), priority=name)
+
+    def began(self, run: QueuedRun, waited_s: float) -> None:
+        priority = PRIORITY_NAMES[run.priority]
+        self.metrics.observe("stepvideo_queue_wait_seconds", waited_s, priority=priority)
+        if run.turns > 1:
+            self.metrics.add("stepvideo_resumes_total", after="preemption")
+        self._waited(run, "turn_began")
+
+    def parked(self, run: QueuedRun) -> None:
+        self.metrics.add("stepvideo_preemptions_total")
+        log_event(_logger, "run_parked", **_named(run), parks=run.parks)
+
+    def left(self, run: QueuedRun) -> None:
+        self._waited(run, "run_left_queue")
+
+    def _waited(self, run: QueuedRun, event: str) -> None:
+        waited_s = time.monotonic() - run.waits_since_s
+        span = self.tracer.span(
+            "queue", run.traceparent, run.waits_since_s, priority=PRIORITY_NAMES[run.priority], turn=run.turns
+        )
+        span.end()
+        log_event(_logger, event, **_named(run), turn=run.turns, waited_s=waited_s)
+
+
+class Turn:
+    """One turn of a run, as a context manager while it has the ranks."""
+
+    def __init__(self, watch: RunWatch, run: QueuedRun) -> None:
+        self._watch, self._run = watch, run
+        self._began_s = self._step_ended_s = time.monotonic()
+        self._span: Span | None = None
+        self._steps: list[int] = []  # of the span
+        self.outcome = PARKED
+        """OK, the code of an error, or PARKED."""
+
+    def step(self, step: int, seconds: float) -> None:
+        """A step of a denoising run has ended."""
+        metrics, flops = self._watch.metrics, self._watch.flops_of(self._run)
+        metrics.add("stepvideo_steps_total")
+        metrics.observe("stepvideo_step_seconds", seconds)
+        metrics.add("stepvideo_flops_total", flops)
+        metrics.set("stepvideo_step_flops_per_second", flops / max(seconds, 1e-9))
+        if self._span is None:
+            self._span = self._watch.tracer.span("steps", self._run.traceparent, self._step_ended_s)
+        self._steps.append(step)
+        self._step_ended_s = time.monotonic()
+        if len(self._steps) >= self._watch.steps_per_span:
+            self._end_span()
+
+    def resumed(self, failures: int) -> None:
+        """It goes on after the ranks failed for the n-th time."""
+        self._watch.metrics.add("stepvideo_resumes_total", after="rank_failure")
+        log_event(_logger, "run_resumed", logging.WARNING, **_named(self._run), failures=failures)
+
+    def failed(self, error: BaseException) -> None:
+        """It ends the run."""
+        self.outcome = error.code if isinstance(error, StepVideoError) else StepVideoError.code
+
+    def __enter__(self) -> Self:
+        self._watch.metrics.set("stepvideo_running", 1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end_span()
+        run, seconds = self._run, time.monotonic() - self._began_s
+        run.served_s += seconds
+        if run.params["kind"] == "denoise" and self.outcome == OK:
+            self._watch.metrics.observe("stepvideo_stage_seconds", run.waited_s, stage="queue")
+            self._watch.metrics.observe("stepvideo_stage_seconds", run.served_s, stage="denoise")
+        log_event(_logger, "turn_ended", **_named(run), turn=run.turns, seconds=seconds, outcome=self.outcome)
+        self._watch.metrics.set("stepvideo_running", 0)
+
+    def _end_span(self) -> None:
+        if self._span is not None:
+            failure = None if self.outcome in (OK, PARKED) else self.outcome
+            self._span.end(failure, first_step=self._steps[0], last_step=self._steps[-1], turn=self._run.turns)
+            self._span, self._steps = None, []
+
+
+class RankWatch:
+    """Looks at the ranks every second, on a thread of its own."""
+
+    def __init__(self, metrics: Metrics, group: RankGroup) -> None:
+        self._metrics, self._group = metrics, group
+        self._seen = group.generation
+        self._closing = threading.Event()
+        metrics.add("stepvideo_rank_restarts_total", 0)
+        for rank in range(group.size):
+            for kind in ("busy", "communication"):
+                metrics.add(f"stepvideo_rank_{kind}_seconds_total", 0, rank=str(rank))
+        self._thread = threading.Thread(target=self._loop, name="rank-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    def used(self, rank_seconds: Mapping[str, list[float]]) -> None:
+        """Seconds by rank, since the last report: "busy", and those of them in "communication"."""
+        for kind, seconds in rank_seconds.items():
+            for rank, value in enumerate(seconds):
+                self._metrics.add(f"stepvideo_rank_{kind}_seconds_total", value, rank=str(rank))
+
+    def _loop(self) -> None:
+        while True:
+            self._metrics.set("stepvideo_ranks_ready", self._group.healthy)
+            generation = self._group.generation
+            if generation > self._seen:
+                self._metrics.add("stepvideo_rank_restarts_total", generation - self._seen)
+                self._seen = generation
+            if self._closing.wait(LOOK_S):
+                return
+
+
+def _named(run: QueuedRun) -> dict[str, Any]:
+    trace = run.traceparent.split("-")
+    return {
+        "request_id": run.request_id,
+        "trace_id": trace[1] if len(trace) >= 4 else "",
+        "run_id": run.run_id,
+        "kind": run.params["kind"],
+    }

@@ -1,0 +1,27 @@
+"""How a rank process makes what it runs; named as a text, since the process imports it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepvideo_serve.assembly.denoiser_rank import DenoiserRank
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.parallel.collectives import init_process_group
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.serving.observe.logs import configure_logging
+
+COLLECTIVE_TIMEOUT_S = 86_400.0  # the parent finds stuck ranks, long before
+
+
+def build_rank(settings: dict[str, Any]) -> DenoiserRank:
+    """The factory for `RankGroup`; settings["config"] is the path of serve.toml."""
+    config = ServeConfig.load(Path(settings["config"]))
+    configure_logging(config.logging, f"dit_denoiser rank {settings['rank']}", in_stub=False)
+    layout = Layout.parse(config.denoiser.layout)
+    if config.model.device == "cuda":
+        torch.cuda.set_device(settings["rank"])
+    if layout.world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if config.model.device == "cuda" else "gloo"
+        init_process_group(settings, backend, COLLECTIVE_TIMEOUT_S)
+    return DenoiserRank(config, layout, settings["rank"])

@@ -1,0 +1,154 @@
+"""The stages of the pipeline as calls to the server's other models (Business Logic Scripting)."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepvideo_serve.errors import RequestError, WorkerFailed
+from stepvideo_serve.pipeline.generate import Cancelled, Frames, Waiting
+from stepvideo_serve.planning.quote import stage_work
+from stepvideo_serve.request import GenerationRequest
+from stepvideo_serve.sampling.job import DenoiseJob, StepDone
+from stepvideo_serve.serving.adapter import Arrays, bytes_array
+from stepvideo_serve.serving.model_calls import call, in_time, run
+from stepvideo_serve.serving.observe.traces import UNKNOWN, Origin
+from stepvideo_serve.text.states import TextStates
+
+NOTE_S = 1.0  # what a finished request waits for the ledger: its process may have died meanwhile
+
+_logger = logging.getLogger(__name__)
+
+
+class BlsStages:
+    """One request's way through the models of this server."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        description: dict[str, Any],
+        cancelled: Cancelled,
+        ranks_decode: bool,
+        priority: int,
+        origin: Callable[[], Origin] = lambda: UNKNOWN,
+    ) -> None:
+        self._origin = origin
+        self.latent_channels = latent_channels
+        self._description = description
+        self._cancelled = cancelled
+        self._ranks_decode = ranks_decode
+        self._priority = priority
+        self._cached: dict[str, list[bool]] = {"text": [], "image": []}
+        self.new_tokens = 0
+        """Of the prompts that were not in the cache."""
+
+    def encode_text(self, prompt: str) -> TextStates:
+        outputs = ("LLM_STATES", "CLIP_STATES", "CACHED")
+        out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, outputs, self._origin())
+        self._cached["text"].append(bool(out["CACHED"].flat[0]))
+        self.new_tokens += 0 if self._cached["text"][-1] else len(out["LLM_STATES"])
+        return TextStates(llm=torch.from_numpy(out["LLM_STATES"]), clip=torch.from_numpy(out["CLIP_STATES"]))
+
+    def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        inputs = {"PIXELS": pixels.numpy(), "NOISE": noise.numpy()}
+        out = call("vae_encoder", inputs, ("LATENT", "CACHED"), self._origin())
+        self._cached["image"].append(bool(out["CACHED"].flat[0]))
+        return torch.from_numpy(out["LATENT"])
+
+    def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone | Waiting]:
+        """The last step is held back until its latents are there."""
+        last: StepDone | None = None
+        latents: Tensor | None = None
+        inputs = {**_job_inputs(job), "PRIORITY": np.array([self._priority], np.int32)}
+        with closing(run("dit_denoiser", inputs, cancelled, self._origin())) as responses:
+            for out in responses:
+                if "LATENTS" in out:
+                    latents = torch.from_numpy(out["LATENTS"])
+                    self._description |= json.loads(out["REPORT"].flat[0])
+                    continue
+                if "QUEUE_POSITION" in out:
+                    yield _waiting(out)
+                    continue
+                step = _step_done(out)
+                if step.step < step.total_steps:
+                    yield step
+                else:
+                    last = step
+        if last is None or latents is None:
+            raise WorkerFailed("dit_denoiser must answer with latents, it ended without them: see the server's log.")
+        yield replace(last, latents=latents)
+
+    def decode(self, latents: Tensor) -> Iterator[Frames]:
+        inputs: dict[str, np.ndarray[Any, Any]] = {"LATENTS": latents.numpy()}
+        model = "vae_decoder"
+        if self._ranks_decode:
+            model, inputs["KIND"] = "dit_denoiser", bytes_array(b"decode")
+        with closing(run(model, inputs, self._cancelled, self._origin())) as responses:
+            for out in responses:
+                yield out["FRAMES"]
+
+    @property
+    def image_is_new(self) -> bool:
+        """Whether the image's latent was computed."""
+        return not any(self._cached["image"])
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._description, "cached": self._cached}
+
+
+class RanksLLM:
+    """Step-LLM on the ranks of `dit_denoiser`, called like the graph `step_llm`."""
+
+    def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """input_ids [1, L] int64 -> {"llm_states": [1, L, D]}."""
+        inputs = {"KIND": bytes_array(b"text"), "INPUT_IDS": input_ids.numpy()}
+        with closing(run("dit_denoiser", inputs, lambda: False)) as responses:
+            for out in responses:
+                return {"llm_states": torch.from_numpy(out["LLM_STATES"])}
+        raise WorkerFailed("dit_denoiser must answer with text states, it ended without: see the server's log.")
+
+
+def report_pace(request: GenerationRequest, seconds: Mapping[str, float], stages: BlsStages, decoders: int) -> None:
+    """Tells the ledger how long the stages of a finished request took; it hears of the steps without that."""
+    work = stage_work(request, stages.new_tokens, stages.image_is_new, decoders)
+    note = {stage: (amount, seconds[stage]) for stage, amount in work.items() if stage in seconds}
+    inputs = {"KIND": bytes_array(b"note"), "NOTE": bytes_array(json.dumps(note).encode())}
+    try:
+        in_time(lambda: call("dit_denoiser", inputs, ()), NOTE_S)
+    except (TimeoutError, RequestError) as error:  # the video is there all the same
+        _logger.warning("the pace of a request was not noted: %s", str(error) or type(error).__name__)
+
+
+def _job_inputs(job: DenoiseJob) -> dict[str, np.ndarray[Any, Any]]:
+    inputs: dict[str, np.ndarray[Any, Any]] = {
+        "LATENTS": job.latents.float().numpy(),
+        "CONDITION": job.condition.numpy(),
+        "POSITIVE_LLM": job.positive.llm.numpy(),
+        "POSITIVE_CLIP": job.positive.clip.numpy(),
+        "STEPS": np.array([job.steps], np.int32),
+        "CFG_SCALE": np.array([job.cfg_scale], np.float32),
+        "TIME_SHIFT": np.array([job.time_shift], np.float32),
+        "MOTION_SCORE": np.array([job.motion_score], np.float32),
+        "PREVIEW_EVERY": np.array([job.preview_every], np.int32),
+    }
+    if job.negative is not None:
+        inputs |= {"NEGATIVE_LLM": job.negative.llm.numpy(), "NEGATIVE_CLIP": job.negative.clip.numpy()}
+    if job.timeout_s is not None:
+        inputs["TIMEOUT_S"] = np.array([job.timeout_s], np.float32)
+    return inputs
+
+
+def _waiting(out: Arrays) -> Waiting:
+    start_in_s = float(out["START_IN_S"].flat[0])
+    return Waiting(int(out["QUEUE_POSITION"].flat[0]), start_in_s if start_in_s >= 0 else None)
+
+
+def _step_done(out: Arrays) -> StepDone:
+    step, total, seconds = (out[name].flat[0] for name in ("STEP", "TOTAL_STEPS", "STEP_SECONDS"))
+    return StepDone(int(step), int(total), float(seconds), out.get("PREVIEW"), None)

@@ -1,0 +1,127 @@
+"""The models that hold one stage each. Only `ti2v` and `ti2v_unary` call them."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepvideo_serve.assembly.stages import FrameDecoder, ImageEncoder, build_text_encoder
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.errors import InvalidRequest, RequestCancelled
+from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue
+from stepvideo_serve.serving.adapter import (
+    Arrays,
+    clear_setup_errors,
+    end_process,
+    error_response,
+    is_probe,
+    read_inputs,
+    response,
+)
+from stepvideo_serve.serving.observe.logs import configure_logging
+from stepvideo_serve.serving.observe.metrics import CacheMetrics, Heartbeats, Metrics
+from stepvideo_serve.serving.queued_model import QueuedModel
+from stepvideo_serve.serving.remote_stages import RanksLLM
+
+
+class StageModel(ABC):
+    """A model that answers each request with one response."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        with clear_setup_errors():
+            config = ServeConfig.from_environment()
+            configure_logging(config.logging, args["model_name"], in_stub=True)
+            self.metrics = Metrics()
+            self.load(config)
+            self._beats = Heartbeats(self.metrics, args["model_name"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        self._beats.close()
+        end_process()
+
+    @abstractmethod
+    def load(self, config: ServeConfig) -> None:
+        """Makes the model ready. Raises SetupError."""
+
+    @abstractmethod
+    def answer(self, inputs: Arrays) -> Arrays:
+        """The outputs. Any exception becomes the request's error."""
+
+    def _respond(self, request: Any) -> Any:
+        try:
+            return response({} if is_probe(request) else self.answer(read_inputs(request)))
+        except Exception as error:  # every error becomes this request's response, never the end of the model
+            return error_response(error)
+
+
+class TextEncoderModel(StageModel):
+    """PROMPT -> LLM_STATES, CLIP_STATES, CACHED."""
+
+    def load(self, config: ServeConfig) -> None:
+        self._encoder = build_text_encoder(config, RanksLLM() if config.text.on_ranks else None)
+        self._cache = CacheMetrics(self.metrics, "text")
+
+    def answer(self, inputs: Arrays) -> Arrays:
+        states, cached = self._encoder.encode(_text(inputs["PROMPT"]))
+        self._cache.note(cached)
+        return {"LLM_STATES": states.llm.numpy(), "CLIP_STATES": states.clip.numpy(), "CACHED": np.array([cached])}
+
+
+class VaeEncoderModel(StageModel):
+    """PIXELS, NOISE -> LATENT, CACHED."""
+
+    def load(self, config: ServeConfig) -> None:
+        self._encoder = ImageEncoder(config)
+        self._cache = CacheMetrics(self.metrics, "image")
+
+    def answer(self, inputs: Arrays) -> Arrays:
+        pixels, noise = (torch.from_numpy(inputs[name]) for name in ("PIXELS", "NOISE"))
+        if not (torch.isfinite(pixels).all() and torch.isfinite(noise).all()):
+            raise InvalidRequest("PIXELS and NOISE must be finite, got NaN or infinite values: correct them.")
+        latent, cached = self._encoder.encode(pixels, noise)
+        self._cache.note(cached)
+        return {"LATENT": latent.numpy(), "CACHED": np.array([cached])}
+
+
+class VaeDecoderModel(QueuedModel):
+    """LATENTS -> FRAMES, one response per chunk. A run stops after a chunk once it is cancelled."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        with clear_setup_errors():
+            config = ServeConfig.from_environment()
+            configure_logging(config.logging, args["model_name"], in_stub=True)
+            self._decoder = FrameDecoder(config)
+        self._beats = Heartbeats(Metrics(), args["model_name"])
+        # No bound: who comes here has been let in by the queue of the denoiser.
+        self.queue = RunQueue(QueueRules(None), self._serve, lambda: None, lambda _: None)
+
+    def finalize(self) -> None:
+        self._beats.close()
+        super().finalize()
+
+    def describe_run(self, inputs: Arrays) -> dict[str, Any]:
+        if "LATENTS" not in inputs:
+            raise InvalidRequest("A run needs LATENTS, got none: call the model ti2v instead.")
+        return {}
+
+    def _serve(self, run: QueuedRun) -> bool:
+        try:
+            for frames in self._decoder.decode(torch.from_numpy(run.tensors["LATENTS"])):
+                if run.cancelled.is_set():
+                    raise RequestCancelled("The request was cancelled by its caller.")
+                run.answer.send({"FRAMES": frames})
+        except Exception as error:  # as in StageModel
+            run.answer.fail(error)
+        run.answer.close()
+        return True
+
+
+def _text(array: Any) -> str:
+    try:
+        return str(array.flat[0].decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"PROMPT must be UTF-8, byte {error.start} is not: encode the text again.") from None

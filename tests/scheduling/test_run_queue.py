@@ -1,0 +1,395 @@
+"""The queue of runs in front of something that does one at a time, without the server."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from stepvideo_serve.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    QueueFull,
+    RequestCancelled,
+    RequestError,
+    ServiceUnavailable,
+)
+from stepvideo_serve.scheduling.run_queue import HIGH, LOW, URGENT, QueuedRun, QueueRules, RunQueue
+
+PATIENCE_S = 60.0
+
+
+class Mailbox:
+    """Keeps the one answer of a run."""
+
+    def __init__(self) -> None:
+        self._answers: queue.SimpleQueue[BaseException | str] = queue.SimpleQueue()
+
+        self.places: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
+
+    def send(self, outputs: dict[str, NDArray[Any]]) -> None:
+        if "QUEUE_POSITION" in outputs:
+            self.places.put((outputs["QUEUE_POSITION"].item(), outputs["START_IN_S"].item()))
+        else:
+            self._answers.put(outputs["DONE"].item())
+
+    def fail(self, error: BaseException) -> None:
+        self._answers.put(error)
+
+    def close(self) -> None:
+        raise AssertionError("an answer is sent once")
+
+    def answer(self) -> BaseException | str:
+        return self._answers.get(timeout=PATIENCE_S)
+
+    def place(self) -> tuple[int, float]:
+        """The next place in the queue that the run was told, and when it may begin."""
+        return self.places.get(timeout=PATIENCE_S)
+
+    @property
+    def empty(self) -> bool:
+        return self._answers.empty()
+
+
+class Ranks:
+    """Serves runs one at a time, each until it is let go or interrupted."""
+
+    def __init__(self) -> None:
+        self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.turn = threading.Semaphore(0)
+        self.current: QueuedRun | None = None
+
+    def serve(self, run: QueuedRun) -> bool:
+        self.current = run
+        self.started.put(run.run_id)
+        self.turn.acquire()
+        if run.gives_way:
+            return False
+        if run.cancelled.is_set():
+            run.answer.fail(RequestCancelled("cancelled"))
+        else:
+            run.answer.send({"DONE": np.array(run.run_id)})
+        return True
+
+    def seconds_of(self, run: QueuedRun) -> float | None:
+        """As the test says."""
+        return run.params.get("seconds")
+
+    def interrupt(self) -> None:
+        assert self.current is not None
+        assert self.current.cancelled.is_set() or self.current.parked.is_set(), "the mark comes first"
+        self.turn.release()
+
+    def next_started(self) -> str:
+        return self.started.get(timeout=PATIENCE_S)
+
+
+def new_run(run_id: str, timeout_s: float | None = None, **params: object) -> tuple[QueuedRun, Mailbox]:
+    mailbox = Mailbox()
+    return QueuedRun(run_id, {"timeout_s": timeout_s, **params}, {}, mailbox), mailbox
+
+
+def new_queue(ranks: Ranks, max_waiting: int | None, max_parks: int = 0, aging_s: float = 600.0) -> RunQueue:
+    return RunQueue(QueueRules(max_waiting, max_parks, aging_s), ranks.serve, ranks.interrupt, ranks.seconds_of)
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    return Ranks()
+
+
+@pytest.fixture
+def runs(ranks: Ranks) -> Iterator[RunQueue]:
+    """Two may wait."""
+    created = new_queue(ranks, 2)
+    yield created
+    for _ in range(10):
+        ranks.turn.release()
+    created.close()
+
+
+def put(runs: RunQueue, *run_ids: str) -> list[Mailbox]:
+    mailboxes = []
+    for run_id in run_ids:
+        run, mailbox = new_run(run_id)
+        runs.put(run)
+        mailboxes.append(mailbox)
+    return mailboxes
+
+
+def occupy(runs: RunQueue, ranks: Ranks) -> Mailbox:
+    """A run that is under way."""
+    [mailbox] = put(runs, "running")
+    assert ranks.next_started() == "running"
+    return mailbox
+
+
+def test_first_in_first_out(runs: RunQueue, ranks: Ranks) -> None:
+    mailboxes = [occupy(runs, ranks), *put(runs, "second", "third")]
+    for _ in range(3):
+        ranks.turn.release()
+    assert [mailbox.answer() for mailbox in mailboxes] == ["running", "second", "third"]
+    assert [ranks.next_started() for _ in range(2)] == ["second", "third"]
+
+
+def test_an_urgent_run_goes_before_those_that_wait_and_is_not_refused(runs: RunQueue, ranks: Ranks) -> None:
+    occupy(runs, ranks)
+    put(runs, "second", "third")
+    runs.put(new_run("urgent", priority=URGENT)[0])
+    for _ in range(3):
+        ranks.turn.release()
+    assert [ranks.next_started() for _ in range(3)] == ["urgent", "second", "third"]
+
+
+def test_more_than_may_wait_are_refused(runs: RunQueue, ranks: Ranks) -> None:
+    occupy(runs, ranks)
+    put(runs, "second", "third")
+    with pytest.raises(QueueFull, match="At most 2 requests may wait, 2 do"):
+        put(runs, "fourth")
+    ranks.turn.release()
+    assert ranks.next_started() == "second"
+    put(runs, "fourth")
+
+
+def test_with_no_room_to_wait_one_may_run(ranks: Ranks) -> None:
+    runs = new_queue(ranks, 0)
+    mailbox = occupy(runs, ranks)
+    with pytest.raises(QueueFull):
+        put(runs, "second")
+    ranks.turn.release()
+    assert mailbox.answer() == "running"
+    runs.close()
+
+
+def test_without_a_bound_any_number_waits(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None)
+    occupy(runs, ranks)
+    mailboxes = put(runs, *map(str, range(100)))
+    for _ in range(101):
+        ranks.turn.release()
+    assert [mailbox.answer() for mailbox in mailboxes] == list(map(str, range(100)))
+    runs.close()
+
+
+def test_a_waiting_run_is_cancelled_at_once(runs: RunQueue, ranks: Ranks) -> None:
+    running = occupy(runs, ranks)
+    second, third = put(runs, "second", "third")
+    runs.cancel("second")
+    assert isinstance(second.answer(), RequestCancelled)
+    ranks.turn.release()
+    ranks.turn.release()
+    assert (running.answer(), third.answer()) == ("running", "third")
+    assert ranks.next_started() == "third"
+
+
+def test_the_run_under_way_is_interrupted(runs: RunQueue, ranks: Ranks) -> None:
+    running = occupy(runs, ranks)
+    [second] = put(runs, "second")
+    runs.cancel("running")
+    assert isinstance(running.answer(), RequestCancelled)
+    ranks.turn.release()
+    assert second.answer() == "second"
+
+
+def test_cancelling_what_has_ended_or_never_was_does_nothing(runs: RunQueue, ranks: Ranks) -> None:
+    running = occupy(runs, ranks)
+    ranks.turn.release()
+    assert running.answer() == "running"
+    [second] = put(runs, "second")
+    assert ranks.next_started() == "second"
+    runs.cancel("running")
+    runs.cancel("never was")
+    assert second.empty
+    ranks.turn.release()
+    assert second.answer() == "second"
+
+
+def test_a_run_whose_time_is_over_is_answered_while_it_waits(runs: RunQueue, ranks: Ranks) -> None:
+    running = occupy(runs, ranks)
+    run, late = new_run("late", timeout_s=0.05)
+    runs.put(run)
+    error = late.answer()
+    assert isinstance(error, DeadlineExceeded)
+    assert "while the request waited" in str(error)
+    assert running.empty
+    put(runs, "late", "third")  # its place and its name are free again
+
+
+def test_a_run_that_has_begun_is_left_to_whoever_serves_it(runs: RunQueue, ranks: Ranks) -> None:
+    run, mailbox = new_run("run", timeout_s=0.05)
+    runs.put(run)
+    assert ranks.next_started() == "run"
+    expired, late = new_run("late", timeout_s=0.1)
+    runs.put(expired)
+    assert isinstance(late.answer(), DeadlineExceeded)  # by now the first one's time is over too
+    assert mailbox.empty
+    with pytest.raises(DeadlineExceeded):
+        run.remaining_s()
+    ranks.turn.release()
+    assert mailbox.answer() == "run"
+
+
+def test_a_run_without_time_is_refused(runs: RunQueue) -> None:
+    with pytest.raises(DeadlineExceeded):
+        runs.put(new_run("late", timeout_s=0.0)[0])
+
+
+@pytest.mark.parametrize("taken", ["running", "second"])
+def test_a_name_is_given_once(runs: RunQueue, ranks: Ranks, taken: str) -> None:
+    occupy(runs, ranks)
+    put(runs, "second")
+    with pytest.raises(InvalidRequest, match=f"RUN_ID must be new, got '{taken}'"):
+        put(runs, taken)
+
+
+def test_closing_ends_all_runs(ranks: Ranks) -> None:
+    runs = new_queue(ranks, 2)
+    mailboxes = [occupy(runs, ranks), *put(runs, "second", "third")]
+    runs.close()
+    answers = [mailbox.answer() for mailbox in mailboxes]
+    assert all(isinstance(answer, RequestError) for answer in answers)
+    assert [type(answer) for answer in answers] == [RequestCancelled, ServiceUnavailable, ServiceUnavailable]
+    with pytest.raises(ServiceUnavailable, match="shutting down"):
+        put(runs, "late")
+
+
+def put_new(runs: RunQueue, run_id: str, **params: Any) -> tuple[QueuedRun, Mailbox]:
+    run, mailbox = new_run(run_id, **params)
+    runs.put(run)
+    return run, mailbox
+
+
+def started(ranks: Ranks, count: int) -> list[str]:
+    """Lets run after run end."""
+    for _ in range(count):
+        ranks.turn.release()
+    return [ranks.next_started() for _ in range(count)]
+
+
+def test_a_higher_priority_goes_first_and_equal_ones_by_arrival(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None)
+    occupy(runs, ranks)
+    for run_id, priority in [("low", LOW), ("high", HIGH), ("low again", LOW), ("high again", HIGH)]:
+        put_new(runs, run_id, priority=priority)
+    put(runs, "normal")
+    assert started(ranks, 5) == ["high", "high again", "normal", "low", "low again"]
+    ranks.turn.release()
+    runs.close()
+
+
+def test_a_run_that_has_waited_long_is_raised(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, aging_s=60.0)
+    occupy(runs, ranks)
+    old, _ = new_run("old", priority=LOW)
+    old.accepted_s -= 121.0
+    runs.put(old)
+    put_new(runs, "high", priority=HIGH)
+    put(runs, "normal")
+    assert started(ranks, 3) == ["old", "high", "normal"]
+    ranks.turn.release()
+    runs.close()
+
+
+def test_a_higher_priority_parks_the_run_under_way_which_goes_on_afterwards(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, max_parks=1)
+    low, low_answer = put_new(runs, "low", priority=LOW, parkable=True)
+    assert ranks.next_started() == "low"
+    put(runs, "normal")  # parks it: the one time that it may be
+    assert ranks.next_started() == "normal"
+    put_new(runs, "high", priority=HIGH)  # "normal" cannot be parked
+    assert started(ranks, 2) == ["high", "low"]
+    put_new(runs, "another", priority=HIGH)
+    assert low.parks == 1
+    ranks.turn.release()
+    assert low_answer.answer() == "low"
+    assert ranks.next_started() == "another"
+    ranks.turn.release()
+    runs.close()
+
+
+def test_what_cannot_be_parked_again_is_waited_for_in_the_estimate(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, max_parks=0)
+    put_new(runs, "running", seconds=10.0, parkable=True)
+    assert ranks.next_started() == "running"
+    _, high = put_new(runs, "high", priority=HIGH, seconds=1.0, parkable=True)
+    assert high.place() == (1, 10.0)
+    ranks.turn.release()
+    ranks.turn.release()
+    runs.close()
+
+
+def test_an_urgent_run_parks_without_being_counted(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None, max_parks=0)
+    run, mailbox = put_new(runs, "run", parkable=True)
+    assert ranks.next_started() == "run"
+    put_new(runs, "urgent", priority=URGENT)
+    assert ranks.next_started() == "urgent"
+    ranks.turn.release()
+    assert ranks.next_started() == "run"
+    assert run.parks == 0
+    ranks.turn.release()
+    assert mailbox.answer() == "run"
+    runs.close()
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "deadline"])
+def test_a_parked_run_can_be_ended(ranks: Ranks, end: str) -> None:
+    runs = new_queue(ranks, None, max_parks=1)
+    _, mailbox = put_new(runs, "parked", parkable=True, timeout_s=0.5 if end == "deadline" else None)
+    assert ranks.next_started() == "parked"
+    put_new(runs, "high", priority=HIGH)
+    assert ranks.next_started() == "high"
+    if end == "cancel":
+        runs.cancel("parked")
+    elif end == "close":
+        runs.close()
+    error = mailbox.answer()
+    assert type(error) is {"cancel": RequestCancelled, "close": ServiceUnavailable, "deadline": DeadlineExceeded}[end]
+    ranks.turn.release()
+    runs.close()
+
+
+def test_those_that_wait_are_told_their_place_and_when_they_begin(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None)
+    put_new(runs, "running", seconds=10.0)
+    assert ranks.next_started() == "running"
+    _, second = put_new(runs, "second", seconds=20.0, parkable=True)
+    _, third = put_new(runs, "third", seconds=30.0, parkable=True)
+    assert (second.place(), third.place()) == ((1, 10.0), (2, 30.0))
+    _, unknown = put_new(runs, "unknown", priority=HIGH, parkable=True)
+    assert (unknown.place(), third.places.qsize()) == ((1, 10.0), 1)
+    assert third.place() == (3, -1.0)
+    ranks.turn.release()
+    assert ranks.next_started() == "unknown"
+    while (place := third.place()) != (2, -1.0):
+        assert place[0] == 3
+    for _ in range(3):
+        ranks.turn.release()
+    runs.close()
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(ranks: Ranks) -> None:
+    runs = new_queue(ranks, None)
+    put_new(runs, "running", seconds=10.0)
+    assert ranks.next_started() == "running"
+    with pytest.raises(DeadlineExceeded, match=r"about 10\.0 s of waiting and 5\.0 s of denoising are ahead"):
+        put_new(runs, "late", seconds=5.0, timeout_s=14.0)
+    put_new(runs, "kept", seconds=5.0, timeout_s=16.0)
+    ranks.turn.release()
+    ranks.turn.release()
+    runs.close()
+
+
+def test_a_full_queue_says_how_long_it_would_take(ranks: Ranks) -> None:
+    runs = new_queue(ranks, 1)
+    put_new(runs, "running", seconds=10.0)
+    assert ranks.next_started() == "running"
+    put_new(runs, "second", seconds=20.0)
+    with pytest.raises(QueueFull, match="At most 1 requests may wait, 1 do, which would take about 30 s"):
+        put_new(runs, "third", seconds=1.0)
+    ranks.turn.release()
+    ranks.turn.release()
+    runs.close()

@@ -1,0 +1,131 @@
+"""Responses that wait for whoever fetches them."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepvideo_serve.serving import queued_model as module
+from stepvideo_serve.serving.queued_model import HOLD_S, Mailbox
+
+PATIENCE_S = 30.0
+Got = dict[str, Any] | BaseException
+
+
+class Fetch:
+    """A reply that can be waited for."""
+
+    def __init__(self) -> None:
+        self.got: queue.SimpleQueue[Got] = queue.SimpleQueue()
+
+    def finish(self, outputs: dict[str, Any]) -> None:
+        self.got.put(outputs)
+
+    def fail(self, error: BaseException) -> None:
+        self.got.put(error)
+
+
+class Stuck(Fetch):
+    """One whose caller has died: it never returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = threading.Event()
+
+    def finish(self, outputs: dict[str, Any]) -> None:  # noqa: ARG002  # the protocol's
+        self.over.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def gone() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def box(gone: threading.Event) -> Iterator[Mailbox]:
+    box = Mailbox(gone.set)
+    box.start()
+    yield box
+    box.close()
+
+
+@pytest.fixture
+def fetch(box: Mailbox) -> Callable[[], Got]:
+    def once() -> Got:
+        reply = Fetch()
+        box.fetch(reply)
+        return reply.got.get(timeout=PATIENCE_S)
+
+    return once
+
+
+def names(got: Got) -> list[str]:
+    assert isinstance(got, dict)
+    return list(got)
+
+
+def number(value: int) -> dict[str, Any]:
+    return {"N": np.array([value])}
+
+
+def test_outputs_come_in_order_and_then_the_end(box: Mailbox, fetch: Callable[[], Got], gone: threading.Event) -> None:
+    for value in range(3):
+        box.send(number(value))
+    box.close()
+    box.send(number(9))
+    got = [fetch() for _ in range(4)]
+    assert [names(one) for one in got] == [["N"], ["N"], ["N"], ["ENDED"]]
+    assert [one["N"][0] for one in got[:3] if isinstance(one, dict)] == [0, 1, 2]
+    assert gone.wait(PATIENCE_S)
+
+
+def test_an_error_is_the_last(box: Mailbox, fetch: Callable[[], Got], gone: threading.Event) -> None:
+    box.send(number(1))
+    box.fail(ValueError("no"))
+    box.close()
+    assert names(fetch()) == ["N"]
+    assert isinstance(fetch(), ValueError)
+    assert gone.wait(PATIENCE_S)
+
+
+def test_a_fetch_without_anything_is_answered_with_nothing_in_time(fetch: Callable[[], Got]) -> None:
+    began_s = time.monotonic()
+    assert fetch() == {}
+    assert time.monotonic() - began_s >= HOLD_S
+
+
+def test_a_fetch_that_waits_gets_what_comes(box: Mailbox) -> None:
+    reply = Fetch()
+    box.fetch(reply)
+    box.send(number(5))
+    assert names(reply.got.get(timeout=PATIENCE_S)) == ["N"]
+
+
+def test_a_caller_that_has_died_holds_up_nobody(box: Mailbox) -> None:
+    stuck = Stuck()
+    box.fetch(stuck)
+    for value in range(1000):
+        box.send(number(value))
+    box.close()
+    stuck.over.set()
+
+
+def test_an_end_that_nobody_comes_for_is_dropped(gone: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UNFETCHED_S", 0.05)
+    box = Mailbox(gone.set)
+    box.start()
+    box.send(number(1))
+    assert not gone.wait(0.3), "the run goes on"
+    box.close()
+    assert gone.wait(PATIENCE_S)
+
+
+def test_one_that_was_never_started_has_no_thread() -> None:
+    before = threading.active_count()
+    for _ in range(10):
+        Mailbox(lambda: None).send(number(1))
+    assert threading.active_count() == before

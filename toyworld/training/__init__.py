@@ -1,0 +1,1 @@
+"""Training the toy world's Video-VAE and DiT on a CPU."""
