@@ -56,8 +56,8 @@ $(INSTALLED):
 	@touch $@
 
 # --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
-GRAPH_CODE := $(wildcard $(foreach f,graphs fuse quantize compare tiny,export/$(f)/*.py) export/*.py \
-	$(foreach f,text vae dit engine weights assembly,stepvideo_serve/$(f)/*.py) stepvideo_serve/geometry.py)
+GRAPH_CODE := $(wildcard $(foreach f,graphs quantize compare tiny,export/$(f)/*.py) export/*.py \
+	$(foreach f,text vae dit fused engine weights assembly,stepvideo_serve/$(f)/*.py) stepvideo_serve/geometry.py)
 
 TOY_WEIGHTS := $(wildcard toyworld/checkpoint/*/*.safetensors toyworld/checkpoint/*/*/*.safetensors)
 
@@ -93,12 +93,12 @@ setup: $(INSTALLED) ## make the environment in .venv
 demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint, export, real server, one generation: out/demo.mp4
 	@mkdir -p "$(dir $(OUT))"
 	$(SAY) "Triton Inference Server (log: build/demo-server.log), then one generation: $(FRAMES) frames, $(WIDTH)x$(HEIGHT)"
-	@$(RUN) stepvideo_serve.launch.server run --config '$(CONFIG)' --log build/demo-server.log -- \
+	@$(RUN) stepvideo_serve run --config '$(CONFIG)' --log build/demo-server.log -- \
 		sh -c 'exec $(GENERATE) --out "$$OUT" --json "$${OUT%.*}.json"'
 	@$(SHOW_JSON) "$(basename $(OUT)).json"
 
 serve: $(SERVED) ## run the server in the foreground until Ctrl-C
-	@$(RUN) stepvideo_serve.launch.server serve --config '$(CONFIG)'
+	@$(RUN) stepvideo_serve serve --config '$(CONFIG)'
 
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
@@ -129,7 +129,7 @@ soak: $(SERVED) ## many callers, right and wrong, while ranks are killed (SOAK_A
 GPU ?= H100
 GPUS ?= 8
 layouts: $(INSTALLED) ## predicted memory, traffic and seconds of every layout of GPUS x GPU
-	@$(RUN) stepvideo_serve.planning.layouts --gpu $(GPU) --gpus $(GPUS)
+	@$(RUN) stepvideo_serve layouts --gpu $(GPU) --gpus $(GPUS)
 
 QUALITY_ARGS ?=
 PRICES_ARGS ?=

@@ -26,8 +26,9 @@ from stepvideo_kernels.choice import Target
 from stepvideo_kernels.launch.on_cuda import BuiltOperators, sm_of
 from stepvideo_serve.errors import StepVideoError
 from stepvideo_serve.geometry import VideoGeometry
+from stepvideo_serve.memory.sizes import Workload
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.planning.cost import Workload, predict, step_flops
+from stepvideo_serve.planning.cost import predict, step_flops
 from stepvideo_serve.planning.gpus import GPUS
 from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
 

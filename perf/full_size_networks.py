@@ -10,7 +10,6 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from export.fuse.choose import apply_ops, choose_ops, ops_of
 from stepvideo_kernels.choice import Target
 from stepvideo_kernels.kernel_spec import FP8_MAX
 from stepvideo_serve.dit.blocks import DiTBlock
@@ -30,6 +29,7 @@ from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.engine.spec import EngineSpec
+from stepvideo_serve.fused.choose import apply_ops, choose_ops, ops_of
 from stepvideo_serve.geometry import LATENTS_PER_CHUNK, VideoGeometry
 from stepvideo_serve.planning.model_size import PUBLISHED
 from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS, TextStates

@@ -1,52 +1,79 @@
 """The rules of the tree, read from the source: who imports whom, file sizes, what is never used, what README names."""
 
 import ast
+import graphlib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "stepvideo_serve"
 MAX_LINES = 400
-NOT_OURS = ("build", "out")  # besides what begins with a dot
+NOT_OURS = ("build", "out")  # at the top level only, besides what begins with a dot
 
-BASE = ("errors", "geometry", "request")
-READERS = ("json_file", "communicator", "sharding")  # what stages may also use
-STAGES = ("text", "vae", "dit", "sampling", "video")
-OF_STAGES = (*BASE, *READERS, "engine.spec")
-# Part of the package -> the parts of it that it may import, besides itself. The others are free.
-MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(BASE, BASE),
-    "json_file": ("errors",),
-    "communicator": (),
-    "sharding": ("errors",),
-    **dict.fromkeys(STAGES, OF_STAGES),
-    "dit": (*OF_STAGES, "text.states"),
-    "sampling": (*OF_STAGES, "text.states", "dit.velocity"),
+VOCABULARY = ("errors", "geometry", "request", "config")
+# Rooms from the lowest to the highest: each may import those of the lines above its own, and the vocabulary.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("weights", "engine", "parallel", "video", "launch"),
+    ("text", "vae", "scheduling"),
+    ("dit",),
+    ("fused", "sampling"),
+    ("pipeline",),
+    ("memory",),
+    ("assembly",),
+    ("planning",),
+    ("serving",),
+    ("__main__",),
+)
+# Rooms that need less than their floor allows.
+NARROW: Mapping[str, tuple[str, ...]] = {
+    "errors": (),
+    "geometry": ("errors",),
+    "weights": ("errors",),
     "engine": ("errors",),
     "parallel": ("errors",),
-    "tritonserver": ("errors", "server_options", "server_release", "triton_install"),
-    "server_options": ("server_security",),
-    "server_release": ("errors",),
-    "server_security": ("errors", "server_release"),
-    "triton_install": ("errors",),
-    "health": (),
-    "supervise": ("errors", "health", "server_options", "triton_install", "tritonserver"),
+    "launch": ("errors",),
+    "scheduling": ("errors", "geometry", "parallel", "request"),
 }
-# Part of the package -> all that it may import from outside, besides the standard library.
+STAGES = ("text", "vae", "dit", "fused", "sampling", "video", "pipeline")
+TORCH = ("torch", "numpy")
+# What a room may import from outside, besides the standard library.
 FROM_OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "errors": (),
     "geometry": (),
-    "tritonserver": (),
-    "server_options": (),
-    "server_release": (),
-    "server_security": (),
-    "triton_install": (),
-    "health": (),
-    "supervise": (),
-    "parallel": ("torch", "numpy"),
+    "request": ("numpy",),
+    "config": (),
+    "__main__": (),
+    "__init__": (),
+    "weights": (*TORCH, "safetensors"),
+    "engine": (*TORCH, "onnxruntime"),
+    "parallel": TORCH,
+    "video": (*TORCH, "PIL", "imageio", "imageio_ffmpeg"),
+    "launch": (),
+    "text": (*TORCH, "transformers", "sentencepiece"),
+    "vae": TORCH,
+    "scheduling": ("numpy",),
+    "dit": TORCH,
+    "fused": (*TORCH, "stepvideo_kernels"),
+    "sampling": TORCH,
+    "pipeline": TORCH,
+    "memory": (),
+    "assembly": (*TORCH, "transformers", "stepvideo_kernels"),
+    "planning": TORCH,
+    "serving": (*TORCH, "triton_python_backend_utils", "opentelemetry"),
+}
+# Modules whose processes must start in a moment or keep little memory -> what importing them must not load.
+LIGHT: Mapping[str, tuple[str, ...]] = {
+    "stepvideo_serve.__main__": (*TORCH, "stepvideo_serve.config"),
+    "stepvideo_serve.launch.server": (*TORCH, "stepvideo_serve.config"),
+    "stepvideo_serve.launch.supervise": (*TORCH, "stepvideo_serve.config"),
+    "stepvideo_serve.launch.health": (*TORCH, "stepvideo_serve.config"),
+    "stepvideo_serve.serving.denoiser": ("torch",),
 }
 CLIENT_MAY_IMPORT = ("stepvideo_client", "numpy", "tritonclient", "grpc", "google.protobuf")
 SERVER_API = "triton_python_backend_utils"
@@ -60,7 +87,8 @@ def files(*suffixes: str) -> list[Path]:
     """The files of the checkout whose names end so, without what was built or installed."""
     found: list[Path] = []
     for folder, subfolders, names in os.walk(ROOT):
-        ours = [name for name in subfolders if name not in NOT_OURS and not name.endswith((".egg-info", "__pycache__"))]
+        built = NOT_OURS if Path(folder) == ROOT else ()
+        ours = [name for name in subfolders if name not in built and not name.endswith((".egg-info", "__pycache__"))]
         subfolders[:] = [name for name in ours if name[0] != "." or name == ".ci"]
         found += [Path(folder, name) for name in names if name.endswith(suffixes)]
     return sorted(found)
@@ -80,7 +108,7 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def part_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     """stepvideo_serve/text/step_llm.py -> text; stepvideo_serve/errors.py -> errors."""
     return path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
 
@@ -118,29 +146,82 @@ def imported(paths: list[Path]) -> list[tuple[Path, str]]:
     return [(path, name) for path in paths for name in imports(ast.walk(parse(path)))]
 
 
-def test_each_part_of_the_package_imports_only_what_it_may() -> None:
-    wrong = []
-    for path, name in imported(sources(PACKAGE)):
-        part = part_of(path)
-        allowed = (*MAY_IMPORT.get(part, ()), part)
-        ours = within(name, (PACKAGE,)) and part in MAY_IMPORT
-        if ours and not within(name.removeprefix(f"{PACKAGE}."), allowed):
-            wrong.append(f"{path}: {name}")
-    assert not wrong, f"allowed, besides the own folder: {MAY_IMPORT}"
+def allowed_rooms() -> dict[str, tuple[str, ...]]:
+    """Room -> the rooms that it may import, besides itself."""
+    allowed = dict.fromkeys(VOCABULARY, VOCABULARY) | {"__init__": ()}
+    below: tuple[str, ...] = VOCABULARY
+    for floor in FLOORS:
+        allowed |= dict.fromkeys(floor, below)
+        below += floor
+    return allowed | NARROW
 
 
-def test_each_part_of_the_package_needs_only_what_it_may_from_outside() -> None:
+def test_every_room_has_a_floor_and_a_rule() -> None:
+    rooms = {room_of(path) for path in sources(PACKAGE)}
+    assert rooms == allowed_rooms().keys() == FROM_OUTSIDE.keys() | {"__init__"}
+
+
+def test_no_room_imports_a_higher_one() -> None:
+    allowed = allowed_rooms()
     wrong = []
     for path, name in imported(sources(PACKAGE)):
-        allowed = FROM_OUTSIDE.get(part_of(path))
-        if allowed is not None and not within(name, (PACKAGE, *allowed)) and not is_standard(name):
+        room = room_of(path)
+        if within(name, (PACKAGE,)) and not within(name.removeprefix(f"{PACKAGE}."), (*allowed[room], room)):
             wrong.append(f"{path}: {name}")
-    assert not wrong, f"allowed: {FROM_OUTSIDE}"
+    assert not wrong
+
+
+def test_each_room_needs_only_what_it_may_from_outside() -> None:
+    wrong = []
+    for path, name in imported(sources(PACKAGE)):
+        if not within(name, (PACKAGE, *FROM_OUTSIDE[room_of(path)])) and not is_standard(name):
+            wrong.append(f"{path}: {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_processes_stay_light(module: str) -> None:
+    """Imported in a process of its own, as the server's launcher, its probes and the stub of dit_denoiser do."""
+    unwanted = LIGHT[module]
+    server_api = "sys.modules['triton_python_backend_utils'] = types.ModuleType('triton_python_backend_utils')"
+    code = f"import sys, types; {server_api}; import {module}; print([n for n in {unwanted!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_the_vocabulary_is_loose_in_the_package() -> None:
+    loose = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
+    assert loose == {*VOCABULARY, "__init__", "__main__"}
+
+
+def module_of(path: Path) -> str:
+    """The dotted name by which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[parts[0] in ("kernels", "client") :]).removesuffix(".__init__")
+
+
+def test_no_circle_of_imports_between_files() -> None:
+    """Imports inside functions count too: a circle there is one all the same."""
+    paths = {module_of(path): path for path in sources(PACKAGE, "export", "kernels", "client", "perf", "toyworld")}
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        found = set()
+        for name in imports(ast.walk(parse(path))):
+            target = next((n for n in (name, name.rpartition(".")[0]) if n in paths), None)
+            found |= {target} if target and target != module else set()
+        graph[module] = found
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the files
+
+
+def test_the_folders_of_tests_are_those_of_the_code() -> None:
+    rooms = {room_of(path) for path in sources(PACKAGE)} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
+    assert folders - rooms == {"engines", "gpu"}, "engines: what builds TensorRT engines; gpu: what needs a GPU"
 
 
 def test_stages_know_no_backend_and_no_ranks() -> None:
     hidden = (*VENDOR, SERVER_API, "torch.distributed")
-    stages = [path for path in sources(PACKAGE) if part_of(path) in STAGES]
+    stages = [path for path in sources(PACKAGE) if room_of(path) in STAGES]
     assert not [(path, name) for path, name in imported(stages) if within(name, hidden)]
 
 
@@ -154,12 +235,11 @@ def test_vendor_modules_are_imported_inside_the_runner_that_needs_them() -> None
     assert not [(path, name) for path, name in found if within(name, VENDOR)]
 
 
-def test_nothing_imports_export_but_the_price_list() -> None:
-    """It prices what the tools of export make of a checkpoint; they know nothing of it."""
-    others = sources(PACKAGE, "client", "kernels", "toyworld", "model_repository")
-    found = {path.name for path, name in imported(others) if within(name, ("export",))}
-    assert found == {"fp8_graphs.py", "price_stages.py"}
-    assert not [(path, name) for path, name in imported(sources("export")) if within(name, ("toyworld",))]
+def test_nothing_that_serves_imports_export() -> None:
+    """The toy world, the benchmarks and the tests may."""
+    others = sources(PACKAGE, "client", "kernels", "model_repository")
+    assert not [(path, name) for path, name in imported(others) if within(name, ("export",))]
+    assert not [(path, name) for path, name in imported(sources("export")) if within(name, ("toyworld", "perf"))]
 
 
 def test_the_client_needs_only_numpy_and_tritonclient() -> None:

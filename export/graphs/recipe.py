@@ -15,14 +15,15 @@ from torch import nn
 import export
 import stepvideo_serve
 from export.engines.toolkit import LOWEST_SM
-from export.quantize import nvfp4
+from export.graphs.translation import Table, translation_table
 from export.quantize.fp8 import Fp8, quantize_module
-from export.quantize.layers import OPERANDS, SHARED_CORE, check_globs, is_kept
-from export.quantize.qdq import scale_of, translation_table
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import DTYPES, Component
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.fp8 import scale_of
+from stepvideo_serve.fused.layers import OPERANDS, SHARED_CORE, check_globs, is_kept
+from stepvideo_serve.fused.nvfp4 import Fp4Linear
 
 if TYPE_CHECKING:  # the kernels are a folder of their own, which plain exports do without
     from stepvideo_kernels.choice import Choice, Target
@@ -36,17 +37,15 @@ SOURCES = (
     "text/*.py",
     "vae/*.py",
     "weights/cuts.py",
+    "fused/*.py",
     "engine/spec.py",
     "assembly/checkpoint.py",
     "assembly/graphs.py",
 )
 EXPORT_SOURCES = ("to_onnx.py", "graphs/*.py")
-FP8_SOURCES = ("quantize/fp8.py", "quantize/layers.py", "quantize/nvfp4.py", "quantize/qdq.py")
-OPS_SOURCES = ("fuse/*.py",)
+QUANTIZE_SOURCES = ("quantize/fp8.py",)
 KERNEL_SOURCES = ("*.py", "*/op.py", "*/spec.py", "*/reference.py", "plugins/*.py")
 TOOLS = ("torch", "onnx", "onnxscript", "transformers")
-
-Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Built:
     @property
     def needs_tensorrt(self) -> bool:
         """Whether the graph will have nodes that ONNX Runtime does not know: plugins, or TensorRT's own."""
-        fp4 = any(isinstance(part, nvfp4.Fp4Linear) for part in self.module.modules())
+        fp4 = any(isinstance(part, Fp4Linear) for part in self.module.modules())
         return fp4 or any(choice["implementation"] == "plugin" for choice in self.ops.values())
 
 
@@ -111,18 +110,18 @@ class Recipe:
         """Raises ExportError unless calibration and globs fit the checkpoint."""
         if self.fp8 is not None:
             self.fp8.calibration.require(checkpoint)
-            check_globs(self.fp8.keep, checkpoint)
+            check_globs(self.fp8.keep, checkpoint.dit_config, checkpoint.llm_config)
 
     def build(self, component: Component, checkpoint: Checkpoint) -> Built:
         """Loads a graph of the base precision, fuses and quantises it."""
-        module, table, ops = self._fused(component, checkpoint)
+        module, kernels, ops = self._fused(component, checkpoint)
         if self.fp8 is not None:
             quantize_module(component, module, self.fp8)
             if self.target is not None:
-                from export.fuse.choose import fuse_quantization
+                from stepvideo_serve.fused.choose import fuse_quantization
 
                 fuse_quantization(module)
-        return Built(module, {**table, **translation_table(), **nvfp4.translation_table()}, ops)
+        return Built(module, translation_table(kernels), ops)
 
     def same_precision(self, component: Component) -> Callable[[], nn.Module]:
         """Loads the module whose loss is the measure of a graph's: quantised alike, without fused operators."""
@@ -142,11 +141,10 @@ class Recipe:
         }
         if self.fp8 is not None:
             parts["fp8"] = self.fp8.key(component)
-            parts["fp8_code"] = digest_of(tools, FP8_SOURCES)
+            parts["fp8_code"] = digest_of(tools, QUANTIZE_SOURCES)
         if self.target is not None:
             chosen = self._choices(component, checkpoint)
             parts["ops"] = {op: choice.to_json() for op, choice in chosen.items()}
-            parts["ops_code"] = digest_of(tools, OPS_SOURCES)
             parts["kernels_code"] = digest_of(_kernels_folder(), KERNEL_SOURCES)
         return content_key(**parts)
 
@@ -157,22 +155,24 @@ class Recipe:
         return module
 
     def _choices(self, component: Component, checkpoint: Checkpoint) -> "dict[str, Choice]":
-        from export.fuse.choose import ModelSizes, choose_ops, ops_of
+        from stepvideo_serve.fused.choose import ModelSizes, choose_ops, ops_of
 
         core = SHARED_CORE if _is_shared_core(component) else f"{component.prefix}attn1.core"
         wide = self.fp8 is not None and is_kept(core, self.fp8.keep)
         precision = self.base if wide or self.fp8 is None else "fp8"
-        return choose_ops(precision, self.target, self.ops, ModelSizes.of(checkpoint), ops_of(component.name))
+        sizes = ModelSizes.of(checkpoint.dit_config, checkpoint.llm_config, checkpoint.vae_config)
+        return choose_ops(precision, self.target, self.ops, sizes, ops_of(component.name))
 
-    def _fused(self, component: Component, checkpoint: Checkpoint) -> tuple[nn.Module, Table, dict[str, Any]]:
+    def _fused(self, component: Component, checkpoint: Checkpoint) -> tuple[nn.Module, bool, dict[str, Any]]:
+        """The module, whether kernels take part, and the choices for the manifest."""
         if self.target is None:
-            return component.load(), {}, {}
-        from export.fuse.choose import apply_ops
+            return component.load(), False, {}
+        from stepvideo_serve.fused.choose import apply_ops
 
         choices = self._choices(component, checkpoint)
         scales = self._attention_scales(component)
-        module, table = apply_ops(component.load(), component.name, choices, scales)
-        return module, table, {op: choice.to_json() for op, choice in choices.items()}
+        module, used = apply_ops(component.load(), component.name, choices, scales)
+        return module, bool(used), {op: choice.to_json() for op, choice in choices.items()}
 
     def _attention_scales(self, component: Component) -> dict[str, torch.Tensor] | None:
         if self.fp8 is None or component.part != "dit" or not component.prefix:

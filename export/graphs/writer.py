@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from export.graphs.example_inputs import SMALL_SIZES, sample_inputs
-from export.graphs.recipe import OPSET, Table
-from export.quantize.nvfp4 import type_codes
+from export.graphs.recipe import OPSET
+from export.graphs.translation import Table, type_codes
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import ExportError
 
@@ -65,7 +65,8 @@ def _finish(path: Path, program: torch.export.ExportedProgram | None, spec: Engi
     onnx.save(model, str(path))
 
 
-def _check_graph(spec: EngineSpec, path: Path) -> None:
+def check_graph(spec: EngineSpec, path: Path) -> None:
+    """Raises ExportError unless the file of a graph passes the checker of ONNX."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -8,12 +8,12 @@ from onnx import GraphProto, TensorProto
 from torch import nn
 
 from export.quantize.calibration import Calibration
-from export.quantize.layers import OPERANDS, SHARED_CORE, Layer, belongs, is_kept, layer_of, quantizable
-from export.quantize.nvfp4 import BLOCK, Fp4Linear
-from export.quantize.qdq import QuantizedAttention, QuantizedLinear
 from stepvideo_serve.assembly.graphs import Component
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.spec import TORCH_DTYPES
+from stepvideo_serve.fused.fp8 import QuantizedAttention, QuantizedLinear
+from stepvideo_serve.fused.layers import OPERANDS, SHARED_CORE, Layer, belongs, is_kept, layer_of, quantizable
+from stepvideo_serve.fused.nvfp4 import BLOCK, Fp4Linear
 
 Linears = Literal["fp8", "nvfp4"]
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from export.compare.graph_stages import GraphStages, Open, encode_prompts, prompts_of
 from export.quantize.calibration import PARTS, Calibration, write_json
-from export.quantize.layers import OPERANDS, quantizable
 from export.quantize.observers import AmaxObserver
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import Component, components
@@ -19,6 +18,7 @@ from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.engine.spec import TORCH_DTYPES
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.layers import OPERANDS, quantizable
 from stepvideo_serve.pipeline.generate import Progress, generate
 from stepvideo_serve.request import GenerationRequest
 

@@ -15,11 +15,11 @@ from export.compare.denoising import run_eager, run_loop
 from export.compare.one_graph import error_row
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Linears, quantized
-from export.quantize.layers import Layer, all_names, quantizable
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.layers import Layer, all_names, quantizable
 from stepvideo_serve.request import GenerationRequest
 
 GROUPINGS = ("layer", "block", "kind")
@@ -65,7 +65,7 @@ class Sensitivity:
 
 def globs(checkpoint: Checkpoint, grouping: str) -> list[str]:
     """What is quantised together: each layer, all of one block or LLM layer, or all of one kind over the blocks."""
-    names = all_names(checkpoint)
+    names = all_names(checkpoint.dit_config, checkpoint.llm_config)
     if grouping == "layer":
         return names
     if grouping not in GROUPINGS:

@@ -29,7 +29,7 @@ from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer
 
-ROOT = Path(__file__).absolute().parents[1]
+ROOT = Path(__file__).absolute().parents[2]
 # Later ones need a newer C library than this project asks for.
 WHEEL = Wheel("tritonclient", "2.51.0", "c485bb0123bdf310f90bc8b03d3489b28df2ffed55b30c7eee0b795b48113d52")
 LIBRARIES = {

@@ -213,7 +213,7 @@ def main() -> int:
         if options.url:
             figures = soak_server(options.url, None, options)
         else:
-            repository = Path(__file__).absolute().parents[1] / "model_repository"
+            repository = Path(__file__).absolute().parents[2] / "model_repository"
             with TritonServer(ServerOptions(repository, options.config, log=options.log)) as server:
                 server.wait_ready(300.0)
                 figures = soak_server(server.grpc_url, server, options)

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from stepvideo_serve.dit.blocks import DiTBlock
-from stepvideo_serve.dit.config import DiTConfig
+from stepvideo_serve.dit.config import BLOCKS_PREFIX, DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.sharding import dit_plan
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.errors import CheckpointError
 from stepvideo_serve.text.segments import LlmAttention, LlmEmbed, LlmFeedForward
 from stepvideo_serve.text.sharding import llm_plan
-from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
+from stepvideo_serve.text.step_llm import LAYERS_PREFIX, StepLLM, StepLLMConfig
 from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.model import VideoDecoder, VideoEncoder, VideoVAE
 from stepvideo_serve.weights.cuts import WHOLE, Cut, Shape, ShardPlan, TensorPart
@@ -40,8 +40,6 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and most of the serve
     from stepvideo_serve.text.tokenizers import ClipTokenizer, StepTokenizer
 
 M = TypeVar("M", bound=nn.Module)
-BLOCKS_PREFIX = "transformer_blocks."
-LAYERS_PREFIX = "transformer.layers."
 LLM_EMBED_PREFIX = "tok_embeddings."
 
 

@@ -21,10 +21,8 @@ from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
 from stepvideo_serve.geometry import PIXELS_PER_LATENT
+from stepvideo_serve.memory.ledger import RESERVED_BYTES
 from stepvideo_serve.parallel.layout import Layout
-
-RESERVE_BYTES = 2 * 2**30
-"""Kept free beside weights and activations: tokens between graphs, keys and values, communicators."""
 
 WHOLE_TOKENS = "dit_core"  # the graphs that see all tokens where a layout divides them
 KERNELS_FOLDER = "kernels"  # in the engine directory: machine code of plugins
@@ -47,7 +45,7 @@ def load_engines(
     entries = {name: manifest.graph(name) for name in names}
     _register_plugins(trt, model.engines_dir, entries)
     memory = activation_memory(device)
-    free = torch.cuda.mem_get_info(device)[0] - _activation_bytes(entries) - RESERVE_BYTES
+    free = torch.cuda.mem_get_info(device)[0] - _activation_bytes(entries) - RESERVED_BYTES
     weights = {name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}
     budgets = weight_budgets(weights, free, all(entry.extras["weight_streaming"] for entry in entries.values()))
     return {

@@ -10,9 +10,9 @@ from functools import lru_cache, partial
 import torch
 from torch import nn
 
-from stepvideo_serve.assembly.checkpoint import BLOCKS_PREFIX, Checkpoint
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.dit.blocks import DiTBlock
-from stepvideo_serve.dit.config import DiTConfig
+from stepvideo_serve.dit.config import BLOCKS_PREFIX, DiTConfig
 from stepvideo_serve.dit.graphs import (
     ContextGraph,
     CrossGraph,

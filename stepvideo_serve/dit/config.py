@@ -13,6 +13,7 @@ FFN_MULTIPLE = 4
 BLOCK_NORM_EPS = 1e-5
 OUTER_NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-6
+BLOCKS_PREFIX = "transformer_blocks."  # of the keys of blocks in a checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Asks a running server whether it is well, and says so in one sentence: exit code 0 or 1.
 
-    python -m stepvideo_serve.launch.health [--url 127.0.0.1:8000] [--level live|ready] [--timeout 5]
+    python -m stepvideo_serve health [--url 127.0.0.1:8000] [--level live|ready] [--timeout 5]
 
 Triton says "ready" for a model whose process has died (always before 26.03), so every model is asked a real question,
 which costs no GPU time: `dit_denoiser` how its ranks are and when the most silent one gave its last sign of life,
@@ -168,7 +168,7 @@ def _error(said: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if the server is well, else 1; 2 for a wrong command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m stepvideo_serve.launch.health", description="Asks a running server whether it is well."
+        prog="python -m stepvideo_serve health", description="Asks a running server whether it is well."
     )
     parser.add_argument("--url", default="127.0.0.1:8000", metavar="HOST:PORT", help="of HTTP; default: %(default)s")
     parser.add_argument("--level", choices=LEVELS, default="ready", help="default: %(default)s")
@@ -177,7 +177,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     health = check(arguments.url, arguments.level, arguments.timeout)
     print(health.sentence, file=sys.stdout if health.well else sys.stderr)
     return 0 if health.well else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -106,7 +106,7 @@ def server_environment(config: Path | None) -> dict[str, str]:
     environment = {**os.environ}
     _prepend(environment, "PATH", str(Path(sys.executable).parent))
     _prepend(environment, "LD_LIBRARY_PATH", sysconfig.get_config_var("LIBDIR"))
-    root = Path(__file__).absolute().parents[1]
+    root = Path(__file__).absolute().parents[2]
     if root not in map(Path, site.getsitepackages()):
         _prepend(environment, "PYTHONPATH", str(root))
     if config is not None:

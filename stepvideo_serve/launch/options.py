@@ -155,7 +155,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int,
     """The options that server_options reads; `ports`: the defaults for gRPC, HTTP and metrics."""
     add = parser.add_argument
     add("--config", type=Path, help="serve.toml, for the models")
-    repository = Path(__file__).absolute().parents[1] / "model_repository"
+    repository = Path(__file__).absolute().parents[2] / "model_repository"
     add("--model-repository", type=Path, default=repository, help="default: %(default)s")
     add("--address", default="127.0.0.1", help="to listen on; default: %(default)s, loopback")
     for port_name, port in zip(("grpc", "http", "metrics"), ports, strict=True):

@@ -1,7 +1,7 @@
 """Starts Triton Inference Server on this machine, waits until it is ready, and stops it without leaving anything.
 
-    python -m stepvideo_serve.launch.server serve --config serve.toml            # until Ctrl-C or SIGTERM
-    python -m stepvideo_serve.launch.server run --config serve.toml -- COMMAND   # exits with COMMAND's code
+    python -m stepvideo_serve serve --config serve.toml            # until Ctrl-C or SIGTERM
+    python -m stepvideo_serve run --config serve.toml -- COMMAND   # exits with COMMAND's code
 
 The server is the one of /opt/tritonserver (the production image) or of the nvidia-pytriton wheel. It runs the models
 in Python stubs of the running environment; they find the configuration file in STEPVIDEO_CONFIG. COMMAND finds the
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
@@ -304,37 +305,34 @@ def raise_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa:
     raise SystemExit(128 + number)
 
 
-def _parser() -> argparse.ArgumentParser:
+def serve_main(argv: Sequence[str] | None = None) -> int:
+    """`serve`: 0 when Ctrl-C ended the server, else the server's own code; 1 when it could not start, 128 + 15 after
+    SIGTERM."""
     parser = argparse.ArgumentParser(
-        prog="python -m stepvideo_serve.launch.server", description=__doc__.splitlines()[0]
+        prog="python -m stepvideo_serve serve", description="Runs the server until Ctrl-C or SIGTERM."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, ports, text in (
-        ("serve", (8001, 8000, 8002), "run the server until Ctrl-C or SIGTERM"),
-        ("run", (0, 0, 0), "run the server as long as COMMAND runs"),
-    ):
-        sub = commands.add_parser(name, help=text)
-        add_server_arguments(sub, ports)
-        if name == "run":
-            sub.add_argument("argv", nargs="+", metavar="COMMAND", help="after --: the command and its arguments")
-    return parser
+    add_server_arguments(parser, (8001, 8000, 8002))
+    arguments = parser.parse_args(argv)
+    return _main(arguments, _serve)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: COMMAND's for `run`; 0 when Ctrl-C ended `serve`, else 130; 1 when the server could not start."""
-    arguments = _parser().parse_args(argv)
+def run_main(argv: Sequence[str] | None = None) -> int:
+    """`run`: COMMAND's exit code; 1 when the server could not start, 130 after Ctrl-C, 128 + 15 after SIGTERM."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stepvideo_serve run", description="Runs the server as long as COMMAND runs."
+    )
+    add_server_arguments(parser, (0, 0, 0))
+    parser.add_argument("argv", nargs="+", metavar="COMMAND", help="after --: the command and its arguments")
+    arguments = parser.parse_args(argv)
+    return _main(arguments, partial(_run, command=arguments.argv))
+
+
+def _main(arguments: argparse.Namespace, act: Callable[[TritonServer, float], int]) -> int:
     signal.signal(signal.SIGTERM, raise_on_sigterm)
     try:
-        server = TritonServer(server_options(arguments))
-        if arguments.command == "serve":
-            return _serve(server, arguments.ready_timeout)
-        return _run(server, arguments.ready_timeout, arguments.argv)
+        return act(TritonServer(server_options(arguments)), arguments.ready_timeout)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Runs the server, looks after it, and puts right what it cannot put right itself.
 
-    python -m stepvideo_serve.launch.supervise --config serve.toml      # the options of `serve`, and those below
+    python -m stepvideo_serve supervise --config serve.toml      # the options of `serve`, and those below
 
 The ranks are started anew by `dit_denoiser`, and a request in flight goes on. What is left:
 
@@ -267,7 +267,7 @@ def supervise(server: TritonServer, rules: Rules, say: Callable[[str], None]) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """0 after Ctrl-C, 128 + 15 after SIGTERM, 1 when the server could not be started or was needed anew too often."""
     parser = argparse.ArgumentParser(
-        prog="python -m stepvideo_serve.launch.supervise", description=__doc__.splitlines()[0] if __doc__ else None
+        prog="python -m stepvideo_serve supervise", description=__doc__.splitlines()[0] if __doc__ else None
     )
     add_server_arguments(parser, (8001, 8000, 8002))
     parser.add_argument("--check-every", type=float, default=Rules.check_s, metavar="S", help="default: %(default)g s")
@@ -287,7 +287,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(line: str) -> None:
     print(f"supervisor {time.strftime('%Y-%m-%dT%H:%M:%S%z')}: {line}.", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -18,71 +18,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from stepvideo_serve.errors import ConfigError
+from stepvideo_serve.memory.ledger import Memory, memory
+from stepvideo_serve.memory.sizes import BF16_BYTES, FP32_BYTES, ModelSize, Workload, own_branches
 from stepvideo_serve.parallel.layout import SIZES, Layout, split_evenly
-from stepvideo_serve.planning.gpus import GPU, OVERLAP_LOSS, RESERVED_BYTES
+from stepvideo_serve.planning.gpus import GPU, OVERLAP_LOSS
 
-BF16_BYTES = 2
-FP32_BYTES = 4
-WEIGHT_BYTES: Mapping[str, int] = {"bf16": 2, "fp8": 1}
-"""Of the matrices that tensor parallelism cuts; everything else stays in bf16."""
 LLM_PLACEMENTS = ("split", "whole", "elsewhere")
 """Step-LLM in slices on the tensor-parallel ranks, whole on rank 0's GPU, or not on these GPUs."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters: those that tensor parallelism cuts, and those that every rank holds."""
-
-    cut: int
-    whole: int
-
-    def bytes(self, tp: int, precision: str) -> int:
-        """Of one rank's share."""
-        return self.cut // tp * WEIGHT_BYTES[precision] + self.whole * BF16_BYTES
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The model as far as its cost goes.
-
-    hidden: width of the feed-forward; patch_in, patch_out: values per token that enter (latent and condition) and
-    leave; time_channels: of the sinusoids; llm_groups: key/value groups, which tp must divide to cut Step-LLM.
-    """
-
-    width: int
-    heads: int
-    layers: int
-    hidden: int
-    patch_in: int
-    patch_out: int
-    time_channels: int
-    dit: Parameters
-    llm: Parameters
-    llm_groups: int
-    clip_parameters: int
-    vae_parameters: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One request. branches: 2 with guidance, 1 without. prepare_flops (both branches' text context), llm_flops (all
-    prompts) and encode_flops (image) are once per request; chunk_flops and chunk_bytes are the VAE decoder's work and
-    largest memory for one of `chunks`."""
-
-    tokens: int
-    text_tokens: int
-    steps: int
-    chunks: int
-    prepare_flops: float
-    llm_flops: float
-    encode_flops: float
-    chunk_flops: float
-    chunk_bytes: int
-    branches: int = 2
 
 
 @dataclass(frozen=True)
@@ -101,27 +43,6 @@ class Exchange:
 
     def call_seconds(self, gpu: GPU) -> float:
         return gpu.send_seconds(self.wire_bytes / self.calls)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on rank 0's GPU. block_scratch lives inside a piece of a block, chunk_scratch inside the VAE decoder; they
-    are never needed at the same time. llm: for each placement that the layout allows."""
-
-    dit: int
-    clip: int
-    vae: int
-    cross_kv: int
-    activations: int
-    block_scratch: int
-    chunk_scratch: int
-    reserved: int
-    llm: Mapping[str, int]
-
-    def total(self, placement: str) -> int:
-        weights = self.dit + self.clip + self.vae + self.llm[placement]
-        denoising = self.cross_kv + self.activations + self.block_scratch
-        return weights + max(denoising, self.chunk_scratch) + self.reserved
 
 
 @dataclass(frozen=True)
@@ -160,11 +81,6 @@ def layouts_of(gpus: int, heads: int, tokens: int) -> list[Layout]:
             f"A layout of a DiT with {heads} heads needs {possible} GPUs, got {gpus}: use one of these numbers."
         )
     return found
-
-
-def own_branches(layout: Layout, branches: int) -> int:
-    """Guidance branches that one rank computes."""
-    return max(1, branches // layout.cfg)
 
 
 def block_flops(size: ModelSize, layout: Layout, own_tokens: int, tokens: int, text_tokens: int) -> dict[str, float]:
@@ -217,46 +133,6 @@ def exchanges(
         payload = tokens * size.patch_out * FP32_BYTES
         found.append(Exchange("exchange_branches", "cfg", layout.cfg, 1, payload, payload))
     return tuple(found)
-
-
-def memory(size: ModelSize, layout: Layout, work: Workload, precision: str) -> Memory:
-    """See Memory and the module's docstring."""
-    tp, branches = layout.tp, own_branches(layout, work.branches)
-    own = split_evenly(work.tokens, layout.sp)[0]
-    tokens_bytes = own * size.width * BF16_BYTES
-    rope_bytes = 2 * own * size.head_dim * FP32_BYTES
-    llm = {"split": size.llm.bytes(tp, precision)} if tp > 1 and size.llm_groups % tp == 0 else {}
-    return Memory(
-        dit=size.dit.bytes(tp, precision),
-        clip=size.clip_parameters * BF16_BYTES,
-        vae=size.vae_parameters * BF16_BYTES,
-        cross_kv=2 * size.layers * branches * work.text_tokens * size.width // tp * BF16_BYTES,
-        activations=living_tokens(layout, branches) * tokens_bytes + rope_bytes,
-        block_scratch=block_scratch(size, layout, own),
-        chunk_scratch=work.chunk_bytes,
-        reserved=RESERVED_BYTES,
-        llm={**llm, "whole": size.llm.bytes(1, precision), "elsewhere": 0},
-    )
-
-
-def living_tokens(layout: Layout, branches: int) -> int:
-    """How many [n, D] live between the pieces: a step's first tokens, the running branch's tokens before and after,
-    its sum and its new partial result, and per waiting branch tokens and sum. Whole blocks have no sums."""
-    return 3 if layout.tp == layout.sp == 1 else 5 + 2 * (branches - 1)
-
-
-def block_scratch(size: ModelSize, layout: Layout, own_tokens: int) -> int:
-    """Largest memory inside a piece of a block, in bytes.
-
-    Self-attention holds the modulated tokens, q, k and v, fp32 copies of q and k for the norm and the rotation, and the
-    result; the feed-forward the modulated tokens and its hidden values before and after GELU; the exchange of heads
-    four copies of q, k and v. (TensorRT planned 4.5 GB for one whole block at 38,400 tokens; this says 4.2.)
-    """
-    heads = size.width / layout.tp
-    attention = size.width + (3 + 4 + 1) * heads
-    feed_forward = size.width + 2 * size.hidden / layout.tp
-    exchange = 4 * 3 * heads if layout.sp > 1 else 0
-    return ceil(own_tokens * max(attention, feed_forward, exchange) * BF16_BYTES)
 
 
 def two_queues(pieces: Sequence[float], sum_s: float, branches: int) -> float:

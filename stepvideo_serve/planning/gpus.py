@@ -17,15 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stepvideo_serve.errors import ConfigError
+from stepvideo_serve.memory.sizes import GIB
 
-GIB = 2**30
 EFFICIENCY: Mapping[str, float] = {"bf16": 0.57, "fp8": 0.50}
 VAE_EFFICIENCY = 0.33
 LINK_EFFICIENCY = 0.80
 OVERLAP_LOSS = 0.15
 ONE_NODE = 8
-RESERVED_BYTES = 2 * GIB
-"""Per GPU for the CUDA context, NCCL's buffers and what the allocator cannot use."""
 
 
 @dataclass(frozen=True)

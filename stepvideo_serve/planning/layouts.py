@@ -1,6 +1,6 @@
 """Which layout for which GPUs: predicted memory, FLOPs, communication and time of every layout of N GPUs.
 
-    python -m stepvideo_serve.planning.layouts --gpu H100|H200|B200|L40S --gpus N [--model-dir DIR] [--frames 102]
+    python -m stepvideo_serve layouts --gpu H100|H200|B200|L40S --gpus N [--model-dir DIR] [--frames 102]
         [--height 544] [--width 992] [--steps 50] [--precision bf16|fp8] [--json]
 
 Nothing is run and no GPU is needed. Parameters, FLOPs and bytes between the ranks are exact; memory beyond the weights
@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 from stepvideo_serve.errors import ConfigError, StepVideoError
 from stepvideo_serve.geometry import VideoGeometry
-from stepvideo_serve.planning.cost import WEIGHT_BYTES, Prediction, layouts_of, predict
-from stepvideo_serve.planning.gpus import GIB, GPU, GPUS, ONE_NODE, gpu_named
+from stepvideo_serve.memory.sizes import GIB, WEIGHT_BYTES
+from stepvideo_serve.planning.cost import Prediction, layouts_of, predict
+from stepvideo_serve.planning.gpus import GPU, GPUS, ONE_NODE, gpu_named
 from stepvideo_serve.planning.model_size import PUBLISHED, ModelConfigs, model_size, workload
 
 GIGA, TERA = 1e9, 1e12
@@ -170,7 +171,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m stepvideo_serve.planning.layouts",
+        prog="python -m stepvideo_serve layouts",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -182,7 +183,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=tuple(WEIGHT_BYTES), default="bf16", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

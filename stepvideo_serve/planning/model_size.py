@@ -18,7 +18,7 @@ from stepvideo_serve.dit.embeddings import SINUSOID_CHANNELS
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.sharding import dit_plan
 from stepvideo_serve.geometry import LATENTS_PER_CHUNK, VideoGeometry
-from stepvideo_serve.planning.cost import BF16_BYTES, ModelSize, Parameters, Workload
+from stepvideo_serve.memory.sizes import BF16_BYTES, ModelSize, Parameters, Workload
 from stepvideo_serve.text.sharding import llm_plan
 from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig

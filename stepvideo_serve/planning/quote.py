@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import InvalidRequest, ServiceUnavailable
 from stepvideo_serve.geometry import FRAMES_PER_CHUNK, VideoGeometry
+from stepvideo_serve.memory.ledger import memory
+from stepvideo_serve.memory.sizes import ModelSize, Workload
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.planning.cost import ModelSize, Workload, memory
 from stepvideo_serve.planning.model_size import ModelConfigs, decoder_bytes, model_size
 from stepvideo_serve.planning.pace import Rate, step_flops
 from stepvideo_serve.request import OUTPUT_LATENTS, OUTPUT_MP4, GenerationRequest, parse_request

@@ -21,6 +21,7 @@ from stepvideo_serve.errors import CheckpointError
 from stepvideo_serve.weights.json_file import integer, read_json_object
 
 FFN_ROUNDING = 256
+LAYERS_PREFIX = "transformer.layers."  # of the keys of layers in a checkpoint
 
 
 @dataclass(frozen=True)

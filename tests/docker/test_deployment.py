@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from stepvideo_serve.__main__ import COMMANDS
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.launch.options import add_server_arguments
 from stepvideo_serve.parallel.layout import Layout
@@ -201,6 +202,7 @@ def test_the_probes_can_be_run(defaults: list[Manifest], root: Path) -> None:
     for python, *arguments in probe_commands(defaults, dockerfile):
         assert python == "python3"
         assert importlib.util.find_spec(arguments[1]) is not None
+        assert arguments[2] in COMMANDS
         done = subprocess.run(
             [sys.executable, *arguments, "--url", "127.0.0.1:9"],
             capture_output=True,
@@ -313,10 +315,10 @@ def test_compose_builds_this_image(compose: dict[str, Any], docker: Path) -> Non
 @pytest.mark.parametrize(
     ("choice", "started"),
     [
-        ({}, "-m stepvideo_serve.launch.server serve --config {config} --address 127.0.0.1 --exit-timeout=5"),
+        ({}, "-m stepvideo_serve serve --config {config} --address 127.0.0.1 --exit-timeout=5"),
         (
             {"STEPVIDEO_SUPERVISE": "1", "STEPVIDEO_ADDRESS": "0.0.0.0"},
-            "-m stepvideo_serve.launch.supervise --config {config} --address 0.0.0.0 --exit-timeout=5",
+            "-m stepvideo_serve supervise --config {config} --address 0.0.0.0 --exit-timeout=5",
         ),
         ({"STEPVIDEO_SUPERVISE": "yes"}, None),
     ],

@@ -14,9 +14,9 @@ import pytest
 
 from export import build_engine
 from export.quantize.calibration import PARTS, Calibration
-from export.quantize.layers import OPERANDS, all_names
 from export.tiny_checkpoint import write_checkpoint
 from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.fused.layers import OPERANDS, all_names
 from tests.mini import MINI
 
 SHAPES = "64x64x17"
@@ -84,7 +84,7 @@ def calibration(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The same range for every tensor."""
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
     model = Checkpoint(checkpoint)
-    layers = all_names(model)
+    layers = all_names(model.dit_config, model.llm_config)
     names = [name for name in layers if not name.endswith(".core")]
     names += [f"{name}.{operand}" for name in layers if name.endswith(".core") for operand in OPERANDS]
     digests = {part: model.digest(part) for part in PARTS}

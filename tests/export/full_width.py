@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from export.quantize.calibration import Calibration
-from export.quantize.layers import all_names
 from export.tiny.config import llm_json
 from export.tiny_checkpoint import save_weights, write_checkpoint, write_json
-from stepvideo_serve.assembly.checkpoint import BLOCKS_PREFIX, Checkpoint, meta_shapes
-from stepvideo_serve.dit.config import DiTConfig
+from stepvideo_serve.assembly.checkpoint import Checkpoint, meta_shapes
+from stepvideo_serve.dit.config import BLOCKS_PREFIX, DiTConfig
 from stepvideo_serve.dit.model import StepVideoDiT
+from stepvideo_serve.fused.layers import all_names
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
 from tests.mini import MINI
 
@@ -55,7 +55,7 @@ def write_full_width(folder: Path, blocks: int = 1) -> None:
 
 def write_calibration(checkpoint: Checkpoint, path: Path) -> None:
     """The same range for every tensor: for memory and time only the shapes matter."""
-    names = all_names(checkpoint)
+    names = all_names(checkpoint.dit_config, checkpoint.llm_config)
     amax = {name: AMAX for name in names if not name.endswith("core")}
     amax |= {f"{name}.{operand}": AMAX for name in names if name.endswith("core") for operand in "qkv"}
     Calibration({part: checkpoint.digest(part) for part in ("dit", "llm")}, {}, amax).save(path)

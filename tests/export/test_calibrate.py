@@ -11,10 +11,10 @@ from PIL import Image
 from export.calibrate import main
 from export.compare.graph_stages import read_requests
 from export.quantize.calibration import Calibration
-from export.quantize.layers import all_names
 from export.tiny_checkpoint import write_checkpoint
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.layers import all_names
 from stepvideo_serve.pipeline.generate import generate
 from tests.mini import MINI
 
@@ -44,7 +44,7 @@ def run(model: Path, requests: Path, out: Path, *options: str) -> int:
 
 
 def test_every_layer_has_a_range(calibrated: Path, mini_checkpoint: Path) -> None:
-    names = all_names(Checkpoint(mini_checkpoint))
+    names = all_names(MINI.dit, MINI.llm)
     expected = {name for name in names if not name.endswith("core")}
     expected |= {f"{name}.{operand}" for name in names if name.endswith("core") for operand in "qkv"}
     calibration = Calibration.load(calibrated)

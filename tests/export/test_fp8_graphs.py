@@ -16,7 +16,6 @@ from export.compare.fp16_copy import twin_spec, write_fp16_twin
 from export.graphs.recipe import Recipe
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
-from export.quantize.layers import all_names
 from export.quantize.weights import check_weights
 from export.tiny_checkpoint import write_checkpoint
 from export.to_onnx import export_graphs, main
@@ -24,6 +23,7 @@ from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.layers import all_names
 from stepvideo_serve.parallel.layout import Layout
 from tests.mini import MINI
 
@@ -33,8 +33,13 @@ GRAPHS = ("dit_block_00", "dit_cross_00", "dit_final")
 
 def calibrate(checkpoint: Checkpoint, amax: float = 6.0) -> Calibration:
     """The same range for every tensor, wide enough for the random inputs of a comparison."""
-    names = [n for n in all_names(checkpoint) if not n.endswith("core")]
-    names += [f"{n}.{operand}" for n in all_names(checkpoint) if n.endswith("core") for operand in "qkv"]
+    names = [n for n in all_names(checkpoint.dit_config, checkpoint.llm_config) if not n.endswith("core")]
+    names += [
+        f"{n}.{operand}"
+        for n in all_names(checkpoint.dit_config, checkpoint.llm_config)
+        if n.endswith("core")
+        for operand in "qkv"
+    ]
     return Calibration({p: checkpoint.digest(p) for p in ("dit", "llm")}, {"steps": 1}, dict.fromkeys(names, amax))
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from export.fuse.choose import ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from export.graphs.translation import translation_table
 from export.graphs.writer import write_graph
-from export.quantize.qdq import QuantizedLinear, translation_table
 from stepvideo_kernels.choice import Target
 from stepvideo_kernels.kernel_spec import ONNX_DOMAIN
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.graphs import block_spec
 from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_spec, segment_module, segment_spec
 from stepvideo_serve.engine.spec import Dim, EngineSpec
+from stepvideo_serve.fused.choose import ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from stepvideo_serve.fused.fp8 import QuantizedLinear
 from stepvideo_serve.text.graphs import step_llm_spec
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
 from stepvideo_serve.vae.graphs import vae_decoder_spec
@@ -40,13 +41,14 @@ def exported(module: nn.Module, spec: EngineSpec, precision: str, folder: Path) 
     """The graph with every op as a plugin."""
     ops = ops_of(spec.name)
     choices = choose_ops(precision, Target(89, "tensorrt_rtx"), "plugin", ModelSizes(dit_width=256), ops)
-    fused, table = apply_ops(with_random_weights(module).bfloat16(), spec.name, choices, SCALES)
+    fused, used = apply_ops(with_random_weights(module).bfloat16(), spec.name, choices, SCALES)
     if precision == "fp8":
         for name in [name for name, layer in fused.named_modules() if isinstance(layer, nn.Linear)]:
             fused.set_submodule(name, QuantizedLinear(cast(nn.Linear, fused.get_submodule(name)), 8.0))
         fuse_quantization(fused)
     path = folder / f"{spec.name}.onnx"
-    write_graph(fused, spec, path, {**table, **translation_table()})
+    assert used
+    write_graph(fused, spec, path, translation_table(kernels=True))
     onnx.checker.check_model(str(path))
     return path
 

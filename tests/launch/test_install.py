@@ -7,7 +7,7 @@ import pytest
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.install import check_exposure, is_loopback, outdated, server_home, server_version
 from stepvideo_serve.launch.options import ServerOptions
-from stepvideo_serve.launch.server import TritonServer, main
+from stepvideo_serve.launch.server import TritonServer, serve_main
 
 
 def home_of(folder: Path, version: str | None) -> Path:
@@ -52,5 +52,5 @@ def test_the_server_here_is_not_started_on_another_address(root: Path, capsys: p
     assert outdated(server_home()) is not None, "this test is about the server of the wheel"
     with pytest.raises(SetupError, match="must listen on loopback"):
         TritonServer(ServerOptions(root / "model_repository", address="0.0.0.0")).start()
-    assert main(["serve", "--address", "0.0.0.0"]) == 1
+    assert serve_main(["--address", "0.0.0.0"]) == 1
     assert "--allow-outdated-server" in capsys.readouterr().err

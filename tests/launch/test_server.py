@@ -18,7 +18,7 @@ from tritonclient import grpc
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.install import link_stub
 from stepvideo_serve.launch.options import ServerOptions
-from stepvideo_serve.launch.server import SHARED_MEMORY, TritonServer, main
+from stepvideo_serve.launch.server import SHARED_MEMORY, TritonServer, run_main
 
 READY_S = 60.0
 GONE_S = 30.0
@@ -189,7 +189,7 @@ def test_a_dead_stub_does_not_keep_the_server_alive(options: ServerOptions) -> N
 def launch(options: ServerOptions, *arguments: str) -> list[str]:
     name, *others = arguments
     return [
-        *(sys.executable, "-m", "stepvideo_serve.launch.server", name),
+        *(sys.executable, "-m", "stepvideo_serve", name),
         *(f"--model-repository={options.model_repository}", f"--config={options.config}", f"--log={options.log}"),
         *others,
     ]
@@ -222,7 +222,7 @@ def test_run_gives_the_command_the_addresses_and_returns_its_code(options: Serve
 def test_run_reports_what_it_could_not_start_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", f"--model-repository={tmp_path / 'none'}", "--", "true"]) == 1
+    assert run_main([f"--model-repository={tmp_path / 'none'}", "--", "true"]) == 1
     assert capsys.readouterr().err.startswith("error: The model repository must exist")
 
 

@@ -15,8 +15,9 @@ from export.to_onnx import export_graphs
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.stages import Denoiser, FrameDecoder
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.memory.sizes import ModelSize
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.planning.cost import ModelSize, exchanges
+from stepvideo_serve.planning.cost import exchanges
 from stepvideo_serve.planning.model_size import ModelConfigs, model_size
 from tests.mini import MINI, relative_error
 from tests.parallel.sharded_ranks import LATENTS, STEPS, make_job, make_video

@@ -36,20 +36,11 @@ from stepvideo_serve.dit.velocity import ShardedVelocity
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.geometry import VideoGeometry
+from stepvideo_serve.memory.ledger import block_scratch, memory
+from stepvideo_serve.memory.sizes import ModelSize, Workload
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.planning.cost import (
-    ModelSize,
-    Workload,
-    block_scratch,
-    exchanges,
-    layouts_of,
-    memory,
-    predict,
-    step_flops,
-    step_seconds,
-    two_queues,
-)
+from stepvideo_serve.planning.cost import exchanges, layouts_of, predict, step_flops, step_seconds, two_queues
 from stepvideo_serve.planning.gpus import GPUS, gpu_named
 from stepvideo_serve.planning.model_size import PUBLISHED, decoder_bytes, model_size, workload
 from stepvideo_serve.text.states import TextStates

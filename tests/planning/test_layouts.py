@@ -23,7 +23,7 @@ def plan(capsys: Capture, *arguments: str) -> dict[str, Any]:
 
 
 def test_the_tables(root: Path) -> None:
-    command = [sys.executable, "-m", "stepvideo_serve.planning.layouts", "--gpu", "H100", "--gpus", "8"]
+    command = [sys.executable, "-m", "stepvideo_serve", "layouts", "--gpu", "H100", "--gpus", "8"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert done.stderr == ""

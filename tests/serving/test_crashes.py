@@ -168,7 +168,7 @@ def test_a_killed_launcher_leaves_nothing_and_the_next_start_works(
 ) -> None:
     config = tmp_path / "serve.toml"
     config.write_text(config_text, encoding="utf-8")
-    launch = [sys.executable, "-m", "stepvideo_serve.launch.server", "run", f"--config={config}"]
+    launch = [sys.executable, "-m", "stepvideo_serve", "run", f"--config={config}"]
     launch += [f"--log={tmp_path / 'server.log'}", "--", sys.executable, "-c"]
     launch += ["import sys; print('up', flush=True); sys.stdin.read()"]
     with subprocess.Popen(launch, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:

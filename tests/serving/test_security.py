@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, ServerOptions, ServerSecurity
-from stepvideo_serve.launch.server import TritonServer, main
+from stepvideo_serve.launch.server import TritonServer, serve_main
 from tests.launch.test_server import MODEL, ask, model_repository
 from tests.serving.calls import Values
 
@@ -127,8 +127,8 @@ def test_keys_that_are_none(tmp_path: Path, text: str) -> None:
 
 
 def test_a_wrong_option_is_one_sentence(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["serve", "--config", str(root / "serve.toml"), "--operator-key", str(tmp_path / "none")]
-    assert main(arguments) == 1
+    arguments = ["--config", str(root / "serve.toml"), "--operator-key", str(tmp_path / "none")]
+    assert serve_main(arguments) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -160,7 +160,7 @@ def test_serves_from_a_read_only_model_repository(root: Path, tmp_path: Path, co
         done = subprocess.run(
             [
                 *without_right_to_override(),
-                *(sys.executable, "-m", "stepvideo_serve.launch.server", "run"),
+                *(sys.executable, "-m", "stepvideo_serve", "run"),
                 *("--model-repository", str(repository), "--config", str(config), "--log", str(tmp_path / "log")),
                 *("--", "sh", "-c", script),
             ],

@@ -73,7 +73,8 @@ def supervised(
     command = [
         sys.executable,
         "-m",
-        "stepvideo_serve.launch.supervise",
+        "stepvideo_serve",
+        "supervise",
         f"--config={config}",
         f"--log={folder / 'log'}",
     ]

@@ -12,14 +12,7 @@ Axes: K input channels, a multiple of 16, M output channels.
 Sources: OCP Microscaling Formats 1.0 (E2M1); NVIDIA TensorRT documentation, "Working with Quantized Types" (NVFP4).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import onnx
-import onnxscript
 import torch
-from onnx import ModelProto, TensorProto
-from onnxscript import opset23
 from torch import Tensor, nn
 
 BLOCK = 16
@@ -27,8 +20,6 @@ FP4_MAX = 6.0
 SCALE_MAX = 448.0
 SMALLEST_SCALE = 2.0**-9  # of E4M3
 QUANTISED_ROWS = 1024
-TRT_DOMAIN = "trt"
-DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Upper ends of the codes 0 .. 6, and whether the end itself belongs to the next code: the even one of the two.
 _ENDS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
@@ -131,59 +122,3 @@ class Fp4Linear(nn.Module):
         wide: Tensor = weight(self.weight, self.scales, self.g)
         values: Tensor = round_trip(x, self.input_g)
         return values.to(x.dtype) @ wide.to(x.dtype).t()
-
-
-def translation_table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
-    """For torch.onnx.export(custom_translation_table=...); `type_codes` has to finish the graph."""
-    dynamic_quantize = onnxscript.values.Op(onnxscript.values.Opset(TRT_DOMAIN, 1), DYNAMIC_QUANTIZE, _schema())
-
-    def dequantize(codes: Any, scales: Any, g: Any, axis: int) -> Any:
-        wide: Any = opset23.DequantizeLinear(scales, g)
-        return opset23.DequantizeLinear(codes, wide, axis=axis, block_size=BLOCK)
-
-    def onnx_round_trip(x: Any, g: Any) -> Any:
-        codes, scales = dynamic_quantize(x, g, axis=-1, block_size=BLOCK, scale_type=int(TensorProto.FLOAT8E4M3FN))
-        return dequantize(codes, scales, g, axis=-1)
-
-    def onnx_weight(packed: Any, scales: Any, g: Any) -> Any:
-        return dequantize(packed, scales, g, axis=1)
-
-    operators = torch.ops.stepvideo_nvfp4
-    return {operators.round_trip.default: onnx_round_trip, operators.weight.default: onnx_weight}
-
-
-def type_codes(model: ModelProto) -> int:
-    """Makes packed weights what they are, E2M1 [M, K] instead of bytes [M, K / 2]: torch has no such type to export.
-    Returns how many there are."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = [
-        tensors[node.input[0]]
-        for node in model.graph.node
-        if node.op_type == "DequantizeLinear"
-        and node.input[0] in tensors
-        and tensors[node.input[0]].data_type == TensorProto.UINT8
-    ]
-    for tensor in found:
-        tensor.data_type = TensorProto.FLOAT4E2M1
-        tensor.dims[-1] *= 2
-    names = {tensor.name for tensor in found}
-    declared = [value for value in model.graph.value_info if value.name not in names]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(declared)
-    return len(found)
-
-
-def _schema() -> onnx.defs.OpSchema:
-    """Of TensorRT's operator: values and g -> codes and scales."""
-    parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
-    integer = onnx.defs.OpSchema.AttrType.INT
-    return onnx.defs.OpSchema(
-        DYNAMIC_QUANTIZE,
-        TRT_DOMAIN,
-        1,
-        doc="Quantises blocks by their own largest magnitude.",
-        inputs=[parameter("x", "T"), parameter("g", "tensor(float)")],
-        outputs=[parameter("codes", "tensor(float4e2m1)"), parameter("scales", "tensor(float8e4m3fn)")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Values.")],
-        attributes=[attribute(name, integer, required=False) for name in ("axis", "block_size", "scale_type")],
-    )

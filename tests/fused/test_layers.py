@@ -8,11 +8,11 @@ from torch import nn
 
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, quantize_module
-from export.quantize.layers import SHARED_CORE, all_names, check_globs, is_kept, quantizable
-from export.quantize.qdq import QuantizedAttention, QuantizedLinear
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components, core_component, llm_part_components, part_components
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.fp8 import QuantizedAttention, QuantizedLinear
+from stepvideo_serve.fused.layers import SHARED_CORE, all_names, check_globs, is_kept, quantizable
 from stepvideo_serve.weights.cuts import TensorPart
 
 
@@ -23,8 +23,13 @@ def checkpoint(mini_checkpoint: Path) -> Checkpoint:
 
 def ones(checkpoint: Checkpoint) -> Calibration:
     """An amax of 1 for everything, and of 2 for what belongs to block 1."""
-    names = [n for n in all_names(checkpoint) if not n.endswith("core")]
-    names += [f"{n}.{operand}" for n in all_names(checkpoint) if n.endswith("core") for operand in "qkv"]
+    names = [n for n in all_names(checkpoint.dit_config, checkpoint.llm_config) if not n.endswith("core")]
+    names += [
+        f"{n}.{operand}"
+        for n in all_names(checkpoint.dit_config, checkpoint.llm_config)
+        if n.endswith("core")
+        for operand in "qkv"
+    ]
     amax = {name: 2.0 if name.startswith("transformer_blocks.1.") else 1.0 for name in names}
     return Calibration({part: checkpoint.digest(part) for part in ("dit", "llm")}, {}, amax)
 
@@ -32,7 +37,7 @@ def ones(checkpoint: Checkpoint) -> Calibration:
 def test_the_graphs_have_exactly_the_layers_of_the_list(checkpoint: Checkpoint) -> None:
     found = [layer.name for c in components(checkpoint, "fp32").values() for layer in quantizable(c, c.load())]
     assert len(found) == len(set(found)) == 2 * 8 + 2 * 4
-    assert sorted(found) == sorted(all_names(checkpoint))
+    assert sorted(found) == sorted(all_names(checkpoint.dit_config, checkpoint.llm_config))
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -40,7 +45,11 @@ def test_the_pieces_of_a_rank_have_the_same_names(checkpoint: Checkpoint, sequen
     part = TensorPart(1, 2)
     table = part_components(checkpoint, "fp32", part, sequence) | llm_part_components(checkpoint, "fp32", part)
     found = [layer.name for component in table.values() for layer in quantizable(component, component.load())]
-    whole = [name for name in all_names(checkpoint) if not (sequence and name.endswith("attn1.core"))]
+    whole = [
+        name
+        for name in all_names(checkpoint.dit_config, checkpoint.llm_config)
+        if not (sequence and name.endswith("attn1.core"))
+    ]
     assert sorted(found) == sorted(whole)
 
 
@@ -82,9 +91,9 @@ def test_which_globs_keep_the_shared_core() -> None:
 
 
 def test_a_glob_without_a_layer_is_refused(checkpoint: Checkpoint) -> None:
-    check_globs(["*.wqkv", "transformer.layers.1.*"], checkpoint)
+    check_globs(["*.wqkv", "transformer.layers.1.*"], checkpoint.dit_config, checkpoint.llm_config)
     with pytest.raises(ExportError, match=r"'\*\.wkqv' matches none of 24"):
-        check_globs(["*.wqkv", "*.wkqv"], checkpoint)
+        check_globs(["*.wqkv", "*.wkqv"], checkpoint.dit_config, checkpoint.llm_config)
 
 
 def test_a_layer_that_was_not_calibrated_is_named(checkpoint: Checkpoint) -> None:

@@ -10,14 +10,15 @@ import fnmatch
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
-from stepvideo_serve.assembly.checkpoint import BLOCKS_PREFIX, LAYERS_PREFIX, Checkpoint
-from stepvideo_serve.assembly.graphs import Component
 from stepvideo_serve.dit.blocks import AttentionCore
+from stepvideo_serve.dit.config import BLOCKS_PREFIX, DiTConfig
 from stepvideo_serve.dit.segments import CoreSegment
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.text.step_llm import LAYERS_PREFIX, StepLLMConfig
 
 SHARED_CORE = f"{BLOCKS_PREFIX}*.attn1.core"
 """The graph of attention alone, in layouts that split the tokens, serves all blocks: its name stands for all theirs."""
@@ -42,6 +43,17 @@ _USED = {
 }
 
 
+class NamedGraph(Protocol):
+    """What a graph is called, and which keys of the checkpoint its module is made from (assembly.graphs.Component)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def part(self) -> str: ...
+    @property
+    def prefix(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Layer:
     """A module that may be quantised: its name, and where it hangs."""
@@ -56,27 +68,27 @@ class Layer:
         setattr(self.parent, self.attribute, replacement)
 
 
-def quantizable(component: Component, module: nn.Module) -> Iterator[Layer]:
+def quantizable(graph: NamedGraph, module: nn.Module) -> Iterator[Layer]:
     """The linear layers and attention cores of a graph's module that may be quantised, in the order of its tree."""
     for path in [path for path, _ in module.named_modules()]:  # paths only: a replaced layer must not stay in memory
-        name = _name(component, module, path)
+        name = _name(graph, module, path)
         if name is not None and isinstance(module.get_submodule(path), nn.Linear | AttentionCore):
             parent_path, _, attribute = path.rpartition(".")
             yield Layer(name, module.get_submodule(path), module.get_submodule(parent_path), attribute)
 
 
-def all_names(checkpoint: Checkpoint) -> list[str]:
-    """The names of every layer of the model that is quantised unless told otherwise."""
-    blocks, layers = range(checkpoint.dit_config.num_layers), range(checkpoint.llm_config.num_layers)
+def all_names(dit: DiTConfig, llm: StepLLMConfig) -> list[str]:
+    """The names of every layer of a model that is quantised unless told otherwise."""
+    blocks, layers = range(dit.num_layers), range(llm.num_layers)
     return [
         *(f"{BLOCKS_PREFIX}{i}.{name}" for i in blocks for name in (*DIT_LINEARS, "attn1.core")),
         *(f"{LAYERS_PREFIX}{i}.{name}" for i in layers for name in LLM_LINEARS),
     ]
 
 
-def check_globs(globs: Sequence[str], checkpoint: Checkpoint) -> None:
+def check_globs(globs: Sequence[str], dit: DiTConfig, llm: StepLLMConfig) -> None:
     """Raises ExportError for one that matches no layer: misspelt, it would quantise what it was to keep."""
-    names = all_names(checkpoint)
+    names = all_names(dit, llm)
     for glob in globs:
         if not fnmatch.filter(names, glob):
             raise ExportError(
@@ -97,28 +109,28 @@ def layer_of(tensor: str) -> str:
     return layer if layer.endswith(".core") and operand in OPERANDS else tensor
 
 
-def belongs(component: Component, name: str) -> bool:
+def belongs(graph: NamedGraph, name: str) -> bool:
     """Whether a graph uses the layer of this name; every block's core belongs to the graph of attention alone."""
-    if component.part == "dit":
-        piece = _PIECE.match(component.name)
-        if piece is None or piece[1] not in _USED or not name.startswith(component.prefix):
+    if graph.part == "dit":
+        piece = _PIECE.match(graph.name)
+        if piece is None or piece[1] not in _USED or not name.startswith(graph.prefix):
             return False
         if piece[1] == "core":
             return fnmatch.fnmatchcase(name, SHARED_CORE)
-        local = name.removeprefix(component.prefix)
+        local = name.removeprefix(graph.prefix)
         return any(fnmatch.fnmatchcase(local, glob) for glob in _USED[piece[1]])
-    half = _HALF.fullmatch(component.name)
-    return component.part == "llm" and name.startswith(f"{LAYERS_PREFIX}{int(half[1])}." if half else LAYERS_PREFIX)
+    half = _HALF.fullmatch(graph.name)
+    return graph.part == "llm" and name.startswith(f"{LAYERS_PREFIX}{int(half[1])}." if half else LAYERS_PREFIX)
 
 
-def _name(component: Component, module: nn.Module, path: str) -> str | None:
+def _name(graph: NamedGraph, module: nn.Module, path: str) -> str | None:
     """The checkpoint's name of what is at `path` of a graph's module; None when the graph does not use it."""
     local = path.removeprefix("block.")
-    half = _HALF.fullmatch(component.name)
+    half = _HALF.fullmatch(graph.name)
     if isinstance(module, CoreSegment):
         name = SHARED_CORE if local == "core" else local
-    elif component.part == "dit":
-        name = component.prefix + local
+    elif graph.part == "dit":
+        name = graph.prefix + local
     else:
         name = f"{LAYERS_PREFIX}{int(half[1])}.{local}" if half else local
-    return name if belongs(component, name) else None
+    return name if belongs(graph, name) else None

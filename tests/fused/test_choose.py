@@ -8,13 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from export.compare.one_graph import FP32_ALLOWED, relative_error
-from export.fuse.choose import USES, ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
-from export.fuse.modules import PairedCore
 from export.graphs.example_inputs import SMALL_SIZES, sample_inputs
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, quantize_module
-from export.quantize.layers import all_names
-from export.quantize.qdq import QuantizedAttention, QuantizedLinear
 from stepvideo_kernels.choice import Choice, Target
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import Component, components, core_component, llm_part_components, part_components
@@ -22,6 +18,10 @@ from stepvideo_serve.dit.blocks import DiTBlock, SelfAttention
 from stepvideo_serve.dit.rope import rope_tables
 from stepvideo_serve.dit.segments import CoreSegment
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.choose import USES, ModelSizes, apply_ops, choose_ops, fuse_quantization, ops_of
+from stepvideo_serve.fused.fp8 import QuantizedAttention, QuantizedLinear
+from stepvideo_serve.fused.layers import all_names
+from stepvideo_serve.fused.modules import PairedCore
 from stepvideo_serve.text.segments import LlmAttention
 from stepvideo_serve.text.step_llm import StepLLM, StepLLMConfig
 from stepvideo_serve.vae.layers import TokenCausalAttention
@@ -69,8 +69,8 @@ def test_native_falls_back_op_by_op_with_the_reason() -> None:
     assert chosen["adaln_modulate"].reason == "Not native: TensorRT has no fused adaln_modulate."
 
 
-def test_small_models_get_plugins_where_they_fit(mini_checkpoint: Path) -> None:
-    sizes = ModelSizes.of(Checkpoint(mini_checkpoint))
+def test_small_models_get_plugins_where_they_fit() -> None:
+    sizes = ModelSizes.of(MINI.dit, MINI.llm, MINI.vae)
     assert sizes == ModelSizes(dit_width=256, llm_head=8, vae_channels=64)
     chosen = choose_ops("bf16", B200, "auto", sizes)
     assert implementations(chosen) == {**dict.fromkeys(USES, "plugin"), "alibi_attention": "reference"}
@@ -122,11 +122,11 @@ def test_every_graph_has_the_ops_that_its_name_says(mini_checkpoint: Path) -> No
     for name, component in every_graph(mini_checkpoint).items():
         plain = component.load()
         keys = list(plain.state_dict())
-        module, table = apply_ops(plain, name, all_plugins())
+        module, used = apply_ops(plain, name, all_plugins())
         put_in = {fused[type(part).__name__] for part in module.modules() if type(part).__name__ in fused}
         expected = {use.removesuffix("_to_text") for use in ops_of(name)} - {"alibi_attention"}
         assert put_in >= expected, name  # a piece holds the whole block, of which it runs a part
-        assert bool(table) == bool(put_in), name
+        assert bool(used) == bool(put_in), name
         assert list(module.state_dict()) == keys == list(plain.state_dict()), name
         assert not any(type(part).__name__ in fused for part in plain.modules()), "the plain module is left as it was"
         ours = {id(tensor) for tensor in module.parameters()}
@@ -186,7 +186,9 @@ def test_attention_of_a_single_head_is_that_of_two_equal_ones(mini_checkpoint: P
     name = "dit_attn_00"
     component = part_components(checkpoint, "bf16", TensorPart(0, 2), sequence=False)[name]
     module, _ = apply_ops(component.load(), name, native())
-    calibration = Calibration({}, {}, dict.fromkeys(operands(all_names(checkpoint)), 6.0))
+    calibration = Calibration(
+        {}, {}, dict.fromkeys(operands(all_names(checkpoint.dit_config, checkpoint.llm_config)), 6.0)
+    )
     assert quantize_module(component, module, Fp8(calibration))
     assert isinstance(module.get_submodule("block.attn1.core"), QuantizedAttention)
 

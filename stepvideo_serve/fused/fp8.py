@@ -8,11 +8,7 @@ Axes: K input channels, M output channels, B batch, H heads, N and L tokens.
 Sources: arXiv 2209.05433 (FP8 formats); ONNX operators QuantizeLinear and DequantizeLinear, version 23.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
-from onnxscript import opset23
 from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
@@ -20,7 +16,6 @@ FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-14
 SOFTMAX_AMAX = 1.0
 QUANTISED_ROWS = 1024
-ONNX_FP8 = 17  # TensorProto.FLOAT8E4M3FN
 
 
 @torch.library.custom_op("stepvideo_qdq::quantize", mutates_args=())
@@ -44,19 +39,6 @@ def _quantized_like(x: Tensor, scale: Tensor) -> Tensor:
 @dequantize.register_fake
 def _dequantized_like(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
-
-
-def translation_table() -> Mapping[Callable[..., Any], Callable[..., Any]]:
-    """For torch.onnx.export(custom_translation_table=...)."""
-
-    def onnx_quantize(x: Any, scale: Any) -> Any:
-        return opset23.QuantizeLinear(x, scale, output_dtype=ONNX_FP8)
-
-    def onnx_dequantize(codes: Any, scale: Any) -> Any:
-        return opset23.DequantizeLinear(codes, scale, axis=1)
-
-    operators = torch.ops.stepvideo_qdq
-    return {operators.quantize.default: onnx_quantize, operators.dequantize.default: onnx_dequantize}
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:

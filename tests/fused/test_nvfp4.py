@@ -11,20 +11,19 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from export.graphs.recipe import Recipe
+from export.graphs.translation import DYNAMIC_QUANTIZE, translation_table
 from export.graphs.writer import write_graph
-from export.quantize.nvfp4 import (
-    DYNAMIC_QUANTIZE,
+from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
+from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.nvfp4 import (
     Fp4Linear,
     block_scales,
     decode,
     encode,
     global_scale,
     round_trip,
-    translation_table,
     weight,
 )
-from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
-from stepvideo_serve.errors import ExportError
 
 CHANNELS = 64
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -97,7 +96,7 @@ def test_a_linear_layer_is_what_its_codes_say() -> None:
 def test_the_graph_has_fp4_weights_and_quantises_its_input(tmp_path: Path) -> None:
     module = Fp4Linear(nn.Linear(CHANNELS, 48, bias=False), 4.0)
     path = tmp_path / "linear.onnx"
-    write_graph(module, SPEC, path, dict(translation_table()))
+    write_graph(module, SPEC, path, translation_table())
     model = onnx.load(str(path))
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node if node.domain == "trt"] == [DYNAMIC_QUANTIZE]

@@ -1,27 +1,32 @@
-"""Which implementation each fused operator gets in an export, and the networks rebuilt accordingly.
+"""Which implementation each fused operator gets, and the networks rebuilt accordingly.
 
-    choices = choose_ops("fp8", Target(90, "tensorrt"), "auto", ModelSizes.of(checkpoint))
-    module, table = apply_ops(component.load(), component.name, choices, scales)
+    choices = choose_ops("fp8", Target(90, "tensorrt"), "auto", ModelSizes.of(dit, llm, vae))
+    module, used = apply_ops(component.load(), component.name, choices, scales)
     ...                                  # quantise its linear layers, then
     fuse_quantization(module)
-    torch.onnx.export(module, ..., custom_translation_table=table)
-
-Only "plugin" changes a network: its parts are replaced by modules of the same parameters (fused_modules.py). With
+Only "plugin" changes a network: its parts are replaced by modules of the same parameters (modules.py). With
 "native" and "reference" the plain network is exported, and TensorRT fuses what it can; but for attention of a
 single head, which it refuses as it stands (PairedCore).
 """
 
 import copy
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from export.fuse.modules import (
+from stepvideo_kernels.choice import IMPLEMENTATIONS, OPS, Choice, Implementation, Target, Use, choose, spec_of
+from stepvideo_kernels.kernel_spec import FullSize
+from stepvideo_serve.dit.blocks import AttentionCore, CrossAttention, DiTBlock, ModulatedNorm, SelfAttention
+from stepvideo_serve.dit.config import HEAD_DIM, DiTConfig
+from stepvideo_serve.dit.graphs import VIDEO_TOKENS
+from stepvideo_serve.dit.segments import CoreSegment, core_name
+from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.fp8 import QuantizedLinear
+from stepvideo_serve.fused.modules import (
     CodesLinear,
     FusedAlibiAttention,
     FusedCore,
@@ -33,24 +38,14 @@ from export.fuse.modules import (
     FusedTokenCausalAttention,
     PairedCore,
 )
-from export.quantize.qdq import QuantizedLinear
-from stepvideo_kernels.choice import IMPLEMENTATIONS, OPS, Choice, Implementation, Target, Use, choose, spec_of
-from stepvideo_kernels.kernel_spec import FullSize
-from stepvideo_kernels.plugins.onnx_nodes import translation_table
-from stepvideo_serve.assembly.checkpoint import Checkpoint
-from stepvideo_serve.dit.blocks import AttentionCore, CrossAttention, DiTBlock, ModulatedNorm, SelfAttention
-from stepvideo_serve.dit.config import HEAD_DIM
-from stepvideo_serve.dit.graphs import VIDEO_TOKENS
-from stepvideo_serve.dit.segments import CoreSegment, core_name
-from stepvideo_serve.errors import ExportError
 from stepvideo_serve.text.segments import LLM_TOKENS, LlmAttention
-from stepvideo_serve.text.step_llm import Attention, StepLLM, alibi_slopes
+from stepvideo_serve.text.step_llm import Attention, StepLLM, StepLLMConfig, alibi_slopes
+from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.layers import TokenCausalAttention
 
 AUTO = "auto"
 WANTED = (AUTO, *IMPLEMENTATIONS)
 
-Table = dict[Callable[..., Any], Callable[..., Any]]
 Scales = Mapping[str, Tensor | float]
 
 # Attention to the text uses the op "attention", never in FP8: a use of its own.
@@ -84,12 +79,11 @@ class ModelSizes:
     vae_tokens: int = FullSize.vae_tokens
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "ModelSizes":
-        """Of a checkpoint in the official layout; raises CheckpointError."""
-        vae = checkpoint.vae_config
+    def of(cls, dit: DiTConfig, llm: StepLLMConfig, vae: VAEConfig) -> "ModelSizes":
+        """Of a model with networks of these configurations."""
         return cls(
-            dit_width=checkpoint.dit_config.width,
-            llm_head=checkpoint.llm_config.head_dim,
+            dit_width=dit.width,
+            llm_head=llm.head_dim,
             vae_channels=max(vae.encoder_widths[-1], vae.decoder_widths[-1]),
         )
 
@@ -132,9 +126,9 @@ def choose_ops(
 
 def apply_ops(
     module: nn.Module, graph_name: str, choices: Mapping[str, Choice], scales: Scales | None = None
-) -> tuple[nn.Module, Table]:
-    """A copy of `module`, which shares its parameters, with the parts replaced whose choice is "plugin"; and the
-    translation of the operators used, for torch.onnx.export(custom_translation_table=...).
+) -> tuple[nn.Module, frozenset[str]]:
+    """A copy of `module`, which shares its parameters, with the parts replaced whose choice is "plugin"; and how the
+    copy uses operators (see USES).
 
     scales  needed for FP8 attention: "attn1.q", "attn1.k" and "attn1.v" (under whatever the graph puts before
             "attn1") -> amax / 448, one number or one for each head [H]. A graph's own path wins: "block.attn1.q".
@@ -151,7 +145,7 @@ def apply_ops(
         if not path:
             raise ExportError(f"{graph_name} must hold its attention as a part, it is one itself: wrap it.")
         rebuilt.set_submodule(path, replacement)
-    return rebuilt, translation_table() if fuse.used else {}
+    return rebuilt, frozenset(fuse.used)
 
 
 def fuse_quantization(module: nn.Module) -> list[str]:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.quantize.qdq import (
+from export.graphs.translation import translation_table
+from stepvideo_serve.dit.blocks import attend
+from stepvideo_serve.fused.fp8 import (
     FP8,
     FP8_MAX,
     QuantizedAttention,
@@ -17,9 +19,7 @@ from export.quantize.qdq import (
     quantize_rows,
     round_trip,
     scale_of,
-    translation_table,
 )
-from stepvideo_serve.dit.blocks import attend
 from tests.mini import normal
 
 HALF_STEP = 2.0**-4  # of E4M3, relative: three bits of mantissa
@@ -62,7 +62,7 @@ def test_weights_have_the_same_codes_whatever_the_dtype_of_the_graph() -> None:
 def test_rows_are_quantised_alike_in_one_slice_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(70, 33)
     whole, _ = quantize_rows(weight)
-    monkeypatch.setattr("export.quantize.qdq.QUANTISED_ROWS", 32)
+    monkeypatch.setattr("stepvideo_serve.fused.fp8.QUANTISED_ROWS", 32)
     sliced, _ = quantize_rows(weight)
     assert torch.equal(whole.view(torch.uint8), sliced.view(torch.uint8))
 
@@ -115,7 +115,7 @@ class RoundTrip(nn.Module):
 def test_the_exported_operators_give_the_same_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     module, x = RoundTrip(dtype).eval(), (normal(64, 24) * 2).to(dtype)
     program = torch.onnx.export(
-        module, (x,), dynamo=True, opset_version=23, custom_translation_table=dict(translation_table()), verbose=False
+        module, (x,), dynamo=True, opset_version=23, custom_translation_table=translation_table(), verbose=False
     )
     assert program is not None
     program.save(str(tmp_path / "graph.onnx"))

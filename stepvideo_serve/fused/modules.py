@@ -8,7 +8,6 @@ Axes: B batch, N tokens, L keys, D width, H heads.
 import torch
 from torch import Tensor, nn
 
-from export.quantize.qdq import QuantizedLinear, dequantize, quantize
 from stepvideo_kernels.adaln_modulate.op import (
     adaln_modulate,
     adaln_modulate_fp8,
@@ -22,6 +21,7 @@ from stepvideo_kernels.qkv_norm_rope.op import qkv_norm_rope, qkv_norm_rope_fp8
 from stepvideo_kernels.vae_attention.op import vae_attention
 from stepvideo_serve.dit.blocks import AttentionCore, ModulatedNorm, SelfAttention, attend
 from stepvideo_serve.dit.config import QK_NORM_EPS
+from stepvideo_serve.fused.fp8 import QuantizedLinear, dequantize, quantize
 from stepvideo_serve.text.step_llm import Attention
 from stepvideo_serve.vae.layers import TokenCausalAttention
 

@@ -1,1 +1,0 @@
-"""Which fused operator each part of a network gets, and the translation of these operators to ONNX."""
