@@ -283,8 +283,8 @@ def announce(server: TritonServer) -> None:
 def _serve(server: TritonServer, ready_timeout_s: float) -> int:
     with server:
         server.wait_ready(ready_timeout_s)
-        announce(server)
         try:
+            announce(server)  # a Ctrl-C may follow the line at once
             return server.wait()
         except KeyboardInterrupt:  # how it is meant to end
             return 0
