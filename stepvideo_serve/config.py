@@ -1,8 +1,8 @@
 """serve.toml -> ServeConfig.
 
 The dataclasses below are the format: a section of the file is a field of ServeConfig, a key is a field of the section,
-its annotation says what may stand there, and a field without a default is required. serve.toml at the top of the
-repository describes each key.
+its annotation says what may stand there, and a field without a default is required. [presets.NAME] is one entry of the
+field `presets`. serve.toml at the top of the repository describes each key.
 """
 
 import os
@@ -11,9 +11,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stepvideo_serve.errors import ConfigError
+from stepvideo_serve.presets import Preset, shipped_presets, with_exact
 from stepvideo_serve.request import RequestLimits
 
 ENVIRONMENT_VARIABLE = "STEPVIDEO_CONFIG"
@@ -196,6 +198,18 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True)
+class PricingConfig:
+    """What presets cost, as measured by `make prices`.
+
+    files    price files, format v1 (docs/quality.md)
+    require  refuse a preset that has no price for what is served, instead of a warning in REPORT
+    """
+
+    files: tuple[Path, ...] = ()
+    require: bool = False
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """The configuration of a server."""
 
@@ -210,6 +224,8 @@ class ServeConfig:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
     idempotency: IdempotencyConfig = field(default_factory=IdempotencyConfig)
+    presets: dict[str, Preset] = field(default_factory=shipped_presets)
+    pricing: PricingConfig = field(default_factory=PricingConfig)
 
     @classmethod
     def load(cls, path: Path) -> "ServeConfig":
@@ -227,7 +243,10 @@ class ServeConfig:
             raise ConfigError(f"{path} must be TOML in UTF-8, found: {error}.") from error
         hints = get_type_hints(cls)
         _check_keys("the file", table, set(hints), set(), path)
-        return cls(**{name: _section(name, kind, table.get(name, {}), path) for name, kind in hints.items()})
+        presets = _presets(table.pop("presets"), path) if "presets" in table else shipped_presets()
+        sections = {name: kind for name, kind in hints.items() if name != "presets"}
+        found = {name: _section(name, kind, table.get(name, {}), path) for name, kind in sections.items()}
+        return cls(presets=presets, **found)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ServeConfig":
@@ -252,6 +271,16 @@ def _section(name: str, kind: Any, table: object, path: Path) -> Any:
         raise ConfigError(f"[{name}] in {path}: {error}") from error
 
 
+def _presets(tables: object, path: Path) -> dict[str, Preset]:
+    """[presets.NAME] by name, and `exact`."""
+    if not isinstance(tables, dict):
+        raise ConfigError(f"presets in {path} must hold tables, got {tables!r}: write [presets.NAME] above a preset.")
+    try:
+        return with_exact({name: _section(f"presets.{name}", Preset, table, path) for name, table in tables.items()})
+    except ConfigError as error:
+        raise error if str(path) in str(error) else ConfigError(f"[presets] in {path}: {error}") from error
+
+
 def _check_keys(where: str, table: Mapping[str, object], allowed: set[str], required: set[str], path: Path) -> None:
     for key in table:
         if key not in allowed:
@@ -261,7 +290,10 @@ def _check_keys(where: str, table: Mapping[str, object], allowed: set[str], requ
 
 
 def _value(where: str, kind: Any, value: Any, path: Path) -> Any:
-    """`value` as the annotation `kind`: bool, int, float, str, Path, Literal of texts, or a tuple of these."""
+    """`value` as the annotation `kind`: bool, int, float, str, Path, Literal of texts, a tuple of these, or one of
+    these with None for the key that is left out."""
+    if get_origin(kind) is UnionType:
+        [kind] = (item for item in get_args(kind) if item is not NoneType)
     if get_origin(kind) is tuple and isinstance(value, list):
         items = get_args(kind)
         kinds = items[:1] * len(value) if items[1:] == (...,) else items

@@ -137,6 +137,8 @@ def test_the_committed_file_shows_every_key(root: Path) -> None:
     config = ServeConfig.load(path)
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     for section in fields(config):
+        if section.name == "presets":
+            continue  # tests/sampling/test_presets.py
         assert set(table[section.name]) == {key.name for key in fields(getattr(config, section.name))}
 
 

@@ -6,7 +6,7 @@ that share a rank run interleaved: while the partial results of one are summed o
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -45,6 +45,10 @@ class GuidedVelocity(Protocol):
         """Everything that stays the same over the steps."""
         ...
 
+    def conditional(self, request: PreparedRequest) -> PreparedRequest:
+        """The same request for steps that need the velocity of the first text only; the others may be missing."""
+        ...
+
     def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
         """One velocity per text."""
         ...
@@ -80,6 +84,10 @@ class DiTVelocity:
             rope_sin=sin.to(self._device),
             branches=tuple(self._keys_values(text) for text in texts),
         )
+
+    def conditional(self, request: PreparedRequest) -> PreparedRequest:
+        """The request with its first branch only."""
+        return replace(request, branches=request.branches[:1])
 
     def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
         """latents [F, C, h, w] fp32, time in 0..1 -> one velocity [F, C', h, w] fp32 per branch of the request."""
@@ -166,6 +174,12 @@ class ShardedVelocity:
             counts=counts,
             guided=len(texts) > 1,
         )
+
+    def conditional(self, request: PreparedRequest) -> PreparedRequest:
+        """As DiTVelocity.conditional. With two groups of ranks for guidance both branches go on: one group would idle."""
+        if self._ranks.cfg > 1:
+            return request
+        return replace(request, branches=request.branches[:1])
 
     def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
         """As DiTVelocity.__call__: all branches of the request, on every rank, with the same bits."""
