@@ -177,10 +177,11 @@ class ShardedDenoiser:
         self._runners = load_sharded_runners(config, layout, ranks.tp_index)
         self._dit = ShardedVelocity(self._runners, dit_config, compute_dtype(config), config.model.device, ranks)
         self._preview = load_preview(config, dit_config.in_channels)
+        self._agree = ranks.agree
 
     def run(self, job: DenoiseJob) -> Iterator[StepDone]:
-        """One StepDone per step; see `run_job`."""
-        return run_job(job, self._dit, self._preview.render)
+        """One StepDone per step; see `run_job`. The leader decides which steps are evaluated."""
+        return run_job(job, self._dit, self._preview.render, self._agree)
 
     @property
     def engines(self) -> str:

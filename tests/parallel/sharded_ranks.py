@@ -19,6 +19,7 @@ from stepvideo_serve.assembly.stages import ShardedDecoder, ShardedDenoiser
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.presets import Preset
 from stepvideo_serve.sampling.job import DenoiseJob
 from stepvideo_serve.text.states import TextStates
 
@@ -26,6 +27,7 @@ LATENTS = (3, 4, 3, 5)  # 45 tokens: divisible by neither 2 nor 4
 LLM_TOKENS = (9, 5)
 LLM_CHANNELS, CLIP_CHANNELS = 48, 32
 STEPS = 3
+FORECAST_STEPS = 16
 
 
 def make_job(cfg_scale: float = 4.0) -> DenoiseJob:
@@ -48,6 +50,14 @@ def make_job(cfg_scale: float = 4.0) -> DenoiseJob:
     )
 
 
+def make_forecast_job() -> DenoiseJob:
+    """Some steps are forecast, some evaluated with guidance and some without."""
+    preset = Preset(
+        "adaptive", tolerance=0.5, dense_start=0.01, dense_end=0.9, longest_streak=3, guidance_from=0.1, guidance_to=0.8
+    )
+    return replace(make_job(), steps=FORECAST_STEPS, preset=preset)
+
+
 def make_video() -> torch.Tensor:
     """Latents [F, C, h, w] of five chunks: more than one round, and not the same for all ranks."""
     return torch.randn((15, 4, 2, 3), generator=torch.Generator().manual_seed(6))
@@ -68,6 +78,10 @@ def run_layout(name: str, config: ServeConfig, rank: int, folder: Path) -> None:
         steps = [done.latents for done in denoiser.run(make_job(scale))]
         results[kind] = {"latents": torch.stack([x for x in steps if x is not None])}
         results[kind]["bytes"] = {name: total // STEPS for name, total in ranks.sent_bytes.items()}
+    *_, last = denoiser.run(make_forecast_job())
+    assert last.latents is not None
+    assert last.state is not None
+    results["forecast"] = {"latents": last.latents, "mask": last.state.mask}
     eager = replace(config, model=replace(config.model, backend="eager"))  # graphs of the VAE take long to export
     decoder = ShardedDecoder(eager, ranks, rank, layout.world_size)
     frames = list(decoder.decode(make_video(), lambda: None))

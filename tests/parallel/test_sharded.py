@@ -20,7 +20,7 @@ from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.planning.cost import exchanges
 from stepvideo_serve.planning.model_size import ModelConfigs, model_size
 from tests.mini import MINI, relative_error
-from tests.parallel.sharded_ranks import LATENTS, STEPS, make_job, make_video
+from tests.parallel.sharded_ranks import LATENTS, STEPS, make_forecast_job, make_job, make_video
 
 LAYOUTS = ("cfg2", "tp2", "tp4", "sp2", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")
 RANKS = 4
@@ -106,8 +106,21 @@ def test_a_layout_computes_what_one_rank_does(
 def test_all_ranks_hold_the_same_bits(results: Results, layout: str) -> None:
     first, *others = results[layout]
     for other in others:
-        for kind in ("guided", "alone"):
+        for kind in ("guided", "alone", "forecast"):
             assert torch.equal(other[kind]["latents"], first[kind]["latents"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_layouts_evaluate_the_same_steps(config: ServeConfig, results: Results, layout: str) -> None:
+    """In and out of the guidance interval, also where the layout cannot leave out a branch."""
+    denoiser = Denoiser(replace(config, model=replace(config.model, backend="eager")))
+    *_, expected = denoiser.run(make_forecast_job())
+    assert expected.state is not None
+    assert expected.latents is not None
+    assert 6 < expected.state.evaluations < 16
+    for rank in results[layout]:
+        assert rank["forecast"]["mask"] == expected.state.mask
+        assert relative_error(rank["forecast"]["latents"], expected.latents) <= 1e-3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
