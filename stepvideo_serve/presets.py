@@ -43,7 +43,7 @@ class Preset:
     cfg_scale       fixed: the only CFG_SCALE that the mask holds for
     time_shift      fixed: the only TIME_SHIFT that the mask holds for
     guidance_from   guidance applies to steps that begin at this time or later ...
-    guidance_to     ... and before this one (1: to the end); elsewhere the DiT follows the prompt alone, at half the cost
+    guidance_to     ... and before this one (1: to the end); elsewhere the DiT follows the prompt alone, at half cost
 
     Raises ConfigError for what is missing, out of range or contradictory.
     """
@@ -121,7 +121,7 @@ def mask_fault(mask: str, steps: int) -> str | None:
     if strange := set(mask) - {EVALUATED, FORECAST}:
         return f"The mask must consist of 0 and 1 only, got {min(strange)!r} in it: correct it."
     if not (mask.startswith(EVALUATED) and mask.endswith(EVALUATED)):
-        return f"The mask must begin and end with 1, got {mask[0]} and {mask[-1]}: the first and last step are evaluated."
+        return f"The mask must begin and end with 1, got {mask[0]} and {mask[-1]}: evaluate these steps."
     if steps < LEAST_STEPS and FORECAST in mask:
         return f"A mask with 0 in it needs at least {LEAST_STEPS} STEPS, got {steps}: every step is evaluated below."
     return None

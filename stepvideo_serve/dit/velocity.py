@@ -176,7 +176,7 @@ class ShardedVelocity:
         )
 
     def conditional(self, request: PreparedRequest) -> PreparedRequest:
-        """As DiTVelocity.conditional. With two groups of ranks for guidance both branches go on: one group would idle."""
+        """As DiTVelocity.conditional. With two groups of ranks for guidance both branches go on: one would idle."""
         if self._ranks.cfg > 1:
             return request
         return replace(request, branches=request.branches[:1])

@@ -56,9 +56,7 @@ class StepDone:
 Preview = Callable[[Tensor], NDArray[np.uint8]]
 
 
-def run_job(
-    job: DenoiseJob, dit: GuidedVelocity, preview: Preview, agree: Agree = own_decision
-) -> Iterator[StepDone]:
+def run_job(job: DenoiseJob, dit: GuidedVelocity, preview: Preview, agree: Agree = own_decision) -> Iterator[StepDone]:
     """Yields after each step; whoever iterates may stop at any step boundary.
 
     `agree` is called once behind each evaluated step of a job that may forecast some, on every rank in the same order.

@@ -102,10 +102,16 @@ def test_own_presets_take_their_place(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('[presets.mine]\nrule = "adaptive"\ntolerance = nan', r"\[presets.mine\] tolerance .* finite number, got nan"),
-        ('[presets.mine]\nrule = "exact"\ntolerance = 0.1', r'\[presets.mine\] .*: tolerance contradicts rule = "exact"'),
+        (
+            '[presets.mine]\nrule = "exact"\ntolerance = 0.1',
+            r'\[presets.mine\] .*: tolerance contradicts rule = "exact"',
+        ),
         ("[presets.mine]\ntolerance = 0.1", r"\[presets.mine\] .* needs rule"),
         ('[presets.mine]\nrule = "exact"\nspeed = 2', r"\[presets.mine\] .* may have .*, got 'speed'"),
-        ('[presets.mine]\nrule = "quick"', r"\[presets.mine\] rule .* one of 'exact', 'adaptive', 'fixed', got 'quick'"),
+        (
+            '[presets.mine]\nrule = "quick"',
+            r"\[presets.mine\] rule .* one of 'exact', 'adaptive', 'fixed', got 'quick'",
+        ),
         ('[presets.mine]\nrule = "adaptive"\nlongest_streak = 2.5', "longest_streak .* an integer, got 2.5"),
         ('[presets."Mine too"]\nrule = "exact"', r"\[presets\] .* name must be .*, got 'Mine too'"),
         ('[presets.exact]\nrule = "exact"\nguidance_to = 0.5', r"\[presets.exact\] must be rule = \"exact\""),
