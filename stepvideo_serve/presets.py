@@ -131,8 +131,8 @@ def shipped_presets() -> dict[str, Preset]:
     """The presets of a configuration without [presets]. Their parameters were measured: docs/quality.md."""
     return {
         EXACT: EXACT_PRESET,
-        "balanced": Preset("adaptive", tolerance=0.1, dense_start=0.02, dense_end=0.9, longest_streak=20),
-        "fast": Preset("adaptive", tolerance=0.15, dense_start=0.02, dense_end=0.9, longest_streak=20),
+        "balanced": Preset("adaptive", tolerance=0.1, dense_start=0.01, dense_end=0.6, longest_streak=8),
+        "fast": Preset("adaptive", tolerance=0.15, dense_start=0.01, dense_end=0.6, longest_streak=12),
     }
 
 
