@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+pytest_plugins = ["tests.server_deaths"]
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -126,8 +126,8 @@ class TritonServer:
                 code = process.wait(POLL_S)
             except subprocess.TimeoutExpired:
                 continue
-            raise SetupError(f"The server must become ready, but it exited with code {code}: {self._log_tail()}")
-        raise SetupError(f"The server must become ready in {timeout_s:g} s, but it did not: {self._log_tail()}")
+            raise SetupError(f"The server must become ready, but it exited with code {code}: {self.log_tail()}")
+        raise SetupError(f"The server must become ready in {timeout_s:g} s, but it did not: {self.log_tail()}")
 
     def wait(self) -> int:
         """Blocks until the server exits by itself; the exit code."""
@@ -217,7 +217,8 @@ class TritonServer:
                 connection.close()
         return True
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
+        """The last lines of its log, and where that is."""
         log = self.options.log
         if log is None:
             return "see its log above."

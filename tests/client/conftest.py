@@ -1,7 +1,6 @@
 """The scripted server, and the command line run as users run it."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import stepvideo_client
+from tests import signals
 from tests.client.fake_server import FakeServer
 
 Popen = subprocess.Popen[str]
@@ -28,18 +28,8 @@ def start_cli() -> Iterator[Callable[..., Popen]]:
 
     def start(*arguments: object) -> Popen:
         environment = {**os.environ, "PYTHONPATH": str(Path(stepvideo_client.__file__).parents[1])}
-        # A job in the background of a shell ignores SIGINT, and so would the child.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "stepvideo_client", *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-        finally:
-            signal.signal(signal.SIGINT, before)
+        command = [sys.executable, "-m", "stepvideo_client", *map(str, arguments)]
+        process = signals.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
         started.append(process)
         return process
 

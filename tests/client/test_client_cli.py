@@ -1,5 +1,4 @@
 import json
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from stepvideo_client import MOVEMENTS
+from tests import signals
 from tests.client.fake_server import (
     JPEG,
     MP4,
@@ -136,7 +136,7 @@ def test_ctrl_c_cancels_on_the_server(
     out = tmp_path / "V.mp4"
     process = start_cli("generate", *how, "--url", server.url, "--image", image, "--prompt", "", "--out", out)
     assert server.hanging.wait(30)
-    process.send_signal(signal.SIGINT)
+    signals.interrupt(process)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert server.cancelled.wait(5)

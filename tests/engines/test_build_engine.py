@@ -18,6 +18,7 @@ from export.engines.toolkit import child_environment
 from stepvideo_serve.engine.manifest import EngineTarget, Manifest, require_parity
 from stepvideo_serve.engine.nvinfer import checked_file
 from stepvideo_serve.errors import EngineError, ExportError
+from tests import signals
 from tests.engines.conftest import build
 
 CHEAP = ("--only", "dit_final", "dit_context", "dit_cross_00")
@@ -188,9 +189,9 @@ def test_interrupted(graphs: Path, tmp_path: Path, root: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "export.build_engine", "--onnx", str(graphs), "--out", str(out), "--quiet"]
     command += ["--backend", "tensorrt_rtx", "--sm", "89", "--shapes", "64x64x17"]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as parent:
+    with signals.start(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as parent:
         wait_until(lambda: bool(list(out.glob(".*.partial/job.json"))))
-        parent.send_signal(signal.SIGINT)
+        signals.interrupt(parent)
         _, message = parent.communicate(timeout=60)
     assert parent.returncode == 130
     assert message.splitlines()[-1].startswith("build_engine: interrupted")

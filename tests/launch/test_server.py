@@ -19,6 +19,8 @@ from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.install import link_stub
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import SHARED_MEMORY, TritonServer, run_main
+from tests import signals
+from tests.server_deaths import WatchServer
 
 READY_S = 60.0
 GONE_S = 30.0
@@ -92,8 +94,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> ServerOptions:
 
 
 @pytest.fixture(scope="module")
-def server(options: ServerOptions) -> Iterator[TritonServer]:
-    with TritonServer(options) as running:
+def server(options: ServerOptions, watch: WatchServer) -> Iterator[TritonServer]:
+    with TritonServer(options) as running, watch(running):
         running.wait_ready(READY_S)
         yield running
 
@@ -197,11 +199,11 @@ def launch(options: ServerOptions, *arguments: str) -> list[str]:
 
 def test_serve_runs_until_ctrl_c(options: ServerOptions) -> None:
     command = launch(options, "serve", "--grpc-port=0", "--http-port=0", "--metrics-port=0")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+    with signals.start(command, stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         assert "ready: gRPC 127.0.0.1:" in launcher.stdout.readline()
         processes = psutil.Process(launcher.pid).children(recursive=True)
-        launcher.send_signal(signal.SIGINT)
+        signals.interrupt(launcher)
         try:
             assert launcher.wait(READY_S) == 0
         finally:

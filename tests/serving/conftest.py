@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepvideo_serve.assembly.stages import LocalStages
+from stepvideo_serve.assembly.stages.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.launch.server import TritonServer
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Server, Values
 from tests.serving.launch import CONFIG, MAX_QUEUED, Engines, exclusive, export_graphs, serving
 
@@ -33,8 +34,10 @@ def config_text(engines: Engines) -> str:
 
 
 @pytest.fixture(scope="session")
-def triton(root: Path, config_text: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    with serving(root, tmp_path_factory.mktemp("server"), config_text) as running:
+def triton(
+    root: Path, config_text: str, tmp_path_factory: pytest.TempPathFactory, watch: WatchServer
+) -> Iterator[TritonServer]:
+    with serving(root, tmp_path_factory.mktemp("server"), config_text, watch) as running:
         yield running
 
 

@@ -4,7 +4,7 @@ import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer
 from stepvideo_serve.parallel.group import RankGroup
+from tests.server_deaths import WatchServer
 
 READY_S = 300.0
 
@@ -72,13 +73,19 @@ def export_graphs(root: Path, model_dir: Path, graphs_dir: Path) -> Engines:
     return Engines(model_dir, graphs_dir)
 
 
+def unwatched(server: TritonServer) -> AbstractContextManager[None]:
+    """For a server whose end is not a matter of tests, or is what a test is about."""
+    del server
+    return nullcontext()
+
+
 @contextmanager
-def serving(root: Path, folder: Path, config: str) -> Iterator[TritonServer]:
-    """A server on free ports, ready, with its configuration and its log in `folder`."""
+def serving(root: Path, folder: Path, config: str, watch: WatchServer = unwatched) -> Iterator[TritonServer]:
+    """A server on free ports, ready, with its configuration and its log in `folder`; see tests/server_deaths.py."""
     path = folder / "serve.toml"
     path.write_text(config, encoding="utf-8")
     options = ServerOptions(root / "model_repository", config=path, log=folder / "server.log", exit_timeout_s=2)
-    with TritonServer(options) as server:
+    with TritonServer(options) as server, watch(server):
         server.wait_ready(READY_S)
         yield server
 

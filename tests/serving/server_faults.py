@@ -20,8 +20,9 @@ import psutil
 
 from stepvideo_serve.launch.server import SHARED_MEMORY
 from tests.parallel.failing import SIGNALS
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Answer, Outputs, Server, Stream, Values, cpu_s, report_of, until
-from tests.serving.launch import Engines, serving
+from tests.serving.launch import Engines, serving, unwatched
 
 FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")
 MOMENTS = ("idle", "first step", "middle step", "last step", "decoding", "rebuild")
@@ -180,7 +181,9 @@ def matrix() -> Iterator[Case]:
 
 
 @contextmanager
-def faulty_server(root: Path, folder: Path, engines: Engines, picture: bytes) -> Iterator[FaultyServer]:
+def faulty_server(
+    root: Path, folder: Path, engines: Engines, picture: bytes, watch: WatchServer = unwatched
+) -> Iterator[FaultyServer]:
     """Two ranks, one thread each; `folder` gets its configuration and log."""
     config = CONFIG.format(
         model=engines.model_dir, engines=engines.graphs_dir, heartbeat_s=HEARTBEAT_S, step_slack_s=STEP_SLACK_S
@@ -188,7 +191,7 @@ def faulty_server(root: Path, folder: Path, engines: Engines, picture: bytes) ->
     old = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(SITE) + (f"{os.pathsep}{old}" if old else "")
     try:
-        with serving(root, folder, config) as running:
+        with serving(root, folder, config, watch) as running:
             server = Server(running.grpc_url, running.http_url, running.pid)
             yield FaultyServer(server, *requests(picture))
     finally:

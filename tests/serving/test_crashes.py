@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from stepvideo_serve.launch.server import SHARED_MEMORY
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Refused, Server, Values
 from tests.serving.launch import serving
 
@@ -164,7 +165,7 @@ def test_a_rank_that_dies_between_requests_is_replaced(server: Server, small: Va
 
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_nothing_and_the_next_start_works(
-    root: Path, config_text: str, small: Values, tmp_path: Path
+    root: Path, config_text: str, small: Values, tmp_path: Path, watch: WatchServer
 ) -> None:
     config = tmp_path / "serve.toml"
     config.write_text(config_text, encoding="utf-8")
@@ -182,6 +183,6 @@ def test_a_killed_launcher_leaves_nothing_and_the_next_start_works(
 
     folder = tmp_path / "again"
     folder.mkdir()
-    with serving(root, folder, config_text) as running:
+    with serving(root, folder, config_text, watch) as running:
         again = Server(running.grpc_url, running.http_url, running.pid)
         assert again.grpc(small)["SEED"] == [7]

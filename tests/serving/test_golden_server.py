@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Server, Values
 from tests.serving.launch import CONFIG, MAX_QUEUED, exclusive, export_graphs, serving
 
@@ -28,11 +29,13 @@ def tensors(goldens: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def golden_server(root: Path, goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def golden_server(
+    root: Path, goldens: Path, tmp_path_factory: pytest.TempPathFactory, watch: WatchServer
+) -> Iterator[Server]:
     with exclusive(root / "build" / "tests.lock"):
         engines = export_graphs(root, goldens, root / "build" / "onnx-tiny-a")
     config = CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=MAX_QUEUED)
-    with serving(root, tmp_path_factory.mktemp("golden"), config) as running:
+    with serving(root, tmp_path_factory.mktemp("golden"), config, watch) as running:
         yield Server(running.grpc_url, running.http_url, running.pid)
 
 

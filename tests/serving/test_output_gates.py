@@ -10,13 +10,14 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stepvideo_serve.assembly.stages import LocalStages
+from stepvideo_serve.assembly.stages.stages import LocalStages
 from stepvideo_serve.config import GatesConfig, ServeConfig
 from stepvideo_serve.errors import BadOutput
 from stepvideo_serve.parallel.job import StepEvent
-from stepvideo_serve.pipeline.generate import Result, generate
+from stepvideo_serve.pipeline.generate.generate import Result, generate
 from stepvideo_serve.request import parse_request
 from stepvideo_serve.video.probe import Mp4Facts, probe_mp4
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Refused, Server, Values, as_array, report_of
 from tests.serving.launch import CONFIG, EAGER, Engines, ranks, serving
 
@@ -69,12 +70,12 @@ def run(mini_checkpoint: Path, clip: Values, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def warning_server(
-    root: Path, engines: Engines, tmp_path_factory: pytest.TempPathFactory
+    root: Path, engines: Engines, tmp_path_factory: pytest.TempPathFactory, watch: WatchServer
 ) -> Iterator[tuple[Server, Path]]:
     """A server that warns of every video, and its log."""
     folder = tmp_path_factory.mktemp("warning")
     config = CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=4) + UNREACHABLE
-    with serving(root, folder, config) as triton:
+    with serving(root, folder, config, watch) as triton:
         yield Server(triton.grpc_url, triton.http_url, triton.pid), folder / "server.log"
 
 
@@ -135,9 +136,9 @@ def test_all_ranks_stop_at_the_step_whose_latents_are_not_finite(
 
 @pytest.mark.slow
 def test_a_request_whose_latents_are_not_finite_ends_with_internal_and_the_server_goes_on(
-    root: Path, broken_checkpoint: Path, clip: Values, tmp_path: Path
+    root: Path, broken_checkpoint: Path, clip: Values, tmp_path: Path, watch: WatchServer
 ) -> None:
-    with serving(root, tmp_path, EAGER.format(model=broken_checkpoint, layout="single")) as triton:
+    with serving(root, tmp_path, EAGER.format(model=broken_checkpoint, layout="single"), watch) as triton:
         server = Server(triton.grpc_url, triton.http_url, triton.pid)
         rank = server.rank().pid
         for steps, where in ((50, "after step 1 of 50"), (1, "after the last step")):

@@ -17,12 +17,13 @@ from stepvideo_serve.config import ModelConfig, ServeConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.errors import ServiceUnavailable as Unmeasured
 from stepvideo_serve.geometry import VideoGeometry
-from stepvideo_serve.memory.ledger import memory
 from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.planning.cost import memory
 from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
 from stepvideo_serve.planning.pace import Ledger, step_flops
 from stepvideo_serve.planning.quote import ACCEPTED, PARTS, QuoteRequest, Server, quote
 from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Refused, Values, report_of
 from tests.serving.calls import Server as Running
 from tests.serving.launch import serving
@@ -250,10 +251,10 @@ def test_notes_that_make_no_sense_are_refused(server: Running) -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_server_says_what_is_missing(root: Path, config_text: str, tmp_path: Path) -> None:
+def test_a_fresh_server_says_what_is_missing(root: Path, config_text: str, tmp_path: Path, watch: WatchServer) -> None:
     missing = r"text, .*step has not run yet on this server: run one request"
     with (
-        serving(root, tmp_path, config_text) as fresh,
+        serving(root, tmp_path, config_text, watch) as fresh,
         Client(fresh.grpc_url) as client,
         pytest.raises(ServiceUnavailable, match=missing),
     ):

@@ -17,6 +17,7 @@ from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, ServerOptions, ServerSecurity
 from stepvideo_serve.launch.server import TritonServer, serve_main
 from tests.launch.test_server import MODEL, ask, model_repository
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Values
 
 KEY = "0123456789abcdef" * 2 + "_-"
@@ -47,19 +48,19 @@ def started(folder: Path, security: ServerSecurity) -> TritonServer:
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def keyed(tmp_path_factory: pytest.TempPathFactory, watch: WatchServer) -> Iterator[TritonServer]:
     """A server of a trivial model whose operators have KEY."""
     folder = tmp_path_factory.mktemp("keyed")
     (folder / "key").write_text(KEY + "\n", encoding="ascii")
-    with started(folder, ServerSecurity(operator_key=folder / "key")) as server:
+    with started(folder, ServerSecurity(operator_key=folder / "key")) as server, watch(server):
         server.wait_ready(READY_S)
         yield server
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def closed(tmp_path_factory: pytest.TempPathFactory, watch: WatchServer) -> Iterator[TritonServer]:
     """A server as it is by default: nobody is its operator."""
-    with started(tmp_path_factory.mktemp("closed"), ServerSecurity()) as server:
+    with started(tmp_path_factory.mktemp("closed"), ServerSecurity()) as server, watch(server):
         server.wait_ready(READY_S)
         yield server
 

@@ -7,6 +7,7 @@ import pytest
 
 from stepvideo_serve.parallel.job import ERROR_GRACE_S
 from tests.parallel.failing import LATE_S
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Outputs
 from tests.serving.launch import Engines
 from tests.serving.server_faults import (
@@ -36,9 +37,9 @@ LOST_WITHIN_S = {
 
 @pytest.fixture(scope="module")
 def faulty(
-    root: Path, engines: Engines, picture: bytes, tmp_path_factory: pytest.TempPathFactory
+    root: Path, engines: Engines, picture: bytes, tmp_path_factory: pytest.TempPathFactory, watch: WatchServer
 ) -> Iterator[FaultyServer]:
-    with faulty_server(root, tmp_path_factory.mktemp("faults"), engines, picture) as faulty:
+    with faulty_server(root, tmp_path_factory.mktemp("faults"), engines, picture, watch) as faulty:
         yield faulty
 
 

@@ -19,6 +19,7 @@ from perf.soak.plan import ACTIONS, good_requests, plan
 from perf.soak.report import Books, Ended, Soak, flat_below_mib, growing, violations
 from perf.soak.wire import CANCELLED, OK, Outcome, exchange, message
 from stepvideo_serve.launch.server import TritonServer
+from tests.server_deaths import WatchServer
 from tests.serving.calls import PATIENCE_S, Refused, Server, Values
 from tests.serving.launch import serving
 
@@ -82,11 +83,13 @@ def test_memory_that_grows_is_told() -> None:
 
 
 @pytest.fixture(scope="module")
-def soaked(root: Path, config_text: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def soaked(
+    root: Path, config_text: str, tmp_path_factory: pytest.TempPathFactory, watch: WatchServer
+) -> Iterator[TritonServer]:
     """A server of its own, whose queue is short: requests find it full."""
     config = config_text.replace("max_queued = 36", "max_queued = 8").replace("[denoiser]", "[denoiser]\nthreads = 1")
     assert "max_queued = 8" in config
-    with serving(root, tmp_path_factory.mktemp("soak"), config) as running:
+    with serving(root, tmp_path_factory.mktemp("soak"), config, watch) as running:
         yield running
 
 

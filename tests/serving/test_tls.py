@@ -15,6 +15,7 @@ from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.options import ServerOptions, ServerSecurity
 from stepvideo_serve.launch.server import TritonServer
 from tests.launch.test_server import MODEL, model_repository
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Values
 from tests.serving.launch import READY_S
 
@@ -69,19 +70,24 @@ def service(ours: Authority) -> Party:
 
 
 @pytest.fixture(scope="module")
-def encrypted(tmp_path_factory: pytest.TempPathFactory, service: Party) -> Iterator[TritonServer]:
+def encrypted(tmp_path_factory: pytest.TempPathFactory, service: Party, watch: WatchServer) -> Iterator[TritonServer]:
     """A server of a trivial model whose gRPC port speaks TLS to anybody."""
     folder = tmp_path_factory.mktemp("encrypted")
     security = ServerSecurity(service.chain, service.key)
     options = ServerOptions(model_repository(folder, MODEL), log=folder / "log", exit_timeout_s=2, security=security)
-    with TritonServer(options) as server:
+    with TritonServer(options) as server, watch(server):
         server.wait_ready()
         yield server
 
 
 @pytest.fixture(scope="module")
 def mutual(
-    root: Path, tmp_path_factory: pytest.TempPathFactory, config_text: str, ours: Authority, service: Party
+    root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    config_text: str,
+    ours: Authority,
+    service: Party,
+    watch: WatchServer,
 ) -> Iterator[TritonServer]:
     """The real models; callers must have a certificate of `ours`."""
     folder = tmp_path_factory.mktemp("mutual")
@@ -90,7 +96,7 @@ def mutual(
     security = ServerSecurity(service.chain, service.key, ours.root)
     log = folder / "server.log"
     options = ServerOptions(root / "model_repository", config, log=log, exit_timeout_s=2, security=security)
-    with TritonServer(options) as server:
+    with TritonServer(options) as server, watch(server):
         server.wait_ready(READY_S)
         yield server
 

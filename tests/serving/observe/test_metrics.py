@@ -16,6 +16,7 @@ import pytest
 from stepvideo_serve.launch.server import TritonServer
 from stepvideo_serve.serving.observe.metric_families import FAMILIES, STAGES, codes
 from tests.docker import promql
+from tests.server_deaths import WatchServer
 from tests.serving.calls import Refused, Server, Values, until
 from tests.serving.launch import CONFIG, Engines, serving
 
@@ -74,11 +75,16 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def observed(
-    root: Path, engines: Engines, small: Values, long: Values, tmp_path_factory: pytest.TempPathFactory
+    root: Path,
+    engines: Engines,
+    small: Values,
+    long: Values,
+    tmp_path_factory: pytest.TempPathFactory,
+    watch: WatchServer,
 ) -> Iterator[Observed]:
     config = CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=1)
     config += f'peak_tflops = {PEAK_TFLOPS}\n[logging]\nformat = "json"\n'
-    with serving(root, tmp_path_factory.mktemp("observed"), config) as triton:
+    with serving(root, tmp_path_factory.mktemp("observed"), config, watch) as triton:
         seen = Observed(triton, Server(triton.grpc_url, triton.http_url, triton.pid), {})
         requests_that_end_at_once(seen, small)
         requests_that_wait(seen, small, long)

@@ -19,6 +19,7 @@ from stepvideo_serve.config import TelemetryConfig
 from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.launch.server import TritonServer
 from stepvideo_serve.serving.observe.traces import Origin, Tracer, origin_of
+from tests.server_deaths import WatchServer
 from tests.serving.calls import CHANNEL_OPTIONS, PATIENCE_S, Values, grpc_request, until
 from tests.serving.launch import CONFIG, Engines, serving
 
@@ -88,11 +89,11 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def traced(
-    root: Path, engines: Engines, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+    root: Path, engines: Engines, collector: Collector, tmp_path_factory: pytest.TempPathFactory, watch: WatchServer
 ) -> Iterator[TritonServer]:
     config = CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=2)
     config += f'[telemetry]\notlp_endpoint = "{collector.url}"\nsteps_per_span = 2\n'
-    with serving(root, tmp_path_factory.mktemp("traced"), config) as running:
+    with serving(root, tmp_path_factory.mktemp("traced"), config, watch) as running:
         yield running
 
 
