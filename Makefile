@@ -32,7 +32,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quality prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
-	test-engines-slow test-gpu test-toyworld lint format clean
+	test-engines-slow test-gpu test-toyworld test-prices coverage lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -199,33 +199,49 @@ parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per gra
 # --- tests ----------------------------------------------------------------------------------------------------------
 # These need more than the demo does, or much time: each has a target of its own.
 APART := $(addprefix --ignore=tests/,kernels engines toyworld)
+QUICK := -m 'not gpu and not slow'
+SLOW := -m 'slow and not gpu'
+# With the ten slowest tests, and why tests were skipped.
+PYTEST := $(RUN) pytest -q -rs --durations=10
 
 test: $(INSTALLED) ## the tests, with the real server; no GPU needed
-	@$(RUN) pytest -q -rs $(APART) -m 'not gpu and not slow' $(PYTEST_ARGS)
+	@$(PYTEST) $(APART) $(QUICK) $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
-	@$(RUN) pytest -q -rs $(APART) -m 'slow and not gpu' $(PYTEST_ARGS)
+	@$(PYTEST) $(APART) $(SLOW) $(PYTEST_ARGS)
 
 kernels: $(KERNELS_INSTALLED) ## compile every fused kernel for every GPU generation: build/kernels
 	@PYTHONPATH=kernels:. $(RUN) stepvideo_kernels.compile --out build/kernels
 
 test-kernels: $(KERNELS_INSTALLED) ## the tests of the fused kernels, in the interpreter
-	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/kernels $(PYTEST_ARGS)
+	@$(PYTEST) $(QUICK) tests/kernels $(PYTEST_ARGS)
 
 test-kernels-slow: $(KERNELS_INSTALLED) ## the long tests of the kernels and their plugins
-	@$(RUN) pytest -q -rs -m 'slow and not gpu' tests/kernels $(PYTEST_ARGS)
+	@$(PYTEST) $(SLOW) tests/kernels $(PYTEST_ARGS)
 
 test-engines: $(KERNELS_INSTALLED) ## the tests that build TensorRT engines of the tiny checkpoint; no GPU needed
-	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/engines $(PYTEST_ARGS)
+	@$(PYTEST) $(QUICK) tests/engines $(PYTEST_ARGS)
 
 test-engines-slow: $(KERNELS_INSTALLED) ## engines at full width, one DiT block and one Step-LLM layer
-	@$(RUN) pytest -q -rs -m 'slow and not gpu' tests/engines $(PYTEST_ARGS)
+	@$(PYTEST) $(SLOW) tests/engines $(PYTEST_ARGS)
 
 test-gpu: $(KERNELS_INSTALLED) ## the tests that need an NVIDIA GPU, after make kernels
-	@$(RUN) pytest -q -rs -m gpu tests $(PYTEST_ARGS)
+	@$(PYTEST) -m gpu tests $(PYTEST_ARGS)
 
 test-toyworld: $(INSTALLED) ## the tests of the toy world and its training
-	@$(RUN) pytest -q -rs -m 'not gpu and not slow' tests/toyworld $(PYTEST_ARGS)
+	@$(PYTEST) $(QUICK) tests/toyworld $(PYTEST_ARGS)
+
+test-prices: $(INSTALLED) ## the gates of the price list: FP8 graphs made and priced, every layout against one rank
+	@$(PYTEST) -m 'not gpu' tests/toyworld/test_prices.py $(PYTEST_ARGS)
+
+# Every process measures itself, into build/coverage. A test that fails does not keep the table back.
+COVERAGE_OF ?= test test-kernels test-engines test-toyworld
+coverage: $(KERNELS_INSTALLED) ## line and branch coverage by folder, of the targets in COVERAGE_OF: build/coverage
+	@rm -rf build/coverage && mkdir -p build/coverage
+	@status=0; for target in $(COVERAGE_OF); do \
+		$(MAKE) $$target PYTEST='$(RUN) coverage run -m pytest -q -rs' || status=$$?; done; \
+	$(RUN) coverage combine -q; $(RUN) coverage json -q; \
+	$(RUN) tests.coverage_by_folder build/coverage/coverage.json; exit $$status
 
 lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN)/ruff check .

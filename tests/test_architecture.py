@@ -148,12 +148,13 @@ def imported(paths: list[Path]) -> list[tuple[Path, str]]:
 
 def allowed_rooms() -> dict[str, tuple[str, ...]]:
     """Room -> the rooms that it may import, besides itself."""
-    allowed = dict.fromkeys(VOCABULARY, VOCABULARY) | {"__init__": ()}
+    allowed: dict[str, tuple[str, ...]] = {"__init__": ()}
+    allowed.update(dict.fromkeys(VOCABULARY, VOCABULARY))
     below: tuple[str, ...] = VOCABULARY
     for floor in FLOORS:
-        allowed |= dict.fromkeys(floor, below)
+        allowed.update(dict.fromkeys(floor, below))
         below += floor
-    return allowed | NARROW
+    return {**allowed, **NARROW}
 
 
 def test_every_room_has_a_floor_and_a_rule() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepvideo_serve.assembly.stages.stages import LocalStages
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.launch.server import TritonServer
 from tests.server_deaths import WatchServer

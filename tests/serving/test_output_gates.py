@@ -10,11 +10,11 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stepvideo_serve.assembly.stages.stages import LocalStages
+from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import GatesConfig, ServeConfig
 from stepvideo_serve.errors import BadOutput
 from stepvideo_serve.parallel.job import StepEvent
-from stepvideo_serve.pipeline.generate.generate import Result, generate
+from stepvideo_serve.pipeline.generate import Result, generate
 from stepvideo_serve.request import parse_request
 from stepvideo_serve.video.probe import Mp4Facts, probe_mp4
 from tests.server_deaths import WatchServer

@@ -17,8 +17,8 @@ from stepvideo_serve.config import ModelConfig, ServeConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.errors import ServiceUnavailable as Unmeasured
 from stepvideo_serve.geometry import VideoGeometry
+from stepvideo_serve.memory.ledger import memory
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.planning.cost import memory
 from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
 from stepvideo_serve.planning.pace import Ledger, step_flops
 from stepvideo_serve.planning.quote import ACCEPTED, PARTS, QuoteRequest, Server, quote
