@@ -15,7 +15,7 @@ from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.dit.velocity import ShardedVelocity
+from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.collectives import Collectives
@@ -83,7 +83,7 @@ def test_on_ranks(config: ServeConfig) -> None:
     table = components(checkpoint, "fp32")
     graphs = {name: EagerRunner(table[name].spec, table[name].load(), META) for name in table if name[:3] == "dit"}
     ranks = Collectives(Layout.parse("single"), 0)
-    velocity = ShardedVelocity(graphs, checkpoint.dit_config, torch.float32, META, ranks)
+    velocity = DiTVelocity(graphs, checkpoint.dit_config, torch.float32, META, ranks)
     stages = LocalStages(config)
     *_, done = run_job(job_for(stages), velocity, lambda latents: latents.numpy())
     assert done.latents is not None

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.runners import build_sharded_llm
-from stepvideo_serve.assembly.stages import Denoiser, ShardedDecoder, ShardedDenoiser
+from stepvideo_serve.assembly.stages import Denoiser, ShardedDecoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import ConfigError, DeadlineExceeded, EngineError, InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.rank_process import JobContext
 from stepvideo_serve.pipeline.output_checks import is_finite, not_finite
-from stepvideo_serve.sampling.job import DenoiseJob
-from stepvideo_serve.text.states import TextStates
+from stepvideo_serve.sampling.job import DenoiseJob, finite_tensor
 
 TensorMap = dict[str, NDArray[Any]]
 Outcome = tuple[dict[str, Any], TensorMap]
@@ -37,17 +36,13 @@ class DenoiserRank:
     """One rank: denoises, and decodes its share of the chunks. Jobs are told apart by params["kind"]."""
 
     def __init__(self, config: ServeConfig, layout: Layout, rank: int) -> None:
-        self._layout, self._rank = layout, rank
-        self._denoiser: Denoiser | ShardedDenoiser
-        self._collectives: Collectives | None = None
+        self._layout = layout
+        self._collectives = Collectives(layout, rank) if layout.world_size > 1 else None
+        self._denoiser = Denoiser(config, layout, self._collectives)
         self._decoder: ShardedDecoder | None = None
-        self._busy_s = 0.0
-        if layout.world_size == 1:
-            self._denoiser = Denoiser(config)
-        else:
-            self._collectives = Collectives(layout, rank)
-            self._denoiser = ShardedDenoiser(config, layout, self._collectives)
+        if self._collectives is not None:
             self._decoder = ShardedDecoder(config, self._collectives, rank, layout.world_size)
+        self._busy_s = 0.0
         self._llm = None
         self._device = config.model.device
         self._vocab_size = Checkpoint(config.model.dir).llm_config.vocab_size
@@ -68,33 +63,33 @@ class DenoiserRank:
             context.mark_step()  # behind the agreement: a rank without a chunk to decode waits there for the others
 
         try:
-            if params["kind"] == "decode":
-                with self._busy():
+            with self._busy():
+                if params["kind"] == "decode":
                     return self._decode(tensors, context, go_on)
-            if params["kind"] == "text":
-                with self._busy():
+                if params["kind"] == "text":
                     return {}, {"llm_states": self._encode(tensors["input_ids"])}
-            return self._denoise(job_from_message(params, tensors), context, go_on)
+                result = self._denoise(DenoiseJob.from_message(params, tensors), context, go_on)
+            return {"settings": params["settings"], "rank_seconds": self._rank_seconds()}, result
         except EngineError as error:  # shapes that no graph takes: every rank finds them at the same place
             raise InvalidRequest(f"The tensors must fit the graphs, they do not: {error}") from None
 
-    def _denoise(self, job: DenoiseJob, context: JobContext, go_on: GoOn) -> Outcome:
-        """Reports step, total_steps, seconds and latents (and a preview) after each step; returns the latents, and
-        rank_seconds: see _rank_seconds."""
-        with self._busy():
-            latents = self._steps(job, context, go_on)
-        return {"rank_seconds": self._rank_seconds()}, {"latents": latents.numpy()}
-
-    def _steps(self, job: DenoiseJob, context: JobContext, go_on: GoOn) -> torch.Tensor:
-        latents = job.latents
+    def _denoise(self, job: DenoiseJob, context: JobContext, go_on: GoOn) -> TensorMap:
+        """Reports step, total_steps, seconds and latents after each step, with a preview where one is due and with the
+        state of a loop that forecasts; returns the latents."""
+        latents, reported = job.latents, set[str]()
         for done in self._denoiser.run(job):
             latents = latents if done.latents is None else done.latents
-            report = {"step": done.step, "total_steps": done.total_steps, "seconds": done.seconds}
-            preview = {} if done.preview is None else {"preview": done.preview}
-            context.report(report, {"latents": latents.numpy(), **preview})
+            report: dict[str, Any] = {"step": done.step, "total_steps": done.total_steps, "seconds": done.seconds}
+            tensors = {"latents": latents.numpy()} | ({} if done.preview is None else {"preview": done.preview})
+            if done.state is not None and done.state.history.velocities:
+                velocities = done.state.tensors()
+                report["state"] = {**done.state.scalars(), "tensors": list(velocities)}
+                tensors |= {name: velocities[name].numpy() for name in velocities.keys() - reported}
+                reported = set(velocities)
+            context.report(report, tensors)
             if done.step < done.total_steps:
                 go_on(f"after step {done.step} of {done.total_steps}", latents)
-        return latents
+        return {"latents": latents.numpy()}
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -117,7 +112,7 @@ class DenoiserRank:
         """Reports frames uint8 [n, H, W, 3] chunk by chunk."""
         if self._decoder is None:
             raise InvalidRequest("Only several ranks decode, this layout has one: call the model vae_decoder instead.")
-        for frames in self._decoder.decode(_tensor(tensors, "latents", 4), lambda: go_on("while decoding", None)):
+        for frames in self._decoder.decode(finite_tensor(tensors, "latents", 4), lambda: go_on("while decoding", None)):
             context.report({}, {"frames": frames})
         return {}, {}
 
@@ -156,41 +151,3 @@ def _end(verdict: int, where: str) -> NoReturn:
         f"The video must be ready within TIMEOUT_S, which ran out {where}: ask for fewer steps or frames, or allow "
         "more time."
     )
-
-
-def job_from_message(params: dict[str, Any], tensors: TensorMap) -> DenoiseJob:
-    """The job that `dit_denoiser` described. Raises InvalidRequest when a part is missing or does not fit."""
-    positive = _text(tensors, "positive")
-    if positive is None:
-        raise InvalidRequest("POSITIVE_LLM must hold the prompt's states, got none: call the model ti2v instead.")
-    latents, condition = _tensor(tensors, "latents", 4), _tensor(tensors, "condition", 3)
-    if latents.shape[1:] != condition.shape:
-        raise InvalidRequest(
-            f"CONDITION must be one frame of LATENTS {list(latents.shape)}, got {list(condition.shape)}."
-        )
-    return DenoiseJob(
-        latents=latents,
-        condition=condition,
-        positive=positive,
-        negative=_text(tensors, "negative"),
-        steps=params["steps"],
-        cfg_scale=params["cfg_scale"],
-        time_shift=params["time_shift"],
-        motion_score=params["motion_score"],
-        preview_every=params["preview_every"],
-        start_step=params.get("start_step", 0),
-    )
-
-
-def _text(tensors: TensorMap, branch: str) -> TextStates | None:
-    if f"{branch}_llm" not in tensors:
-        return None
-    return TextStates(llm=_tensor(tensors, f"{branch}_llm", 2), clip=_tensor(tensors, f"{branch}_clip", 2))
-
-
-def _tensor(tensors: TensorMap, name: str, dimensions: int) -> torch.Tensor:
-    """The finite tensor of that many dimensions. Raises InvalidRequest."""
-    if name not in tensors or tensors[name].ndim != dimensions or not np.isfinite(tensors[name]).all():
-        found = tensors[name].shape if name in tensors else "none"
-        raise InvalidRequest(f"{name.upper()} must be a finite tensor of {dimensions} dimensions, got {found}.")
-    return torch.from_numpy(tensors[name])

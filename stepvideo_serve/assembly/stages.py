@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stepvideo_serve.assembly.checkpoint import Checkpoint
-from stepvideo_serve.assembly.graphs import dit_graph_names
 from stepvideo_serve.assembly.runners import (
     compute_dtype,
     latent_channels,
@@ -18,12 +17,13 @@ from stepvideo_serve.assembly.runners import (
     open_manifest,
 )
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.dit.velocity import DiTVelocity, Graph, ShardedVelocity
+from stepvideo_serve.dit.velocity import DiTVelocity, Graph
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.geometry import LATENTS_PER_CHUNK
 from stepvideo_serve.parallel.collectives import Collectives
-from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.parallel.communicator import Communicator, OneRank
+from stepvideo_serve.parallel.layout import SINGLE, Layout
 from stepvideo_serve.pipeline.generate import Cancelled, Frames
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.text.states import TextStates
@@ -103,21 +103,24 @@ class FrameDecoder:
 
 
 class Denoiser:
-    """The loop on the graphs of the DiT, in this process."""
+    """One rank's part of the denoising loop, or all of it; every rank of a layout runs the same jobs in the same
+    order. Raises ConfigError, EngineError or CheckpointError when configuration, graphs and layout do not fit."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, layout: Layout = SINGLE, ranks: Communicator | None = None) -> None:
         dit_config = Checkpoint(config.model.dir).dit_config
-        self._runners = load_runners(config, dit_graph_names(dit_config.num_layers), config.denoiser.threads)
-        self._dit = DiTVelocity(self._runners, dit_config, compute_dtype(config), config.model.device)
+        self._ranks = ranks or OneRank()
+        self._runners = load_sharded_runners(config, layout, self._ranks.tp_index)
+        dtype, device = compute_dtype(config), config.model.device
+        self._dit = DiTVelocity(self._runners, dit_config, dtype, device, self._ranks)
         self._preview = load_preview(config, dit_config.in_channels)
 
     def run(self, job: DenoiseJob) -> Iterator[StepDone]:
-        """One StepDone per step; see `run_job`."""
-        return run_job(job, self._dit, self._preview.render)
+        """One StepDone per step; see `run_job`. The leader decides which steps are evaluated."""
+        return run_job(job, self._dit, self._preview.render, self._ranks.agree)
 
     @property
     def engines(self) -> str:
-        """Identifies all graphs of the DiT together, for reports."""
+        """Identifies all graphs of this rank together, for reports."""
         ids = sorted(runner.engine_id for runner in self._runners.values())
         return f"{len(ids)} graphs, {content_key(ids=ids)[:12]}"
 
@@ -167,27 +170,6 @@ class LocalStages:
 
     def describe(self) -> dict[str, Any]:
         return {**describe(self._config), "engines": self._denoiser.engines}
-
-
-class ShardedDenoiser:
-    """One rank's part of the loop; every rank of the layout runs the same jobs in the same order."""
-
-    def __init__(self, config: ServeConfig, layout: Layout, ranks: Collectives) -> None:
-        dit_config = Checkpoint(config.model.dir).dit_config
-        self._runners = load_sharded_runners(config, layout, ranks.tp_index)
-        self._dit = ShardedVelocity(self._runners, dit_config, compute_dtype(config), config.model.device, ranks)
-        self._preview = load_preview(config, dit_config.in_channels)
-        self._agree = ranks.agree
-
-    def run(self, job: DenoiseJob) -> Iterator[StepDone]:
-        """One StepDone per step; see `run_job`. The leader decides which steps are evaluated."""
-        return run_job(job, self._dit, self._preview.render, self._agree)
-
-    @property
-    def engines(self) -> str:
-        """Identifies all graphs of this rank together, for reports."""
-        ids = sorted(runner.engine_id for runner in self._runners.values())
-        return f"{len(ids)} graphs, {content_key(ids=ids)[:12]}"
 
 
 class ShardedDecoder:

@@ -1,14 +1,15 @@
-"""The DiT as a function of (latent, time), put together from its graphs.
+"""The DiT as a function of (latent, time), put together from its graphs, on one rank or on several.
 
 What depends on the request only (text context, cross-attention keys and values, RoPE tables, condition) is computed
-once, in `prepare`. On several ranks every rank calls the velocity, and every rank gets the result. Guidance branches
-that share a rank run interleaved: while the partial results of one are summed over the ranks, the other computes.
+once, in `prepare`. Every rank calls the velocity, and every rank gets the result. Guidance branches that share a rank
+run interleaved: while the partial results of one are summed over the ranks, the other computes.
+Axes: F, h, w the latent's frames, height and width, C channels, N all tokens, n those of this rank, D width, P values
+of a patch.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +18,20 @@ from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.dit.model import patchify, unpatchify
 from stepvideo_serve.dit.rope import rope_tables
 from stepvideo_serve.dit.segments import core_name
-from stepvideo_serve.parallel.communicator import Communicator
+from stepvideo_serve.parallel.communicator import Communicator, OneRank
 from stepvideo_serve.text.states import TextStates
 
 Graph = Callable[..., dict[str, Tensor]]
 KeysValues = list[tuple[Tensor, Tensor]]
+Branch = Generator[Tensor, Tensor, Tensor]
+"""Yields a partial result, is sent its sum over the ranks, returns velocity tokens [n, P]."""
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """All that stays the same over the steps of one request."""
+    """All that stays the same over the steps of one request: tables and condition of this rank's tokens, the keys and
+    values of this rank's branches, how many tokens each rank of the sequence axis has, and whether the request is
+    guided."""
 
     grid: tuple[int, int, int]
     condition_tokens: Tensor
@@ -34,128 +39,35 @@ class PreparedRequest:
     rope_cos: Tensor
     rope_sin: Tensor
     branches: tuple[KeysValues, ...]
-
-
-class GuidedVelocity(Protocol):
-    """What the loop needs of the DiT, on one rank or on several."""
-
-    def prepare(
-        self, shape: tuple[int, ...], condition: Tensor, motion_score: float, texts: tuple[TextStates, ...]
-    ) -> PreparedRequest:
-        """Everything that stays the same over the steps."""
-        ...
-
-    def conditional(self, request: PreparedRequest) -> PreparedRequest:
-        """The same request for steps that need the velocity of the first text only; the others may be missing."""
-        ...
-
-    def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
-        """One velocity per text."""
-        ...
-
-
-class DiTVelocity:
-    """Runs the graphs `dit_*` on their device, in their dtype; latents and velocities outside are fp32 on the CPU."""
-
-    def __init__(
-        self, graphs: Mapping[str, Graph], config: DiTConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        self.config = config
-        self._dtype = dtype
-        self._device = torch.device(device)
-        self._context, self._embed, self._final = (graphs[f"dit_{name}"] for name in ("context", "embed", "final"))
-        self._cross = [graphs[f"dit_cross_{i:02d}"] for i in range(config.num_layers)]
-        self._blocks = [graphs[f"dit_block_{i:02d}"] for i in range(config.num_layers)]
-
-    def prepare(
-        self, shape: tuple[int, ...], condition: Tensor, motion_score: float, texts: tuple[TextStates, ...]
-    ) -> PreparedRequest:
-        """shape = [F, C, h, w] of the latents, condition [C, h, w] = latent of the first image, one branch per text."""
-        patch = self.config.patch_size
-        grid = (shape[0], shape[2] // patch, shape[3] // patch)
-        frames = torch.zeros(1, *shape)
-        frames[0, 0] = condition
-        cos, sin = rope_tables(*grid)
-        return PreparedRequest(
-            grid=grid,
-            condition_tokens=self._own(patchify(frames, patch)),
-            motion_score=torch.tensor([motion_score], device=self._device),
-            rope_cos=cos.to(self._device),
-            rope_sin=sin.to(self._device),
-            branches=tuple(self._keys_values(text) for text in texts),
-        )
-
-    def conditional(self, request: PreparedRequest) -> PreparedRequest:
-        """The request with its first branch only."""
-        return replace(request, branches=request.branches[:1])
-
-    def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
-        """latents [F, C, h, w] fp32, time in 0..1 -> one velocity [F, C', h, w] fp32 per branch of the request."""
-        patch = self.config.patch_size
-        start = self._embed(
-            latent_tokens=self._own(patchify(latents[None], patch)),
-            condition_tokens=request.condition_tokens,
-            timestep=torch.tensor([time], device=self._device),
-            motion_score=request.motion_score,
-        )
-        return tuple(self._branch(start, request, branch) for branch in request.branches)
-
-    def _branch(self, start: dict[str, Tensor], request: PreparedRequest, branch: KeysValues) -> Tensor:
-        tokens = start["tokens"]
-        for block, (cross_k, cross_v) in zip(self._blocks, branch, strict=True):
-            tokens = block(
-                tokens=tokens,
-                modulation=start["modulation"],
-                rope_cos=request.rope_cos,
-                rope_sin=request.rope_sin,
-                cross_k=cross_k,
-                cross_v=cross_v,
-            )["tokens_out"]
-        velocity = self._final(tokens=tokens, time_embedding=start["time_embedding"])["velocity"]
-        return unpatchify(velocity.float().cpu(), *request.grid, self.config.patch_size)[0]
-
-    def _keys_values(self, text: TextStates) -> KeysValues:
-        parts = self._context(llm_states=self._own(text.llm[None]), clip_states=self._own(text.clip[None]))
-        context = torch.cat([parts["clip_context"], parts["llm_context"]], dim=1)
-        pairs = (cross(context=context) for cross in self._cross)
-        return [(pair["cross_k"], pair["cross_v"]) for pair in pairs]
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, self._dtype)
-
-
-Branch = Generator[Tensor, Tensor, Tensor]
-"""Yields a partial result, is sent its sum over the ranks, returns velocity tokens [n, P]."""
-
-
-@dataclass(frozen=True)
-class ShardedRequest(PreparedRequest):
-    """Tables and condition of this rank's tokens, the branches of this rank, and the split of the tokens."""
-
     counts: list[int]
     guided: bool
 
 
-class ShardedVelocity:
-    """One rank's part of the DiT. `graphs` are this rank's: whole blocks without tensor and sequence parallelism, else
-    the pieces of dit/segments.py."""
+class DiTVelocity:
+    """Runs the graphs `dit_*` on their device, in their dtype; latents and velocities outside are fp32 on the CPU.
+
+    `graphs` are this rank's: whole blocks without tensor and sequence parallelism, else the segments of
+    dit/segments.py.
+    """
 
     def __init__(
         self,
         graphs: Mapping[str, Graph],
         config: DiTConfig,
         dtype: torch.dtype,
-        device: torch.device | str,
-        communicator: Communicator,
+        device: torch.device | str = "cpu",
+        ranks: Communicator | None = None,
     ) -> None:
         self.config = config
-        self._graphs, self._dtype, self._device, self._ranks = graphs, dtype, torch.device(device), communicator
-        self._whole_blocks = communicator.tp == communicator.sp == 1
+        self._graphs, self._dtype, self._device = graphs, dtype, torch.device(device)
+        self._ranks = ranks or OneRank()
+        self._whole_blocks = self._ranks.tp == self._ranks.sp == 1
 
     def prepare(
         self, shape: tuple[int, ...], condition: Tensor, motion_score: float, texts: tuple[TextStates, ...]
-    ) -> ShardedRequest:
-        """As DiTVelocity.prepare. With two groups of ranks for guidance each prepares its own text only."""
+    ) -> PreparedRequest:
+        """shape = [F, C, h, w] of the latents, condition [C, h, w] = latent of the first image, one branch per text.
+        With two groups of ranks for guidance each prepares its own text only."""
         patch, ranks = self.config.patch_size, self._ranks
         grid = (shape[0], shape[2] // patch, shape[3] // patch)
         total = grid[0] * grid[1] * grid[2]
@@ -164,7 +76,7 @@ class ShardedVelocity:
         frames[0, 0] = condition
         cos, sin = (self._slice(table, counts, 0).to(self._device) for table in rope_tables(*grid))
         own_texts = texts if ranks.cfg == 1 else (texts[min(ranks.cfg_index, len(texts) - 1)],)
-        return ShardedRequest(
+        return PreparedRequest(
             grid=grid,
             condition_tokens=self._own(self._slice(patchify(frames, patch), counts, 1)),
             motion_score=torch.tensor([motion_score], device=self._device),
@@ -176,38 +88,41 @@ class ShardedVelocity:
         )
 
     def conditional(self, request: PreparedRequest) -> PreparedRequest:
-        """As DiTVelocity.conditional. With two groups of ranks for guidance both branches go on: one would idle."""
-        if self._ranks.cfg > 1:
-            return request
-        return replace(request, branches=request.branches[:1])
+        """The same request for steps that need the velocity of the first text only. With two groups of ranks for
+        guidance both branches go on: one group would idle."""
+        return request if self._ranks.cfg > 1 else replace(request, branches=request.branches[:1])
 
     def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
-        """As DiTVelocity.__call__: all branches of the request, on every rank, with the same bits."""
-        if not isinstance(request, ShardedRequest):
-            raise TypeError(f"request must come from ShardedVelocity.prepare, got {type(request).__name__}")
-        patch = self.config.patch_size
+        """latents [F, C, h, w] fp32, time in 0..1 -> one velocity [F, C', h, w] fp32 per branch of the request, on
+        every rank with the same bits."""
         start = self._graphs["dit_embed"](
-            latent_tokens=self._own(self._slice(patchify(latents[None], patch), request.counts, 1)),
+            latent_tokens=self._own(self._slice(patchify(latents[None], self.config.patch_size), request.counts, 1)),
             condition_tokens=request.condition_tokens,
             timestep=torch.tensor([time], device=self._device),
             motion_score=request.motion_score,
         )
-        run = self._whole_branch if self._whole_blocks else self._cut_branch
-        finished = self._interleave([run(start, request, branch) for branch in request.branches])
+        if self._whole_blocks:
+            finished = [self._whole_branch(start, request, branch) for branch in request.branches]
+        else:
+            finished = self._interleave([self._cut_branch(start, request, branch) for branch in request.branches])
         velocities = tuple(self._assemble(tokens, request) for tokens in finished)
         if self._ranks.cfg > 1 and request.guided:
             velocities = self._ranks.exchange_branches(velocities[0])
         return tuple(velocity.cpu() for velocity in velocities)
 
+    def _whole_branch(self, start: dict[str, Tensor], request: PreparedRequest, branch: KeysValues) -> Tensor:
+        """Without tensor and sequence parallelism nothing is exchanged within a branch: velocity tokens [N, P]."""
+        tokens = start["tokens"]
+        for i, (cross_k, cross_v) in enumerate(branch):
+            tokens = self._graphs[f"dit_block_{i:02d}"](
+                tokens=tokens, modulation=start["modulation"], **_rope(request), cross_k=cross_k, cross_v=cross_v
+            )["tokens_out"]
+        return self._final(tokens, start)
+
     def _interleave(self, branches: Sequence[Branch]) -> list[Tensor]:
         """Advances the branches in turn; each waits for its sum only when its turn comes again."""
         results: dict[int, Tensor] = {}
-        pending = {}
-        for i, branch in enumerate(branches):
-            try:
-                pending[i] = self._ranks.sum_tp(next(branch))
-            except StopIteration as finished:
-                results[i] = finished.value
+        pending = {i: self._ranks.sum_tp(next(branch)) for i, branch in enumerate(branches)}
         while pending:
             for i in list(pending):
                 try:
@@ -217,17 +132,7 @@ class ShardedVelocity:
                     del pending[i]
         return [results[i] for i in range(len(branches))]
 
-    def _whole_branch(self, start: dict[str, Tensor], request: ShardedRequest, branch: KeysValues) -> Branch:
-        """Without tensor and sequence parallelism nothing is exchanged within a branch."""
-        tokens = start["tokens"]
-        for i, (cross_k, cross_v) in enumerate(branch):
-            tokens = self._graphs[f"dit_block_{i:02d}"](
-                tokens=tokens, modulation=start["modulation"], **_rope(request), cross_k=cross_k, cross_v=cross_v
-            )["tokens_out"]
-        return self._final(tokens, start)
-        yield  # makes this a generator like the other
-
-    def _cut_branch(self, start: dict[str, Tensor], request: ShardedRequest, branch: KeysValues) -> Branch:
+    def _cut_branch(self, start: dict[str, Tensor], request: PreparedRequest, branch: KeysValues) -> Branch:
         tokens, modulation = start["tokens"], start["modulation"]
         for i, (cross_k, cross_v) in enumerate(branch):
             summed = yield self._attention(i, tokens, modulation, request)
@@ -238,7 +143,7 @@ class ShardedVelocity:
             tokens = out["tokens_out"] + summed
         return self._final(tokens, start)
 
-    def _attention(self, index: int, tokens: Tensor, modulation: Tensor, request: ShardedRequest) -> Tensor:
+    def _attention(self, index: int, tokens: Tensor, modulation: Tensor, request: PreparedRequest) -> Tensor:
         """The gated partial result of self-attention."""
         if self._ranks.sp == 1:
             attn = self._graphs[f"dit_attn_{index:02d}"]
@@ -252,7 +157,7 @@ class ShardedVelocity:
     def _final(self, tokens: Tensor, start: dict[str, Tensor]) -> Tensor:
         return self._graphs["dit_final"](tokens=tokens, time_embedding=start["time_embedding"])["velocity"][0]
 
-    def _assemble(self, own: Tensor, request: ShardedRequest) -> Tensor:
+    def _assemble(self, own: Tensor, request: PreparedRequest) -> Tensor:
         """Velocity patches of this rank's tokens -> velocity [F, C, h, w] fp32."""
         whole = self._ranks.gather_tokens(own, request.counts) if self._ranks.sp > 1 else own
         return unpatchify(whole[None].float(), *request.grid, self.config.patch_size)[0]

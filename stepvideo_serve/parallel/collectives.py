@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepvideo_serve.parallel.communicator import Done
 from stepvideo_serve.parallel.layout import SIZES, Layout
 
 LEADER = 0
@@ -60,16 +61,6 @@ class WaitClock:
         self.settle()
         seconds, self._seconds = self._seconds, 0.0
         return seconds
-
-
-@dataclass(frozen=True)
-class Done:
-    """A result that needs no waiting."""
-
-    result: Tensor
-
-    def wait(self) -> Tensor:
-        return self.result
 
 
 @dataclass(frozen=True)
@@ -140,9 +131,9 @@ class Collectives:
             dist.all_gather_single(both.flatten(0, 1), own, group=self._groups["cfg"])
         return both[0], both[1]
 
-    def agree(self, code: int) -> int:
-        """The leader's code, on every rank: how all ranks take the same decision at a step boundary."""
-        decision = torch.tensor([code])
+    def agree(self, value: int) -> int:
+        """The leader's value, on every rank: how all ranks take the same decision at a step boundary."""
+        decision = torch.tensor([value])
         dist.broadcast(decision, src=LEADER)
         self.clock.settle()  # the GPU has done the step by now
         return int(decision)

@@ -1,5 +1,6 @@
-"""What the model's code asks of the other ranks. Implemented over torch.distributed in parallel/collectives.py."""
+"""What the model's code asks of the other ranks: over torch.distributed in collectives.py, of nobody in OneRank."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -46,3 +47,42 @@ class Communicator(Protocol):
     def exchange_branches(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """The velocities of both guidance branches, conditional first, the same bits on every rank."""
         ...
+
+    def agree(self, value: int) -> int:
+        """The leader's value, on every rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A result that needs no waiting."""
+
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        return self.result
+
+
+class OneRank:
+    """The communicator of a rank that is alone: every sum is its own part, every exchange its own tensor."""
+
+    cfg = tp = sp = 1
+    cfg_index = tp_index = sp_index = 0
+
+    def sum_tp(self, partial: Tensor) -> Pending:
+        return Done(partial)
+
+    def to_heads(self, qkv: Tensor, counts: list[int]) -> Tensor:
+        return qkv.reshape(3, -1, sum(counts), qkv.shape[-1])
+
+    def to_tokens(self, out: Tensor, counts: list[int]) -> Tensor:
+        return out.reshape(sum(counts), -1)
+
+    def gather_tokens(self, own: Tensor, counts: list[int]) -> Tensor:  # noqa: ARG002  # all tokens are its own
+        return own
+
+    def exchange_branches(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(f"one rank computes both branches itself, got one of shape {list(own.shape)} to exchange")
+
+    def agree(self, value: int) -> int:
+        return value

@@ -134,13 +134,13 @@ class Pace:
 
     def step_flops(self, tensors: Arrays) -> float:
         """FLOPs of a step of a run with these inputs."""
-        branches = [name for name in ("POSITIVE", "NEGATIVE") if f"{name}_LLM" in tensors]
-        texts = [sum(len(tensors[f"{name}_{kind}"]) for kind in ("LLM", "CLIP")) for name in branches]
+        branches = [name for name in ("positive", "negative") if f"{name}_llm" in tensors]
+        texts = [sum(len(tensors[f"{name}_{kind}"]) for kind in ("llm", "clip")) for name in branches]
         return step_flops(self._config, self.tokens(tensors), texts)
 
     def tokens(self, tensors: Arrays) -> int:
-        """Tokens of the video; LATENTS is [F, C, h, w]."""
-        frames, _, height, width = tensors["LATENTS"].shape
+        """Tokens of the video; "latents" is [F, C, h, w]."""
+        frames, _, height, width = tensors["latents"].shape
         return int(frames * height * width) // self._config.patch_size**2
 
 

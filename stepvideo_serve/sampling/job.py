@@ -1,39 +1,127 @@
 """One request's denoising, from its noise and conditions to the clean latents, on whatever runs the DiT."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepvideo_serve.dit.velocity import GuidedVelocity
+from stepvideo_serve.dit.velocity import DiTVelocity
+from stepvideo_serve.errors import InvalidRequest
+from stepvideo_serve.request import Setting
 from stepvideo_serve.presets import EVALUATED, EXACT_PRESET, Preset
 from stepvideo_serve.sampling.denoise import denoise, flow_times, guide, needs_guidance
 from stepvideo_serve.sampling.evaluation import Agree, EvaluatedSteps, EvaluationPlan, LoopState, own_decision
 from stepvideo_serve.text.states import TextStates
 
 
+Message = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+"""Parameters (JSON) and tensors by name: a job on its way to the ranks, the same in every process."""
+
+
 @dataclass(frozen=True)
 class DenoiseJob:
-    """All that the loop needs. latents [F, C, h, w] and condition [C, h, w] are fp32; `negative` is None without
-    guidance; `preview_every` 0 means no previews; `timeout_s` is for whoever runs the job to watch, at step boundaries;
-    `start_step` > 0 resumes with the latents after that step, and with its `state` where `preset` forecasts steps."""
+    """All that the loop needs.
+
+    latents     fp32 [F, C, h, w], noise or what a step left
+    condition   fp32 [C, h, w], the latent of the first image
+    positive    states of the prompt
+    negative    states of the negative prompt, None without guidance
+    settings    the request's values that the ranks need, by attribute (request.rank_settings)
+    timeout_s   for whoever runs the job to watch, at step boundaries
+    start_step  above 0, the job goes on with the latents after that step, and with its `state` where `preset` forecasts
+                steps
+    """
 
     latents: Tensor
     condition: Tensor
     positive: TextStates
     negative: TextStates | None
-    steps: int
-    cfg_scale: float
-    time_shift: float
-    motion_score: float
-    preview_every: int = 0
+    settings: Mapping[str, Setting]
     timeout_s: float | None = None
     start_step: int = 0
     preset: Preset = EXACT_PRESET
     state: LoopState | None = None
+
+    @property
+    def steps(self) -> int:
+        return int(self.settings["steps"])
+
+    @property
+    def cfg_scale(self) -> float:
+        return float(self.settings["cfg_scale"])
+
+    @property
+    def time_shift(self) -> float:
+        return float(self.settings["time_shift"])
+
+    @property
+    def motion_score(self) -> float:
+        return float(self.settings["motion_score"])
+
+    @property
+    def preview_every(self) -> int:
+        """Steps between two previews; 0 means no previews."""
+        return int(self.settings["preview_every"])
+
+    def message(self) -> Message:
+        """The job from its beginning, for `from_message`; deadline and progress are not part of the message."""
+        tensors = {
+            "latents": self.latents.float().numpy(),
+            "condition": self.condition.numpy(),
+            "positive_llm": self.positive.llm.numpy(),
+            "positive_clip": self.positive.clip.numpy(),
+        }
+        if self.negative is not None:
+            tensors |= {"negative_llm": self.negative.llm.numpy(), "negative_clip": self.negative.clip.numpy()}
+        return {"kind": "denoise", "settings": dict(self.settings)}, tensors
+
+    @classmethod
+    def from_message(cls, params: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> "DenoiseJob":
+        """The job of a message, from where it stands: params["start_step"] and params["state"] are its progress.
+
+        Raises InvalidRequest when a tensor is missing, not finite, or does not fit.
+        """
+        positive = _text(tensors, "positive")
+        if positive is None:
+            raise InvalidRequest("positive_llm must hold the prompt's states, got none: call the model ti2v instead.")
+        latents, condition = finite_tensor(tensors, "latents", 4), finite_tensor(tensors, "condition", 3)
+        if latents.shape[1:] != condition.shape:
+            raise InvalidRequest(
+                f"condition must be one frame of latents {list(latents.shape)}, got {list(condition.shape)}."
+            )
+        state = params.get("state")
+        return cls(
+            latents=latents,
+            condition=condition,
+            positive=positive,
+            negative=_text(tensors, "negative"),
+            settings=params["settings"],
+            start_step=params.get("start_step", 0),
+            state=None if state is None else LoopState.restored(state, _velocities(state, tensors)),
+        )
+
+
+def finite_tensor(tensors: Mapping[str, NDArray[Any]], name: str, dimensions: int) -> Tensor:
+    """The finite tensor of that many dimensions. Raises InvalidRequest."""
+    if name not in tensors or tensors[name].ndim != dimensions or not np.isfinite(tensors[name]).all():
+        found = tensors[name].shape if name in tensors else "none"
+        raise InvalidRequest(f"{name} must be a finite tensor of {dimensions} dimensions, got {found}.")
+    return torch.from_numpy(tensors[name])
+
+
+def _text(tensors: Mapping[str, NDArray[Any]], branch: str) -> TextStates | None:
+    if f"{branch}_llm" not in tensors:
+        return None
+    return TextStates(llm=finite_tensor(tensors, f"{branch}_llm", 2), clip=finite_tensor(tensors, f"{branch}_clip", 2))
+
+
+def _velocities(state: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(tensors[name]) for name in state["tensors"]}
 
 
 @dataclass(frozen=True)
@@ -56,7 +144,7 @@ class StepDone:
 Preview = Callable[[Tensor], NDArray[np.uint8]]
 
 
-def run_job(job: DenoiseJob, dit: GuidedVelocity, preview: Preview, agree: Agree = own_decision) -> Iterator[StepDone]:
+def run_job(job: DenoiseJob, dit: DiTVelocity, preview: Preview, agree: Agree = own_decision) -> Iterator[StepDone]:
     """Yields after each step; whoever iterates may stop at any step boundary.
 
     `agree` is called once behind each evaluated step of a job that may forecast some, on every rank in the same order.

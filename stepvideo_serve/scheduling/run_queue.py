@@ -12,75 +12,114 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from stepvideo_serve.errors import DeadlineExceeded, InvalidRequest, QueueFull, RequestCancelled, ServiceUnavailable
+from stepvideo_serve.scheduling.progress import Resumable
 
 
-class Answer(Protocol):
+@dataclass(frozen=True)
+class Waiting:
+    """A run waits, to begin or to go on: its place (1: next), and the estimated seconds until then, None if unknown."""
+
+    position: int
+    start_in_s: float | None
+
+
+class RunAnswer(Protocol):
     """Where the responses of a run go."""
 
     def send(self, outputs: dict[str, NDArray[Any]]) -> None: ...
+    def waiting(self, waiting: Waiting) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
 
 
 URGENT, HIGH, NORMAL, LOW = range(4)
-"""Values of params["priority"]. URGENT: a request that has begun waits for it, so it is never refused for lack of room,
-and parks any other as often as need be."""
+"""Priorities. URGENT: a request that has begun waits for the run, so the run is never refused for lack of room, and
+parks any other as often as need be."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunTerms:
+    """What a run is and what its caller may expect; decided when the run is accepted.
+
+    job        what is computed, with its progress; whoever serves the run moves it on
+    priority   URGENT, HIGH, NORMAL or LOW
+    timeout_s  from the acceptance of the run, None without a deadline
+    parkable   whether whoever serves the run can stop it at a step and go on later
+    """
+
+    job: Resumable
+    priority: int = NORMAL
+    timeout_s: float | None = None
+    parkable: bool = False
 
 
 @dataclass
-class QueuedRun:
-    """One run.
+class QueueState:
+    """What the queue knows of a run; only the queue writes it. Times are those of time.monotonic().
 
-    params["timeout_s"], absent or None without a deadline, counts from `accepted_s`; params["priority"] is NORMAL where
-    absent; params["parkable"] says whether `serve` can stop it at a step and go on later.
-    job: whatever `serve` keeps of it between two turns. arrival: its place, given by the queue.
-    asked_s: when its caller last showed that it is there.
-    parked: it is to give way; parks: how often it has, to runs that were not URGENT.
-    request_id, traceparent: of the public request that it belongs to; "" where unknown.
-    waits_since_s (time.monotonic()), waited_s (all waits so far) and turns (how often it has begun) are the queue's;
-    served_s (all turns so far) is whose it is that watches the turns.
+    arrival        the run's place among all that ever came
+    asked_s        when the caller last showed that it is there
+    parks          how often the run has given way to runs that were not URGENT
+    waits_since_s  when the wait began that is under way or was the last
+    waited_s       all waits so far
+    turns          how often the run has begun
+    """
+
+    arrival: int = 0
+    asked_s: float = field(default_factory=time.monotonic)
+    parks: int = 0
+    waits_since_s: float = 0.0
+    waited_s: float = 0.0
+    turns: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class QueuedRun:
+    """One run on its way.
+
+    request_id, traceparent: of the public request that the run belongs to; "" where unknown.
+    cancelled: the run is to end. parked: the run is to give way at its next step.
     """
 
     run_id: str
-    params: dict[str, Any]
-    tensors: dict[str, NDArray[Any]]
-    answer: Answer
-    accepted_s: float = field(default_factory=time.monotonic)
-    asked_s: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    parked: threading.Event = field(default_factory=threading.Event)
-    parks: int = 0
-    arrival: int = 0
-    job: Any = None
+    terms: RunTerms
+    answer: RunAnswer
     request_id: str = ""
     traceparent: str = ""
-    waits_since_s: float = 0.0
-    waited_s: float = 0.0
-    served_s: float = 0.0
-    turns: int = 0
-
-    @property
-    def priority(self) -> int:
-        return int(self.params.get("priority", NORMAL))
+    accepted_s: float = field(default_factory=time.monotonic)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    parked: threading.Event = field(default_factory=threading.Event)
+    state: QueueState = field(default_factory=QueueState)
 
     @property
     def gives_way(self) -> bool:
-        """Whether it must stop at its next step, but not end."""
+        """Whether the run must stop at its next step, but not end."""
         return self.parked.is_set() and not self.cancelled.is_set()
 
     def remaining_s(self) -> float | None:
         """Seconds left, or None without a deadline. Raises DeadlineExceeded when none are."""
-        timeout_s = self.params.get("timeout_s")
-        if timeout_s is None:
+        if self.terms.timeout_s is None:
             return None
-        left_s = float(timeout_s) - (time.monotonic() - self.accepted_s)
+        left_s = self.terms.timeout_s - (time.monotonic() - self.accepted_s)
         if left_s <= 0:
             raise waited_too_long()
         return left_s
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What decides a run's place in the queue."""
+
+    priority: int
+    arrival: int
+    accepted_s: float
+
+    @classmethod
+    def of(cls, run: QueuedRun) -> "Claim":
+        return cls(run.terms.priority, run.state.arrival, run.accepted_s)
 
 
 def waited_too_long() -> DeadlineExceeded:
@@ -107,7 +146,7 @@ class QueueListener:
         """How many wait now, by priority; priorities without any are left out."""
 
     def began(self, run: QueuedRun, waited_s: float) -> None:
-        """A run has its turn, its first where `turns` is 1, after a wait of `waited_s`."""
+        """A run has its turn, its first where `state.turns` is 1, after a wait of `waited_s`."""
 
     def parked(self, run: QueuedRun) -> None:
         """A run has given way and waits again."""
@@ -156,8 +195,8 @@ class RunQueue:
             if run.run_id in self._waiting or (self._running is not None and self._running.run_id == run.run_id):
                 raise InvalidRequest(f"RUN_ID must be new, got {run.run_id[:40]!r} of another run: choose another.")
             self._arrivals += 1
-            run.arrival = self._arrivals
-            if run.priority != URGENT:
+            run.state.arrival = self._arrivals
+            if run.terms.priority != URGENT:
                 self._check_room(run)
                 self._check_deadline(run)
             self._add(run)
@@ -181,22 +220,22 @@ class RunQueue:
         with self._changed:
             found = next((run for run in self._all() if run.run_id == run_id), None)
             if found is not None:
-                found.asked_s = time.monotonic()
+                found.state.asked_s = time.monotonic()
             return found is not None
 
     def end_abandoned(self, lease_s: float) -> None:
         """Ends the runs whose callers have not shown themselves for so long."""
         now_s = time.monotonic()
         with self._changed:
-            abandoned = [run.run_id for run in self._all() if now_s - run.asked_s > lease_s]
+            abandoned = [run.run_id for run in self._all() if now_s - run.state.asked_s > lease_s]
         for run_id in abandoned:
             self.cancel(run_id)
 
     def forecast(self, priority: int) -> tuple[int, float | None]:
         """How many runs wait now, and in how many seconds a run of this priority would begin, None if not known."""
         with self._changed:
-            run = QueuedRun("", {"priority": priority}, {}, _Nobody(), arrival=self._arrivals + 1)
-            return len(self._waiting), self._wait_s(run)
+            newcomer = Claim(priority, self._arrivals + 1, time.monotonic())
+            return len(self._waiting), self._wait_s(newcomer)
 
     def close(self) -> None:
         """Ends all runs and the thread."""
@@ -213,6 +252,10 @@ class RunQueue:
                 run.answer.fail(_shutting_down())
         self._thread.join()
 
+    def _in_order(self) -> list[QueuedRun]:
+        """Those that wait, the next one first."""
+        return sorted(self._waiting.values(), key=lambda run: self._order(Claim.of(run)))
+
     def _all(self) -> list[QueuedRun]:
         return [*self._waiting.values(), *([] if self._running is None else [self._running])]
 
@@ -221,58 +264,57 @@ class RunQueue:
         busy = self._running is not None or bool(self._waiting)
         if most is None or not busy or len(self._waiting) < most:
             return
-        wait_s = self._wait_s(run)
+        wait_s = self._wait_s(Claim.of(run))
         expected = "" if wait_s is None else f", which would take about {wait_s:.0f} s"
         raise QueueFull(f"At most {most} requests may wait, {len(self._waiting)} do{expected}: try again later.")
 
     def _check_deadline(self, run: QueuedRun) -> None:
-        left_s, wait_s, own_s = run.remaining_s(), self._wait_s(run), self._seconds_of(run)
+        left_s, wait_s, own_s = run.remaining_s(), self._wait_s(Claim.of(run)), self._seconds_of(run)
         if left_s is not None and wait_s is not None and own_s is not None and wait_s + own_s > left_s:
             raise DeadlineExceeded(
                 f"The video must be ready within TIMEOUT_S, of which {left_s:.1f} s are left, but about {wait_s:.1f} s "
                 f"of waiting and {own_s:.1f} s of denoising are ahead: allow more time, or try again later."
             )
 
-    def _wait_s(self, run: QueuedRun) -> float | None:
-        """Until the run begins, as far as is known now."""
+    def _wait_s(self, claim: Claim) -> float | None:
+        """Until a run with this claim begins, as far as is known now."""
         running = self._running
-        ahead = [other for other in self._waiting.values() if self._order(other) < self._order(run)]
-        if running is not None and not running.cancelled.is_set() and not self._must_give_way(running, run):
+        ahead = [other for other in self._waiting.values() if self._order(Claim.of(other)) < self._order(claim)]
+        if running is not None and not running.cancelled.is_set() and not self._must_give_way(running, claim):
             ahead.append(running)  # one that was cancelled ends at its next step
         seconds = [self._seconds_of(other) for other in ahead]
         known = [value for value in seconds if value is not None]
         return sum(known) if len(known) == len(seconds) else None
 
-    def _order(self, run: QueuedRun) -> tuple[int, int]:
+    def _order(self, claim: Claim) -> tuple[int, int]:
         """Sorts by who is next."""
-        if run.priority == URGENT:
-            return URGENT, run.arrival
-        raised = int((time.monotonic() - run.accepted_s) / self._rules.aging_s)
-        return max(run.priority - raised, HIGH), run.arrival
+        if claim.priority == URGENT:
+            return URGENT, claim.arrival
+        raised = int((time.monotonic() - claim.accepted_s) / self._rules.aging_s)
+        return max(claim.priority - raised, HIGH), claim.arrival
 
-    def _must_give_way(self, running: QueuedRun, run: QueuedRun) -> bool:
-        if not running.params.get("parkable") or run.priority >= running.priority:
+    def _must_give_way(self, running: QueuedRun, claim: Claim) -> bool:
+        if not running.terms.parkable or claim.priority >= running.terms.priority:
             return False
-        may_park = running.parks < self._rules.max_parks and self._order(run) < self._order(running)
-        return run.priority == URGENT or may_park
+        may_park = running.state.parks < self._rules.max_parks and self._order(claim) < self._order(Claim.of(running))
+        return claim.priority == URGENT or may_park
 
     def _make_way(self, run: QueuedRun) -> None:
         """Has the run under way parked, if this one must go first."""
         running = self._running
-        if running is None or running.parked.is_set() or not self._must_give_way(running, run):
+        if running is None or running.parked.is_set() or not self._must_give_way(running, Claim.of(run)):
             return
-        if run.priority != URGENT:
-            running.parks += 1
+        if run.terms.priority != URGENT:
+            running.state.parks += 1
         running.parked.set()
         self._interrupt()
 
     def _add(self, run: QueuedRun) -> None:
         """Among those that wait; the caller holds the lock, and so on below."""
         self._waiting[run.run_id] = run
-        run.waits_since_s = time.monotonic()
-        timeout_s = run.params.get("timeout_s")
-        if timeout_s is not None:
-            left_s = max(run.accepted_s + float(timeout_s) - time.monotonic(), 0.0)
+        run.state.waits_since_s = time.monotonic()
+        if run.terms.timeout_s is not None:
+            left_s = max(run.accepted_s + run.terms.timeout_s - time.monotonic(), 0.0)
             self._expiries[run.run_id] = expiry = threading.Timer(left_s, self._expire, (run,))
             expiry.daemon = True
             expiry.start()
@@ -287,17 +329,13 @@ class RunQueue:
         return run
 
     def _tell_positions(self) -> None:
-        """Every run that waits and can be parked hears its place (1: next) and its estimated start, -1 if unknown."""
-        self._listener.waiting(Counter(run.priority for run in self._waiting.values()))
+        """Every run that waits and can be parked hears its place and its estimated start."""
+        self._listener.waiting(Counter(run.terms.priority for run in self._waiting.values()))
         if self._running is None:
             return  # the first of them is about to begin
-        for place, run in enumerate(sorted(self._waiting.values(), key=self._order), start=1):
-            if run.params.get("parkable"):
-                wait_s = self._wait_s(run)
-                start_in_s = -1.0 if wait_s is None else wait_s
-                run.answer.send(
-                    {"QUEUE_POSITION": np.array([place], np.int32), "START_IN_S": np.array([start_in_s], np.float32)}
-                )
+        for place, run in enumerate(self._in_order(), start=1):
+            if run.terms.parkable:
+                run.answer.waiting(Waiting(place, self._wait_s(Claim.of(run))))
 
     def _expire(self, run: QueuedRun) -> None:
         """Called when the run's time is over. Another run may have its id by now."""
@@ -328,13 +366,13 @@ class RunQueue:
                 self._changed.wait()
             if self._closed:
                 return None
-            run = min(self._waiting.values(), key=self._order)
+            run = self._in_order()[0]
             self._take(run.run_id)
             run.parked.clear()
             self._running = run
-            waited_s = time.monotonic() - run.waits_since_s
-            run.waited_s += waited_s
-            run.turns += 1
+            waited_s = time.monotonic() - run.state.waits_since_s
+            run.state.waited_s += waited_s
+            run.state.turns += 1
             self._listener.began(run, waited_s)
             self._tell_positions()
             return run
@@ -349,14 +387,6 @@ class RunQueue:
                 self._add(run)
         if ended is not None:
             run.answer.fail(ended)
-
-
-class _Nobody:
-    """The answer of a run that is only imagined."""
-
-    def send(self, outputs: dict[str, NDArray[Any]]) -> None: ...
-    def fail(self, error: BaseException) -> None: ...
-    def close(self) -> None: ...
 
 
 def _shutting_down() -> ServiceUnavailable:

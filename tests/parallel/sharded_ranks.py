@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stepvideo_serve.assembly.stages import ShardedDecoder, ShardedDenoiser
+from stepvideo_serve.assembly.stages import Denoiser, ShardedDecoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
@@ -71,7 +71,7 @@ def run_layout(name: str, config: ServeConfig, rank: int, folder: Path) -> None:
     rendezvous = f"file://{folder}/{name}.store"
     dist.init_process_group("gloo", rendezvous, timeout=timedelta(seconds=60), world_size=layout.world_size, rank=rank)
     ranks = Collectives(layout, rank)
-    denoiser = ShardedDenoiser(config, layout, ranks)
+    denoiser = Denoiser(config, layout, ranks)
     results: dict[str, Any] = {}
     for kind, scale in (("guided", 4.0), ("alone", 1.0)):
         ranks.sent_bytes.clear()

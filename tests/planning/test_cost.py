@@ -32,7 +32,7 @@ from stepvideo_serve.dit.graphs import (
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_spec, segment_module, segment_spec
 from stepvideo_serve.dit.sharding import dit_plan
-from stepvideo_serve.dit.velocity import ShardedVelocity
+from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.geometry import VideoGeometry
@@ -273,7 +273,7 @@ def test_bytes_are_those_that_the_collectives_are_given(
     layout = Layout.parse(name)
     config = replace(PUBLISHED.dit, num_layers=1)
     ranks = fake_ranks(layout, rank)
-    dit = ShardedVelocity(graphs_without_memory(config, layout), config, torch.bfloat16, "meta", ranks)
+    dit = DiTVelocity(graphs_without_memory(config, layout), config, torch.bfloat16, "meta", ranks)
     texts = tuple(TextStates(torch.empty(n, 6144), torch.empty(77, 1024)) for n in (40, 30)[: 1 + guided])
     shape = (3, 64, 7, 11)
     with ReadableMeta():

@@ -48,6 +48,7 @@ class RunWatch(QueueListener):
         for stage in ("queue", "denoise"):
             metrics.show("stepvideo_stage_seconds", stage=stage)
         metrics.show("stepvideo_step_seconds")
+        self._served_s: dict[str, float] = {}  # of parked runs, by id: all their turns so far
         metrics.set("stepvideo_running", 0)
         metrics.set("stepvideo_step_flops_per_second", 0)
         metrics.set("stepvideo_peak_flops_per_second", peak_flops)
@@ -57,26 +58,32 @@ class RunWatch(QueueListener):
             self.metrics.set("stepvideo_queue_length", counts.get(priority, 0), priority=name)
 
     def began(self, run: QueuedRun, waited_s: float) -> None:
-        priority = PRIORITY_NAMES[run.priority]
+        priority = PRIORITY_NAMES[run.terms.priority]
         self.metrics.observe("stepvideo_queue_wait_seconds", waited_s, priority=priority)
-        if run.turns > 1:
+        if run.state.turns > 1:
             self.metrics.add("stepvideo_resumes_total", after="preemption")
         self._waited(run, "turn_began")
 
     def parked(self, run: QueuedRun) -> None:
         self.metrics.add("stepvideo_preemptions_total")
-        log_event(_logger, "run_parked", **_named(run), parks=run.parks)
+        log_event(_logger, "run_parked", **_named(run), parks=run.state.parks)
 
     def left(self, run: QueuedRun) -> None:
+        self._served_s.pop(run.run_id, None)
         self._waited(run, "run_left_queue")
 
+    def served(self, run: QueuedRun, seconds: float, outcome: str) -> float:
+        """A turn has ended after so many seconds; the seconds of all turns of the run so far."""
+        total_s = self._served_s.pop(run.run_id, 0.0) + seconds
+        if outcome == PARKED:
+            self._served_s[run.run_id] = total_s
+        return total_s
+
     def _waited(self, run: QueuedRun, event: str) -> None:
-        waited_s = time.monotonic() - run.waits_since_s
-        span = self.tracer.span(
-            "queue", run.traceparent, run.waits_since_s, priority=PRIORITY_NAMES[run.priority], turn=run.turns
-        )
-        span.end()
-        log_event(_logger, event, **_named(run), turn=run.turns, waited_s=waited_s)
+        since_s, turns = run.state.waits_since_s, run.state.turns
+        priority = PRIORITY_NAMES[run.terms.priority]
+        self.tracer.span("queue", run.traceparent, since_s, priority=priority, turn=turns).end()
+        log_event(_logger, event, **_named(run), turn=turns, waited_s=time.monotonic() - since_s)
 
 
 class Turn:
@@ -120,17 +127,17 @@ class Turn:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._end_span()
         run, seconds = self._run, time.monotonic() - self._began_s
-        run.served_s += seconds
-        if run.params["kind"] == "denoise" and self.outcome == OK:
-            self._watch.metrics.observe("stepvideo_stage_seconds", run.waited_s, stage="queue")
-            self._watch.metrics.observe("stepvideo_stage_seconds", run.served_s, stage="denoise")
-        log_event(_logger, "turn_ended", **_named(run), turn=run.turns, seconds=seconds, outcome=self.outcome)
+        served_s = self._watch.served(run, seconds, self.outcome)
+        if run.terms.job.kind == "denoise" and self.outcome == OK:
+            self._watch.metrics.observe("stepvideo_stage_seconds", run.state.waited_s, stage="queue")
+            self._watch.metrics.observe("stepvideo_stage_seconds", served_s, stage="denoise")
+        log_event(_logger, "turn_ended", **_named(run), turn=run.state.turns, seconds=seconds, outcome=self.outcome)
         self._watch.metrics.set("stepvideo_running", 0)
 
     def _end_span(self) -> None:
         if self._span is not None:
             failure = None if self.outcome in (OK, PARKED) else self.outcome
-            self._span.end(failure, first_step=self._steps[0], last_step=self._steps[-1], turn=self._run.turns)
+            self._span.end(failure, first_step=self._steps[0], last_step=self._steps[-1], turn=self._run.state.turns)
             self._span, self._steps = None, []
 
 
@@ -176,5 +183,5 @@ def _named(run: QueuedRun) -> dict[str, Any]:
         "request_id": run.request_id,
         "trace_id": trace[1] if len(trace) >= 4 else "",
         "run_id": run.run_id,
-        "kind": run.params["kind"],
+        "kind": run.terms.job.kind,
     }
