@@ -54,11 +54,14 @@ class VideoGeometry:
             ("HEIGHT", height, PIXELS_PER_LATENT),
             ("WIDTH", width, PIXELS_PER_LATENT),
         ):
-            if value < step or value % step:
-                raise InvalidRequest(
-                    f"{name} must be a positive multiple of {step}, got {value}: use {_nearest(value, step)}."
-                )
+            check_multiple(name, value, step)
         return cls(num_frames, height, width)
+
+
+def check_multiple(name: str, value: int, step: int) -> None:
+    """InvalidRequest, naming the nearest allowed values, unless `value` is a positive multiple of `step`."""
+    if value < step or value % step:
+        raise InvalidRequest(f"{name} must be a positive multiple of {step}, got {value}: use {_nearest(value, step)}.")
 
 
 def _nearest(value: int, step: int) -> str:

@@ -1,0 +1,152 @@
+"""The inputs of `ti2v` -> one validated GenerationRequest.
+
+Everything that arrives is hostile until it has passed `parse_request`. Each refusal is an InvalidRequest of one
+sentence: the input, what was expected, what came, what to do. Only the bytes of IMAGE are still unknown afterwards:
+`video.image` decodes them.
+
+Inputs are numpy arrays as Triton's Python backend gives them: BYTES is an object array of bytes; all have shape [1] but
+LATENTS [latent frames, C, h, w] and ENCODE_NOISE [1, C, h, w] (FP32, h = HEIGHT / 16, w = WIDTH / 16).
+"""
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepvideo_serve.errors import InvalidRequest
+from stepvideo_serve.geometry import VideoGeometry
+from stepvideo_serve.request.field import Default, Field
+from stepvideo_serve.request.fields import MAX_SEED, fields_for
+from stepvideo_serve.request.limits import CheckpointCard, RequestDefaults, RequestLimits
+from stepvideo_serve.request.rules import Noise, exact, shortened
+
+Inputs = Mapping[str, NDArray[Any]]
+
+SIZES = ("num_frames", "height", "width")
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """One accepted request; every value is inside the limits and `seed` is the one that will be used.
+
+    Its attributes are those of the fields that a "request" needs. `latents` fp32 [latent frames, C, h, w] and
+    `encode_noise` fp32 [1, C, h, w] are copies owned by this object, or None to draw them from the seed. `timeout_s` is
+    None without a deadline; `priority` 1 high, 2 normal, 3 low; `request_id` is None where a repeat of the request is a
+    request of its own.
+    """
+
+    prompt: str
+    image: bytes
+    negative_prompt: str
+    positive_suffix: str
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    cfg_scale: float
+    time_shift: float
+    motion_score: float
+    seed: int
+    latents: NDArray[np.float32] | None
+    encode_noise: NDArray[np.float32] | None
+    output: str
+    preview_every: int
+    timeout_s: float | None
+    priority: int
+    request_id: str | None = None
+
+    @property
+    def geometry(self) -> VideoGeometry:
+        return VideoGeometry(self.num_frames, self.height, self.width)
+
+    @property
+    def positive_prompt(self) -> str:
+        """What the text encoder gets for the conditional branch: prompt and suffix without a separator."""
+        return self.prompt + self.positive_suffix
+
+
+def parse_request(
+    inputs: Inputs, limits: RequestLimits, latent_channels: int, defaults: RequestDefaults | None = None
+) -> GenerationRequest:
+    """The request that `inputs` describe; absent ones get `defaults` (None: the official ones), SEED a random 32-bit
+    number.
+
+    Raises InvalidRequest for an unknown, missing, malformed or out-of-range input.
+    """
+    expected = fields_for("request")
+    check_names(inputs, expected)
+    filled = defaults or RequestDefaults()
+    # The shapes of the noise follow from the sizes: they come first.
+    values = {field.attribute: _value(field, inputs, limits, filled) for field in expected if field.attribute in SIZES}
+    geometry = VideoGeometry(*(values[size] for size in SIZES))
+    check_tokens(geometry, limits)
+    latent_shape = geometry.latent_shape(latent_channels)
+    for field in expected:
+        if isinstance(field.rule, Noise) and field.name in inputs:
+            field.rule.checked_shape(field.name, inputs[field.name], latent_shape)
+        if field.attribute not in values:
+            values[field.attribute] = _value(field, inputs, limits, filled)
+    return GenerationRequest(**values)
+
+
+def check_names(inputs: Iterable[str], expected: Iterable[Field]) -> None:
+    """InvalidRequest for an input that is not expected, and for a required one that is missing."""
+    names = [field.name for field in expected]
+    for name in inputs:
+        if name not in names:
+            raise InvalidRequest(f"Inputs must be among {', '.join(names)}, got {shortened(name)}: leave it out.")
+    for field in expected:
+        if field.default is Default.REQUIRED and field.name not in inputs:
+            raise InvalidRequest(
+                f"{field.name} is required, got a request without it: send it as {field.dtype} of shape [1]."
+            )
+
+
+def check_tokens(geometry: VideoGeometry, limits: RequestLimits) -> None:
+    """InvalidRequest for a video of more tokens than the server takes."""
+    if geometry.tokens > limits.max_tokens:
+        raise InvalidRequest(
+            f"NUM_FRAMES/17*3 x HEIGHT/16 x WIDTH/16 must be at most {limits.max_tokens} tokens on this server, "
+            f"got {geometry.tokens}: lower NUM_FRAMES, HEIGHT or WIDTH."
+        )
+
+
+def check_defaults(defaults: RequestDefaults, limits: RequestLimits) -> None:
+    """InvalidRequest for defaults that the server would refuse if they were sent."""
+    for field in fields_for("request"):
+        if field.default is Default.CONFIGURED:
+            field.rule.check(field.attribute, field.default_in(defaults), limits)
+    check_tokens(VideoGeometry(*(getattr(defaults, size) for size in SIZES)), limits)
+
+
+def card_warnings(request: GenerationRequest, card: CheckpointCard) -> list[str]:
+    """A sentence for each input that lies outside what the card of the checkpoint states."""
+    warnings = []
+    size = (request.num_frames, request.height, request.width)
+    if card.sizes and size not in card.sizes:
+        stated = " or ".join(_size(stated) for stated in card.sizes)
+        warnings.append(f"The card of this checkpoint states {stated}, got {_size(size)}: expect a worse video.")
+    low, high = card.cfg_scale
+    if high > 0 and not np.float32(low) <= request.cfg_scale <= np.float32(high):
+        stated = exact(low) if low == high else f"{exact(low)} to {exact(high)}"
+        warnings.append(
+            f"The card of this checkpoint states a CFG_SCALE of {stated}, got {exact(request.cfg_scale)}: expect a "
+            "worse video."
+        )
+    return warnings
+
+
+def _value(field: Field, inputs: Inputs, limits: RequestLimits, defaults: RequestDefaults) -> Any:
+    if field.name not in inputs:
+        return secrets.randbelow(MAX_SEED + 1) if field.default is Default.RANDOM else field.default_in(defaults)
+    if isinstance(field.rule, Noise):
+        return field.rule.check(field.name, inputs[field.name], limits)
+    return field.read(inputs[field.name], limits)
+
+
+def _size(size: tuple[int, int, int]) -> str:
+    frames, height, width = size
+    return f"{frames} frames of {height}x{width}"
