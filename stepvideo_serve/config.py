@@ -15,8 +15,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.presets import Preset, shipped_presets, with_exact
 from stepvideo_serve.request import RequestLimits
+from stepvideo_serve.request.presets import Preset, shipped_presets, with_exact
 
 ENVIRONMENT_VARIABLE = "STEPVIDEO_CONFIG"
 

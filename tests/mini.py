@@ -2,12 +2,16 @@
 
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from export.tiny.config import ClipDims, TinyConfig
 from export.tiny_checkpoint import random_state
 from stepvideo_serve.dit.config import DiTConfig
+from stepvideo_serve.request import RequestLimits, parse_request, rank_settings
+from stepvideo_serve.request.field import Setting
 from stepvideo_serve.text.step_llm import StepLLMConfig
 from stepvideo_serve.vae.config import VAEConfig
 
@@ -44,3 +48,17 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest difference, relative to the largest magnitude of the reference."""
     return float((value - reference).abs().max() / reference.abs().max())
+
+
+def job_settings(
+    steps: int, cfg_scale: float = 9.0, preview_every: int = 0, time_shift: float = 7.0
+) -> dict[str, Setting]:
+    """What the ranks get of a request with these values (request.rank_settings)."""
+    request = parse_request({"PROMPT": bytes_of(b""), "IMAGE": bytes_of(b"x")}, RequestLimits(), 4)
+    chosen = {"steps": steps, "cfg_scale": cfg_scale, "time_shift": time_shift, "preview_every": preview_every}
+    return {**rank_settings(request), **chosen}
+
+
+def bytes_of(value: bytes) -> NDArray[np.object_]:
+    """A BYTES input."""
+    return np.array([value], np.object_)

@@ -22,6 +22,7 @@ from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.sampling.job import DenoiseJob, run_job
 from tests.meta_device import META, ReadableMeta
+from tests.mini import job_settings
 from tests.serving.launch import EAGER
 
 
@@ -43,7 +44,7 @@ def job_for(stages: LocalStages) -> DenoiseJob:
     shape = VideoGeometry(34, 64, 96).latent_shape(stages.latent_channels)
     text = stages.encode_text("一只猫。")
     condition = stages.encode_image(torch.zeros(3, 64, 96), torch.zeros(shape[1:]))
-    return DenoiseJob(torch.zeros(shape), condition, text, text, 2, 9.0, 7.0, 5.0, preview_every=1)
+    return DenoiseJob(torch.zeros(shape), condition, text, text, job_settings(2, preview_every=1))
 
 
 def test_from_prompt_to_frames(config: ServeConfig, meta: ReadableMeta) -> None:
@@ -71,7 +72,7 @@ def test_calibration(config: ServeConfig) -> None:
     stages = GraphStages(checkpoint, open_graph, texts, torch.float32)
     condition = stages.encode_image(torch.zeros(3, 64, 96), torch.zeros(stages.latent_channels, 4, 6))
     [text] = texts.values()
-    job = DenoiseJob(torch.zeros(3, *condition.shape), condition, text, text, 2, 9.0, 7.0, 5.0)
+    job = DenoiseJob(torch.zeros(3, *condition.shape), condition, text, text, job_settings(2))
     *_, done = stages.denoise(job, lambda: False)
     assert done.latents is not None
     assert done.latents.device.type == "cpu"

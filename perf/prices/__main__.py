@@ -26,7 +26,7 @@ from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import ConfigError, InvalidRequest, StepVideoError
 from stepvideo_serve.planning.prices import Comparison, Measures, Price, PriceFile, Served, Setting
-from stepvideo_serve.presets import EXACT, Preset
+from stepvideo_serve.request.presets import EXACT, Preset
 from stepvideo_serve.sampling.denoise import flow_times
 from stepvideo_serve.sampling.evaluation import EvaluationPlan
 from toyworld.priced_scenes import observe, scene_request

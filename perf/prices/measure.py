@@ -15,8 +15,8 @@ from stepvideo_serve.assembly.stages import Denoiser, FrameDecoder, ImageEncoder
 from stepvideo_serve.config import GatesConfig, ServeConfig
 from stepvideo_serve.pipeline.generate import Cancelled, Frames, Result, generate
 from stepvideo_serve.planning.prices import EQUAL_DB
-from stepvideo_serve.presets import EVALUATED, EXACT_PRESET, Preset
 from stepvideo_serve.request import OUTPUT_LATENTS, GenerationRequest
+from stepvideo_serve.request.presets import EVALUATED, EXACT_PRESET, Preset
 from stepvideo_serve.sampling.denoise import flow_times, needs_guidance
 from stepvideo_serve.sampling.evaluation import EvaluationPlan, guided_share
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone

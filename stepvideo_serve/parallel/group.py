@@ -93,9 +93,18 @@ class RankGroup:
         """The last generation that was given up, be it ready or not."""
         self._cancel_grace_s = cancel_grace_s
         self._spec = RanksSpec(
-            factory, dict(settings), size, start_timeout_s, heartbeat_s, first_step_timeout_s, step_slack_s,
-            arena_bytes, threads_per_rank, python or default_python(), dict(env or {}),
-        )  # fmt: skip
+            factory=factory,
+            settings=dict(settings),
+            size=size,
+            start_timeout_s=start_timeout_s,
+            heartbeat_s=heartbeat_s,
+            first_step_timeout_s=first_step_timeout_s,
+            step_slack_s=step_slack_s,
+            arena_bytes=arena_bytes,
+            threads_per_rank=threads_per_rank,
+            python=python or default_python(),
+            env=dict(env or {}),
+        )
         self._changed = threading.Condition()  # guards what follows
         self._keeper: threading.Thread | None = None  # spawns the ranks and watches them
         self._ranks: Ranks | None = None  # while all are ready

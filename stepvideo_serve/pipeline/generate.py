@@ -19,9 +19,10 @@ from torch import Tensor
 from stepvideo_serve.config import GatesConfig, VideoConfig
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
 from stepvideo_serve.pipeline.output_checks import Gates
-from stepvideo_serve.request import OUTPUT_FRAMES, OUTPUT_LATENTS, GenerationRequest
+from stepvideo_serve.request import OUTPUT_FRAMES, OUTPUT_LATENTS, GenerationRequest, rank_settings
 from stepvideo_serve.sampling.denoise import needs_guidance, request_noise
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
+from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.text.states import TextStates
 from stepvideo_serve.video.image import decode_image, fit_image
 from stepvideo_serve.video.mp4 import Mp4Encoder, crop_to_standard
@@ -29,14 +30,6 @@ from stepvideo_serve.video.mp4 import Mp4Encoder, crop_to_standard
 Frames = NDArray[np.uint8]
 Cancelled = Callable[[], bool]
 Around = Callable[[str], AbstractContextManager[object]]
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A job waits, to begin or to go on: its place (1: next), and the estimated seconds until then, if known."""
-
-    position: int
-    start_in_s: float | None
 
 
 class Stages(Protocol):
@@ -152,11 +145,7 @@ def generate(
         condition=condition,
         positive=positive,
         negative=negative,
-        steps=request.steps,
-        cfg_scale=request.cfg_scale,
-        time_shift=request.time_shift,
-        motion_score=request.motion_score,
-        preview_every=request.preview_every,
+        settings=rank_settings(request),
         timeout_s=watch.remaining_s(),
     )
     step_seconds: list[float] = []

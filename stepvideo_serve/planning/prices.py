@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.presets import Preset
+from stepvideo_serve.request.presets import Preset
 
 FORMAT: Final = "stepvideo-serve prices"
 VERSION: Final = 1

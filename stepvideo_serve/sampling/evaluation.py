@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from stepvideo_serve.errors import InvalidRequest
-from stepvideo_serve.presets import EVALUATED, FORECAST, LEAST_STEPS, Preset, mask_fault
+from stepvideo_serve.request.presets import EVALUATED, FORECAST, LEAST_STEPS, Preset, mask_fault
 
 ORDER: Final = 1
 KEPT: Final = ORDER + 1

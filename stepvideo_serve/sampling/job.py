@@ -12,12 +12,11 @@ from torch import Tensor
 
 from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.errors import InvalidRequest
-from stepvideo_serve.request import Setting
-from stepvideo_serve.presets import EVALUATED, EXACT_PRESET, Preset
+from stepvideo_serve.request.field import Setting
+from stepvideo_serve.request.presets import EVALUATED, EXACT_PRESET, Preset
 from stepvideo_serve.sampling.denoise import denoise, flow_times, guide, needs_guidance
 from stepvideo_serve.sampling.evaluation import Agree, EvaluatedSteps, EvaluationPlan, LoopState, own_decision
 from stepvideo_serve.text.states import TextStates
-
 
 Message = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 """Parameters (JSON) and tensors by name: a job on its way to the ranks, the same in every process."""

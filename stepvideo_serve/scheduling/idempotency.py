@@ -30,12 +30,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Answer(Protocol):
-    """Where the responses to one request go: `serving.adapter.Sender`, or a SharedAnswer in its place."""
+    """Where the responses to one request go: `serving.adapter.Sender`, or a SharedAnswer in its place.
+
+    Whoever computes calls `dismiss_gone` from time to time, then asks `cancelled`.
+    """
 
     def send(self, outputs: Outputs) -> None: ...
     def finish(self, outputs: Outputs) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def cancelled(self) -> bool: ...
+    def dismiss_gone(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,17 +116,20 @@ class SharedAnswer:
         self._to_all(lambda caller: caller.answer.fail(caller.gone(self._clock()) or error))
 
     def cancelled(self) -> bool:
-        """Answers the callers who have left, while others wait; whether all have."""
+        """Whether all callers had left when `dismiss_gone` was called last."""
+        return self._abandoned
+
+    def dismiss_gone(self) -> None:
+        """Answers the callers who have left, while others wait; when all have, the run is abandoned."""
         with self._lock:
             now_s = self._clock()
             left = [(caller, reason) for caller in self._callers if (reason := caller.gone(now_s)) is not None]
             if self._abandoned or len(left) == len(self._callers):
                 self._abandoned = True
-                return True
+                return
             for caller, reason in left:
                 self._callers.remove(caller)
                 caller.answer.fail(reason)
-            return False
 
     def _to_all(self, send: Callable[[Caller], None]) -> None:
         """One caller's broken connection does not concern the others."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Generator
 from contextlib import closing
+
 from stepvideo_serve.errors import RequestCancelled, WorkerFailed
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import Event, ResultEvent

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from stepvideo_serve.errors import (
     SetupError,
     StepVideoError,
 )
+from stepvideo_serve.scheduling.run_queue import Waiting
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -89,59 +90,69 @@ def end_process() -> NoReturn:
     os._exit(0)
 
 
-class Sender:
-    """The responses of one decoupled request. Any thread may send; the first error or `close` is the last word."""
+def waiting_outputs(waiting: Waiting) -> dict[str, NDArray[Any]]:
+    """QUEUE_POSITION and, if the start is known, START_IN_S."""
+    outputs: dict[str, NDArray[Any]] = {"QUEUE_POSITION": np.array([waiting.position], np.int32)}
+    if waiting.start_in_s is not None:
+        outputs["START_IN_S"] = np.array([waiting.start_in_s], np.float32)
+    return outputs
 
-    def __init__(self, request: Any) -> None:
+
+class Sender:
+    """The responses of one request. Any thread may send; the first error or result is the last word.
+
+    decoupled  the model streams: progress is sent too. Otherwise the one response is all there is.
+    ended      hears of the last word before the caller does: None, or the error
+    """
+
+    def __init__(
+        self, request: Any, decoupled: bool, ended: Callable[[BaseException | None], None] = lambda _: None
+    ) -> None:
         self._sender = request.get_response_sender()
+        self._decoupled, self._ended = decoupled, ended
         self._lock = threading.Lock()
         self._open = True
 
     def send(self, outputs: Arrays) -> None:
-        """Sends one response; does nothing once closed."""
+        """Sends progress, where the model streams; does nothing after the last word."""
         with self._lock:
-            if self._open:
+            if self._open and self._decoupled:
                 self._sender.send(response(outputs))
 
     def finish(self, outputs: Arrays) -> None:
-        """Sends the last response, then the empty final one."""
+        """Sends the result."""
+        self._ended(None)
         self._finish(response(outputs))
 
-    def fail(self, error: BaseException) -> None:
-        """Sends the error, then the empty final response."""
-        self._finish(error_response(error))
+    def waiting(self, waiting: Waiting) -> None:
+        """Sends the place of a run that waits, as the one response to a fetch."""
+        self.finish(waiting_outputs(waiting))
 
-    def close(self) -> None:
-        """Sends the empty final response."""
-        self._finish(None)
+    def fail(self, error: BaseException) -> None:
+        """Sends the error."""
+        self._ended(error)
+        self._finish(error_response(error))
 
     def cancelled(self) -> bool:
         """Whether the caller has cancelled the request, or has gone."""
         return bool(self._sender.is_cancelled())
 
-    def _finish(self, last: Any) -> None:
-        with self._lock:
-            if self._open:
-                self._open = False
-                try:
-                    if last is not None:
-                        self._sender.send(last)
-                finally:  # without it the server would keep the request for good
-                    self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-class UnarySender(Sender):
-    """The same for a model that is not decoupled: the one response, and no progress."""
-
-    def send(self, outputs: Arrays) -> None:
-        """Does nothing."""
+    def dismiss_gone(self) -> None:
+        """Does nothing: the one caller hears of the end."""
 
     def _finish(self, last: Any) -> None:
         with self._lock:
-            if self._open:
-                self._open = False
+            if not self._open:
+                return
+            self._open = False
+            if not self._decoupled:
                 # In one piece: servers such as 24.10 crash when the end of an error comes by itself.
                 self._sender.send(last, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                return
+            try:
+                self._sender.send(last)
+            finally:  # without it the server would keep the request for good
+                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _status(error: BaseException) -> Any:

@@ -1,7 +1,7 @@
 """The model `dit_denoiser`: queues runs, and drives the group of ranks that computes them.
 
-KIND says what a run is: "denoise" (the default: a response per step, then LATENTS), and for layouts of several ranks
-"decode" (FRAMES chunk by chunk) and "text" (LLM_STATES of INPUT_IDS). Decoding and text belong to a request that is
+KIND says what a run is: "denoise" (the default: a response per step, then latents), and for layouts of several ranks
+"decode" (frames chunk by chunk) and "text" (llm_states of input_ids). Decoding and text belong to a request that is
 under way or about to be, so they go before the denoising runs that wait.
 
 Two kinds are no runs and are answered at once: "pace" (REPORT: what the server has measured, how long a run of PRIORITY
@@ -23,9 +23,10 @@ from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS
 from stepvideo_serve.planning.pace import Pace, TurnPace
-from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
-from stepvideo_serve.scheduling.resume import Repeated, Resumable, ResumableDenoise, run_on
-from stepvideo_serve.scheduling.run_queue import URGENT, QueuedRun, QueueRules, RunQueue
+from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL, checked_settings
+from stepvideo_serve.scheduling.progress import Repeated, ResumableDenoise
+from stepvideo_serve.scheduling.resume import run_on
+from stepvideo_serve.scheduling.run_queue import URGENT, QueuedRun, QueueRules, RunQueue, RunTerms
 from stepvideo_serve.serving.adapter import Arrays, bytes_array, clear_setup_errors
 from stepvideo_serve.serving.observe.logs import configure_logging
 from stepvideo_serve.serving.observe.metric_families import OK
@@ -36,15 +37,11 @@ from stepvideo_serve.serving.queued_model import QueuedModel
 
 RANK_FACTORY = "stepvideo_serve.serving.rank_factory:build_rank"
 TENSORS = {
-    "denoise": ("LATENTS", "CONDITION", "POSITIVE_LLM", "POSITIVE_CLIP", "NEGATIVE_LLM", "NEGATIVE_CLIP"),
-    "decode": ("LATENTS",),
-    "text": ("INPUT_IDS",),
+    "denoise": ("latents", "condition", "positive_llm", "positive_clip", "negative_llm", "negative_clip"),
+    "decode": ("latents",),
+    "text": ("input_ids",),
 }
-REQUIRED = {
-    "denoise": ("STEPS", "CFG_SCALE", "TIME_SHIFT", "MOTION_SCORE"),
-    "decode": ("LATENTS",),
-    "text": ("INPUT_IDS",),
-}
+"""Kind of a run -> the tensors of its job, all but the negative branch's required; the names are the ranks' own."""
 
 
 class DenoiserModel(QueuedModel):
@@ -56,7 +53,7 @@ class DenoiserModel(QueuedModel):
             configure_logging(config.logging, "dit_denoiser", in_stub=True)
             self._tracer = Tracer(config.telemetry, "dit_denoiser")
             ranks = Layout.parse(config.denoiser.layout).world_size
-            self._max_steps = config.limits.max_steps
+            self._limits = config.limits
             self._max_resumes = config.denoiser.max_resumes
             self._group = RankGroup(
                 RANK_FACTORY,
@@ -79,7 +76,7 @@ class DenoiserModel(QueuedModel):
         self._watch = RunWatch(
             metrics,
             self._tracer,
-            lambda run: self._pace.step_flops(run.tensors),
+            lambda run: self._pace.step_flops(run.terms.job.tensors),
             config.telemetry.steps_per_span,
             config.denoiser.peak_tflops * 1e12 * ranks,
         )
@@ -97,17 +94,21 @@ class DenoiserModel(QueuedModel):
             return {}
         return {"REPORT": bytes_array(json.dumps(self._state(inputs)).encode())} if kind == "pace" else None
 
-    def describe_run(self, inputs: Arrays) -> dict[str, Any]:
+    def describe_run(self, inputs: Arrays) -> RunTerms:
         kind = _kind(inputs)
         if kind not in TENSORS:
             raise InvalidRequest(f"KIND must be one of {', '.join(TENSORS)}, got {kind[:40]!r}: correct it.")
-        missing = [name for name in REQUIRED[kind] if name not in inputs]
+        required = ("SETTINGS", *TENSORS[kind][:4]) if kind == "denoise" else TENSORS[kind]
+        missing = [name for name in required if name not in inputs]
         if missing:
             raise InvalidRequest(f"A run needs {missing[0]}, got none: call the model ti2v instead.")
         timeout_s = _finite(inputs, "TIMEOUT_S") if "TIMEOUT_S" in inputs else None
+        tensors = {name: inputs[name] for name in TENSORS[kind] if name in inputs}
         if kind != "denoise":
-            return {"kind": kind, "priority": URGENT, "timeout_s": timeout_s}
-        return {"kind": kind, "parkable": True, "timeout_s": timeout_s, **self._loop_params(inputs)}
+            return RunTerms(Repeated(kind, tensors), URGENT, timeout_s)
+        settings = checked_settings(_json_object(inputs, "SETTINGS"), self._limits)
+        job = ResumableDenoise({"kind": kind, "settings": settings}, tensors, int(settings["steps"]))
+        return RunTerms(job, _priority(inputs), timeout_s, parkable=True)
 
     def finalize(self) -> None:
         self.queue.close()
@@ -134,33 +135,20 @@ class DenoiserModel(QueuedModel):
 
     def _take_note(self, inputs: Arrays) -> None:
         try:
-            for stage, (work, seconds) in json.loads(inputs["NOTE"].flat[0]).items():
+            for stage, (work, seconds) in _json_object(inputs, "NOTE").items():
                 self._pace.ledger.note(stage, float(work), float(seconds))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise InvalidRequest(f"NOTE must be a JSON object of [work, seconds] by stage: {error}.") from None
 
-    def _loop_params(self, inputs: Arrays) -> dict[str, Any]:
-        steps = int(inputs["STEPS"].flat[0])
-        if not 1 <= steps <= self._max_steps:
-            raise InvalidRequest(f"STEPS must be 1 to {self._max_steps}, got {steps}: ask for fewer.")
-        return {
-            "priority": _priority(inputs),
-            "steps": steps,
-            "cfg_scale": _finite(inputs, "CFG_SCALE"),
-            "time_shift": _finite(inputs, "TIME_SHIFT"),
-            "motion_score": _finite(inputs, "MOTION_SCORE"),
-            "preview_every": int(inputs["PREVIEW_EVERY"].flat[0]) if "PREVIEW_EVERY" in inputs else 0,
-        }
-
     def _serve(self, run: QueuedRun) -> bool:
-        run.job = run.job or _resumable(run)
-        pace = TurnPace(self._pace, run.tensors)
+        job = run.terms.job
+        pace = TurnPace(self._pace, job.tensors)
         with Turn(self._watch, run) as turn:
             try:
-                with closing(run_on(self._group, run, run.job, self._max_resumes, turn.resumed)) as events:
+                with closing(run_on(self._group, run, self._max_resumes, turn.resumed)) as events:
                     for event in events:
                         self._note(turn, pace, event)
-                        outputs = self._outputs(run.params["kind"], event)
+                        outputs = self._outputs(job.kind, event)
                         if outputs:
                             run.answer.send(outputs)
                 turn.outcome = OK
@@ -182,33 +170,38 @@ class DenoiserModel(QueuedModel):
 
     def _seconds_of(self, run: QueuedRun) -> float | None:
         """Of the steps that are left; decoding and text are short beside them."""
-        if run.params["kind"] != "denoise":
+        job = run.terms.job
+        if job.kind != "denoise":
             return 0.0
-        left = run.params["steps"] if run.job is None else run.job.steps_left
-        step_s = self._pace.step_seconds(run.tensors)
-        return None if step_s is None else float(left * step_s)
+        step_s = self._pace.step_seconds(job.tensors)
+        return None if step_s is None else float(job.steps_left * step_s)
 
     def _outputs(self, kind: str, event: StepEvent | ResultEvent) -> dict[str, Any]:
         """What the caller gets to see of an event."""
         if kind == "decode":
-            return {"FRAMES": event.tensors["frames"]} if "frames" in event.tensors else {}
+            return {"frames": event.tensors["frames"]} if "frames" in event.tensors else {}
         if kind == "text":
-            return {"LLM_STATES": event.tensors["llm_states"]}
+            return {"llm_states": event.tensors["llm_states"]}
         if isinstance(event, ResultEvent):
-            report = json.dumps(self._group.info).encode()
-            return {"LATENTS": event.tensors["latents"], "REPORT": bytes_array(report)}
+            settings = {"settings": event.params["settings"]} if "settings" in event.params else {}
+            report = json.dumps({**self._group.info, **settings}).encode()
+            return {"latents": event.tensors["latents"], "REPORT": bytes_array(report)}
         outputs = {
             "STEP": np.array([event.params["step"]], np.int32),
             "TOTAL_STEPS": np.array([event.params["total_steps"]], np.int32),
             "STEP_SECONDS": np.array([event.params["seconds"]], np.float32),
         }
-        return {**outputs, "PREVIEW": event.tensors["preview"]} if "preview" in event.tensors else outputs
+        return {**outputs, "preview": event.tensors["preview"]} if "preview" in event.tensors else outputs
 
 
-def _resumable(run: QueuedRun) -> Resumable:
-    kind = run.params["kind"]
-    tensors = {name.lower(): run.tensors[name] for name in TENSORS[kind] if name in run.tensors}
-    return ResumableDenoise(run.params, tensors) if kind == "denoise" else Repeated(run.params, tensors)
+def _json_object(inputs: Arrays, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(inputs[name].flat[0])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InvalidRequest(f"{name} must be JSON, got: {error}; call the model ti2v instead.") from None
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{name} must be a JSON object, got {type(found).__name__}: correct it.")
+    return found
 
 
 def _kind(inputs: Arrays) -> str:

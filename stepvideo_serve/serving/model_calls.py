@@ -18,8 +18,8 @@ import triton_python_backend_utils as pb_utils
 
 from stepvideo_serve.errors import RequestError, WorkerFailed
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
+from stepvideo_serve.serving.mailbox import ENDED
 from stepvideo_serve.serving.observe.traces import UNKNOWN, Origin
-from stepvideo_serve.serving.queued_model import ENDED
 
 CANCEL_POLL_S = 0.05
 CANCEL_AGAIN_S = 1.0
@@ -39,8 +39,9 @@ def call(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origin = 
 def run(
     model: str, inputs: Arrays, cancelled: Callable[[], bool], origin: Origin = UNKNOWN
 ) -> Generator[Outputs, None, None]:
-    """One run of a model that queues them (queued.py), its responses in turn. Raises the RequestError that the model
-    answered with, and WorkerFailed when its process has died or does not answer.
+    """One run of a model that queues runs (queued_model.py): the run's responses in turn.
+
+    Raises the RequestError that the model answered with, and WorkerFailed when its process has died or does not answer.
 
     `cancelled()` ends the run, and so does closing the generator early.
     """

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,15 @@ from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
 from stepvideo_serve.serving.adapter import (
     Arrays,
     Sender,
-    UnarySender,
     bytes_array,
     clear_setup_errors,
     end_process,
     is_probe,
     read_inputs,
+    waiting_outputs,
 )
 from stepvideo_serve.serving.model_calls import ANSWER_S, call, in_time
-from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestWatches, WatchedAnswer
+from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestWatches
 from stepvideo_serve.serving.remote_stages import BlsStages, report_pace
 from stepvideo_serve.serving.stage_models import StageModel
 from stepvideo_serve.video.preview import encode_jpeg
@@ -49,7 +49,7 @@ class PublicModel:
     A request is validated before it is accepted, so a bad one is answered at once however busy the server is.
     """
 
-    sender: type[Sender]
+    decoupled: bool
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
@@ -75,10 +75,11 @@ class PublicModel:
 
     def _take(self, request: Any) -> None:
         if is_probe(request):
-            self.sender(request).finish({"REPORT": bytes_array(json.dumps({"accepted": self._accepted}).encode())})
+            report = json.dumps({"accepted": self._accepted}).encode()
+            Sender(request, self.decoupled).finish({"REPORT": bytes_array(report)})
             return
         watch = self._watches.begin(request)
-        answer: Answer = WatchedAnswer(self.sender(request), watch)
+        answer: Answer = Sender(request, self.decoupled, watch.end)
         try:
             inputs = read_inputs(request)
             parsed = parse_request(inputs, self._config.limits, self._latent_channels)
@@ -117,7 +118,7 @@ class PublicModel:
 
     def _result(self, parsed: GenerationRequest, answer: Answer, watch: RequestWatch) -> Result:
         with Heartbeat(answer, parsed.steps) as heartbeat:
-            for event in self._events(parsed, answer.cancelled, watch):
+            for event in self._events(parsed, partial(_unwanted, answer), watch):
                 if isinstance(event, Result):
                     return event
                 heartbeat.send(event)
@@ -141,16 +142,22 @@ class PublicModel:
             yield event
 
 
+def _unwanted(answer: Answer) -> bool:
+    """Whether nobody waits for the answer any more; callers who have left while others wait are answered first."""
+    answer.dismiss_gone()
+    return answer.cancelled()
+
+
 class StreamingModel(PublicModel):
     """`ti2v`."""
 
-    sender = Sender
+    decoupled = True
 
 
 class UnaryModel(PublicModel):
     """`ti2v_unary`."""
 
-    sender = UnarySender
+    decoupled = False
 
 
 class Heartbeat:
@@ -198,11 +205,7 @@ def progress_outputs(progress: Progress) -> Outputs:
         "TOTAL_STEPS": np.array([progress.total_steps], np.int32),
         "ELAPSED_S": np.array([progress.elapsed_s], np.float32),
     }
-    if progress.waiting is not None:
-        outputs["QUEUE_POSITION"] = np.array([progress.waiting.position], np.int32)
-        if progress.waiting.start_in_s is not None:
-            outputs["START_IN_S"] = np.array([progress.waiting.start_in_s], np.float32)
-    return outputs
+    return outputs | (waiting_outputs(progress.waiting) if progress.waiting is not None else {})
 
 
 def result_outputs(result: Result) -> Outputs:

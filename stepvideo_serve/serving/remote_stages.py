@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from stepvideo_serve.errors import RequestError, WorkerFailed
-from stepvideo_serve.pipeline.generate import Cancelled, Frames, Waiting
+from stepvideo_serve.pipeline.generate import Cancelled, Frames
 from stepvideo_serve.planning.quote import stage_work
 from stepvideo_serve.request import GenerationRequest
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
+from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
-from stepvideo_serve.serving.model_calls import call, in_time, run
+from stepvideo_serve.serving.model_calls import Outputs, call, in_time, run
 from stepvideo_serve.serving.observe.traces import UNKNOWN, Origin
 from stepvideo_serve.text.states import TextStates
 
@@ -65,11 +66,11 @@ class BlsStages:
         """The last step is held back until its latents are there."""
         last: StepDone | None = None
         latents: Tensor | None = None
-        inputs = {**_job_inputs(job), "PRIORITY": np.array([self._priority], np.int32)}
+        inputs = _job_inputs(job, self._priority)
         with closing(run("dit_denoiser", inputs, cancelled, self._origin())) as responses:
             for out in responses:
-                if "LATENTS" in out:
-                    latents = torch.from_numpy(out["LATENTS"])
+                if "latents" in out:
+                    latents = torch.from_numpy(out["latents"])
                     self._description |= json.loads(out["REPORT"].flat[0])
                     continue
                 if "QUEUE_POSITION" in out:
@@ -85,13 +86,13 @@ class BlsStages:
         yield replace(last, latents=latents)
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
-        inputs: dict[str, np.ndarray[Any, Any]] = {"LATENTS": latents.numpy()}
+        inputs: Outputs = {"latents": latents.numpy()}
         model = "vae_decoder"
         if self._ranks_decode:
             model, inputs["KIND"] = "dit_denoiser", bytes_array(b"decode")
         with closing(run(model, inputs, self._cancelled, self._origin())) as responses:
             for out in responses:
-                yield out["FRAMES"]
+                yield out["frames"]
 
     @property
     def image_is_new(self) -> bool:
@@ -107,10 +108,10 @@ class RanksLLM:
 
     def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
         """input_ids [1, L] int64 -> {"llm_states": [1, L, D]}."""
-        inputs = {"KIND": bytes_array(b"text"), "INPUT_IDS": input_ids.numpy()}
+        inputs = {"KIND": bytes_array(b"text"), "input_ids": input_ids.numpy()}
         with closing(run("dit_denoiser", inputs, lambda: False)) as responses:
             for out in responses:
-                return {"llm_states": torch.from_numpy(out["LLM_STATES"])}
+                return {"llm_states": torch.from_numpy(out["llm_states"])}
         raise WorkerFailed("dit_denoiser must answer with text states, it ended without: see the server's log.")
 
 
@@ -125,30 +126,23 @@ def report_pace(request: GenerationRequest, seconds: Mapping[str, float], stages
         _logger.warning("the pace of a request was not noted: %s", str(error) or type(error).__name__)
 
 
-def _job_inputs(job: DenoiseJob) -> dict[str, np.ndarray[Any, Any]]:
-    inputs: dict[str, np.ndarray[Any, Any]] = {
-        "LATENTS": job.latents.float().numpy(),
-        "CONDITION": job.condition.numpy(),
-        "POSITIVE_LLM": job.positive.llm.numpy(),
-        "POSITIVE_CLIP": job.positive.clip.numpy(),
-        "STEPS": np.array([job.steps], np.int32),
-        "CFG_SCALE": np.array([job.cfg_scale], np.float32),
-        "TIME_SHIFT": np.array([job.time_shift], np.float32),
-        "MOTION_SCORE": np.array([job.motion_score], np.float32),
-        "PREVIEW_EVERY": np.array([job.preview_every], np.int32),
+def _job_inputs(job: DenoiseJob, priority: int) -> Outputs:
+    """The job's message as inputs of `dit_denoiser`: tensors under their names, settings as JSON."""
+    params, tensors = job.message()
+    inputs = {
+        **tensors,
+        "KIND": bytes_array(params["kind"].encode()),
+        "SETTINGS": bytes_array(json.dumps(params["settings"]).encode()),
+        "PRIORITY": np.array([priority], np.int32),
     }
-    if job.negative is not None:
-        inputs |= {"NEGATIVE_LLM": job.negative.llm.numpy(), "NEGATIVE_CLIP": job.negative.clip.numpy()}
-    if job.timeout_s is not None:
-        inputs["TIMEOUT_S"] = np.array([job.timeout_s], np.float32)
-    return inputs
+    return inputs if job.timeout_s is None else {**inputs, "TIMEOUT_S": np.array([job.timeout_s], np.float32)}
 
 
 def _waiting(out: Arrays) -> Waiting:
-    start_in_s = float(out["START_IN_S"].flat[0])
-    return Waiting(int(out["QUEUE_POSITION"].flat[0]), start_in_s if start_in_s >= 0 else None)
+    start_in_s = float(out["START_IN_S"].flat[0]) if "START_IN_S" in out else None
+    return Waiting(int(out["QUEUE_POSITION"].flat[0]), start_in_s)
 
 
 def _step_done(out: Arrays) -> StepDone:
     step, total, seconds = (out[name].flat[0] for name in ("STEP", "TOTAL_STEPS", "STEP_SECONDS"))
-    return StepDone(int(step), int(total), float(seconds), out.get("PREVIEW"), None)
+    return StepDone(int(step), int(total), float(seconds), out.get("preview"), None)

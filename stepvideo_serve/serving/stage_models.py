@@ -9,7 +9,8 @@ import torch
 from stepvideo_serve.assembly.stages import FrameDecoder, ImageEncoder, build_text_encoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
-from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue
+from stepvideo_serve.scheduling.progress import Repeated
+from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue, RunTerms
 from stepvideo_serve.serving.adapter import (
     Arrays,
     clear_setup_errors,
@@ -88,7 +89,7 @@ class VaeEncoderModel(StageModel):
 
 
 class VaeDecoderModel(QueuedModel):
-    """LATENTS -> FRAMES, one response per chunk. A run stops after a chunk once it is cancelled."""
+    """latents -> frames, one response per chunk. A run stops after a chunk once it is cancelled."""
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
@@ -103,17 +104,17 @@ class VaeDecoderModel(QueuedModel):
         self._beats.close()
         super().finalize()
 
-    def describe_run(self, inputs: Arrays) -> dict[str, Any]:
-        if "LATENTS" not in inputs:
-            raise InvalidRequest("A run needs LATENTS, got none: call the model ti2v instead.")
-        return {}
+    def describe_run(self, inputs: Arrays) -> RunTerms:
+        if "latents" not in inputs:
+            raise InvalidRequest("A run needs latents, got none: call the model ti2v instead.")
+        return RunTerms(Repeated("decode", {"latents": inputs["latents"]}))
 
     def _serve(self, run: QueuedRun) -> bool:
         try:
-            for frames in self._decoder.decode(torch.from_numpy(run.tensors["LATENTS"])):
+            for frames in self._decoder.decode(torch.from_numpy(run.terms.job.tensors["latents"])):
                 if run.cancelled.is_set():
                     raise RequestCancelled("The request was cancelled by its caller.")
-                run.answer.send({"FRAMES": frames})
+                run.answer.send({"frames": frames})
         except Exception as error:  # as in StageModel
             run.answer.fail(error)
         run.answer.close()

@@ -13,6 +13,7 @@ from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.parallel.job import ResultEvent
 from stepvideo_serve.sampling.job import DenoiseJob
+from tests.mini import job_settings
 from tests.serving.launch import EAGER, ranks
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +38,7 @@ def job_of(stages: LocalStages) -> DenoiseJob:
     pixels = torch.rand(3, SHAPE[2] * 16, SHAPE[3] * 16, generator=generator) * 2 - 1
     condition = stages.encode_image(pixels, torch.zeros(shape[1:]))
     positive, negative = stages.encode_text(PROMPT), stages.encode_text("")
-    return DenoiseJob(latents, condition, positive, negative, STEPS, 4.0, 7.0, 5.0)
+    return DenoiseJob(latents, condition, positive, negative, job_settings(STEPS, 4.0))
 
 
 def run(stages: LocalStages, job: DenoiseJob) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import ResultEvent
-from stepvideo_serve.scheduling.resume import ResumableDenoise, run_on
-from stepvideo_serve.scheduling.run_queue import QueuedRun
+from stepvideo_serve.scheduling.progress import ResumableDenoise
+from stepvideo_serve.scheduling.resume import run_on
+from stepvideo_serve.scheduling.run_queue import QueuedRun, RunTerms, Waiting
 from tests.parallel.failing import SIGNALS
 
 FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")
@@ -58,6 +59,7 @@ class NoAnswer:
     """Where the responses of a run go, which nobody reads."""
 
     def send(self, outputs: dict[str, NDArray[Any]]) -> None: ...
+    def waiting(self, waiting: Waiting) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
 
@@ -94,14 +96,14 @@ class Bench:
             },
         )
 
-    def queued(self, **params: Any) -> QueuedRun:
-        params = {"steps": STEPS, "timeout_s": None, **params}
-        return QueuedRun("run", params, {"latents": LATENTS}, NoAnswer())
+    def queued(self, timeout_s: float | None = None, **params: Any) -> QueuedRun:
+        job = ResumableDenoise({"steps": STEPS, **params}, {"latents": LATENTS}, STEPS)
+        return QueuedRun("run", RunTerms(job, timeout_s=timeout_s), NoAnswer())
 
     def run(self, max_resumes: int = 2, **params: Any) -> tuple[list[int], NDArray[np.float32]]:
         """A request: the steps that were reported, and the result."""
         run = self.queued(**params)
-        *steps, result = run_on(self.group, run, ResumableDenoise(run.params, run.tensors), max_resumes)
+        *steps, result = run_on(self.group, run, max_resumes)
         assert isinstance(result, ResultEvent)
         return [step.params["step"] for step in steps], result.tensors["latents"]
 

@@ -19,9 +19,10 @@ from stepvideo_serve.assembly.stages import Denoiser, ShardedDecoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.presets import Preset
+from stepvideo_serve.request.presets import Preset
 from stepvideo_serve.sampling.job import DenoiseJob
 from stepvideo_serve.text.states import TextStates
+from tests.mini import job_settings
 
 LATENTS = (3, 4, 3, 5)  # 45 tokens: divisible by neither 2 nor 4
 LLM_TOKENS = (9, 5)
@@ -43,10 +44,7 @@ def make_job(cfg_scale: float = 4.0) -> DenoiseJob:
         condition=normal(*LATENTS[1:]),
         positive=texts[0],
         negative=texts[1] if cfg_scale > 1 else None,
-        steps=STEPS,
-        cfg_scale=cfg_scale,
-        time_shift=7.0,
-        motion_score=5.0,
+        settings=job_settings(STEPS, cfg_scale),
     )
 
 
@@ -55,7 +53,7 @@ def make_forecast_job() -> DenoiseJob:
     preset = Preset(
         "adaptive", tolerance=0.5, dense_start=0.01, dense_end=0.9, longest_streak=3, guidance_from=0.1, guidance_to=0.8
     )
-    return replace(make_job(), steps=FORECAST_STEPS, preset=preset)
+    return replace(make_job(), settings=job_settings(FORECAST_STEPS, 4.0), preset=preset)
 
 
 def make_video() -> torch.Tensor:

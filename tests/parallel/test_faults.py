@@ -19,7 +19,7 @@ from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled, ServiceUn
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import ERROR_GRACE_S, StepEvent
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS
-from stepvideo_serve.scheduling.resume import ResumableDenoise, run_on
+from stepvideo_serve.scheduling.resume import run_on
 from tests.parallel.faults import (
     FAULTS,
     FIRST_STEP_S,
@@ -159,7 +159,7 @@ def test_a_run_that_waits_for_the_ranks_can_end(bench: Bench, error: type[Except
     generation = bench.group.generation
     timeout_s = 1.0 if error is DeadlineExceeded else None
     run = bench.queued(fault=bench.fault("SIGKILL", 0, 3), timeout_s=timeout_s)
-    events = run_on(bench.group, run, ResumableDenoise(run.params, run.tensors), 2)
+    events = run_on(bench.group, run, 2)
     assert len([next(events) for _ in range(3)]) == 3
 
     def cancel_once_lost() -> None:

@@ -18,7 +18,7 @@ from perf.prices.summary import estimate, measures, rank_correlation, table
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.planning.prices import PriceBook, PriceFile, Setting
-from stepvideo_serve.presets import Preset
+from stepvideo_serve.request.presets import Preset
 from toyworld.samples import first_image, png
 from toyworld.world import Scene
 

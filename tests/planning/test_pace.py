@@ -95,9 +95,9 @@ def test_stages_do_not_mix() -> None:
 
 
 def states(frames: int, guided: bool) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    texts = {f"{name}_{kind}": np.zeros((length, 1)) for name in ("POSITIVE", "NEGATIVE")[: 1 + guided]
-             for kind, length in (("LLM", 20), ("CLIP", 77))}  # fmt: skip
-    return {"LATENTS": np.zeros((frames, 8, 4, 6), np.float32), **texts}
+    texts = {f"{name}_{kind}": np.zeros((length, 1)) for name in ("positive", "negative")[: 1 + guided]
+             for kind, length in (("llm", 20), ("clip", 77))}  # fmt: skip
+    return {"latents": np.zeros((frames, 8, 4, 6), np.float32), **texts}
 
 
 def test_a_run_takes_what_its_flops_take() -> None:
@@ -115,6 +115,6 @@ def test_flops_of_the_published_model() -> None:
     """7,288 TFLOP for 102 frames of 544x992 with guidance, counted on the official network; without what surrounds the
     blocks and what is computed once per request."""
     latents = np.broadcast_to(np.float32(0), (18, 64, 34, 62))
-    texts = {f"{name}_{kind}": np.broadcast_to(np.float32(0), (length, 1)) for name in ("POSITIVE", "NEGATIVE")
-             for kind, length in (("LLM", 320), ("CLIP", 77))}  # fmt: skip
-    assert Pace(PUBLISHED.dit).step_flops({"LATENTS": latents, **texts}) == pytest.approx(7288e12, rel=0.005)
+    texts = {f"{name}_{kind}": np.broadcast_to(np.float32(0), (length, 1)) for name in ("positive", "negative")
+             for kind, length in (("llm", 320), ("clip", 77))}  # fmt: skip
+    assert Pace(PUBLISHED.dit).step_flops({"latents": latents, **texts}) == pytest.approx(7288e12, rel=0.005)

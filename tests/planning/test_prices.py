@@ -21,7 +21,7 @@ from stepvideo_serve.planning.prices import (
     Served,
     Setting,
 )
-from stepvideo_serve.presets import Preset, shipped_presets
+from stepvideo_serve.request.presets import Preset, shipped_presets
 
 FAST = shipped_presets()["fast"]
 SETTING = Setting(34, 64, 64, 50, 7.3, 13.0)

@@ -18,13 +18,13 @@ from stepvideo_serve.assembly.graphs import components, dit_graph_names
 from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.errors import InvalidRequest
-from stepvideo_serve.presets import EXACT_PRESET, Preset
+from stepvideo_serve.request.presets import EXACT_PRESET, Preset
 from stepvideo_serve.sampling.denoise import denoise, euler_step, flow_times, guide
 from stepvideo_serve.sampling.evaluation import EvaluatedSteps, EvaluationPlan, LoopState, guided_share
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.text.states import CLIP_TOKENS, TextStates
 from stepvideo_serve.video.preview import LatentPreview
-from tests.mini import MINI, normal, relative_error
+from tests.mini import MINI, job_settings, normal, relative_error
 
 SHAPE = (3, 4, 2, 3)
 Field = Callable[[Tensor, float, bool], Tensor]
@@ -271,7 +271,7 @@ def dit(mini_checkpoint: Path) -> DiTVelocity:
 
 def make_job(**changes: Any) -> DenoiseJob:
     texts = [TextStates(normal(n, MINI.dit.llm_channels, seed=n), normal(CLIP_TOKENS, 32, seed=n + 1)) for n in (9, 5)]
-    job = DenoiseJob(normal(*SHAPE), normal(*SHAPE[1:], seed=3), texts[0], texts[1], 14, 4.0, 7.0, 5.0)
+    job = DenoiseJob(normal(*SHAPE), normal(*SHAPE[1:], seed=3), texts[0], texts[1], job_settings(14, 4.0))
     return replace(job, **changes)
 
 
@@ -285,7 +285,8 @@ def test_a_job_without_preset_has_the_bits_of_the_plain_loop(dit: DiTVelocity) -
     request = dit.prepare(SHAPE, job.condition, job.motion_score, (job.positive, job.negative))
 
     def velocity(latents: Tensor, at: float) -> Tensor:
-        return guide(*dit(latents, at, request), 4.0)
+        conditional, unconditional = dit(latents, at, request)
+        return guide(conditional, unconditional, 4.0)
 
     plain = list(denoise(job.latents, flow_times(14, 7.0), velocity))
     steps = done(job, dit)
@@ -317,6 +318,7 @@ def test_a_job_goes_on_with_the_same_bits(dit: DiTVelocity) -> None:
     whole = done(job, dit)
     assert whole[-1].evaluations == 5
     for step in whole[:-1]:
+        assert step.latents is not None
         rest = done(replace(job, start_step=step.step, latents=step.latents, state=step.state), dit)
         assert torch.equal(rest[-1].latents, whole[-1].latents)  # type: ignore[arg-type]
         assert rest[-1].evaluations == whole[-1].evaluations

@@ -10,7 +10,7 @@ import pytest
 
 from stepvideo_serve.config import PricingConfig, ServeConfig
 from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.presets import EXACT_PRESET, OF_RULE, Preset, mask_fault, shipped_presets
+from stepvideo_serve.request.presets import EXACT_PRESET, OF_RULE, Preset, mask_fault, shipped_presets
 
 MODEL = '[model]\ndir = "weights"\nengines_dir = "engines"\n'
 ADAPTIVE: dict[str, Any] = {"tolerance": 0.1, "dense_start": 0.02, "dense_end": 0.9, "longest_streak": 5}

@@ -7,7 +7,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from stepvideo_serve.scheduling.run_queue import LOW, NORMAL, QueuedRun, QueueListener, QueueRules, RunQueue
+from stepvideo_serve.scheduling.progress import Repeated
+from stepvideo_serve.scheduling.run_queue import (
+    LOW,
+    NORMAL,
+    QueuedRun,
+    QueueListener,
+    QueueRules,
+    RunQueue,
+    RunTerms,
+    Waiting,
+)
 
 PATIENCE_S = 60.0
 
@@ -23,8 +33,8 @@ class Diary(QueueListener):
         self.counts = dict(counts)
 
     def began(self, run: QueuedRun, waited_s: float) -> None:
-        assert run.waited_s >= waited_s >= 0
-        self.heard.append(("began", run.run_id, str(run.turns)))
+        assert run.state.waited_s >= waited_s >= 0
+        self.heard.append(("began", run.run_id, str(run.state.turns)))
 
     def parked(self, run: QueuedRun) -> None:
         self.heard.append(("parked", run.run_id))
@@ -37,6 +47,9 @@ class Silent:
     """An answer that nobody reads."""
 
     def send(self, outputs: dict[str, NDArray[Any]]) -> None:
+        """Does nothing."""
+
+    def waiting(self, waiting: Waiting) -> None:
         """Does nothing."""
 
     def fail(self, error: BaseException) -> None:
@@ -56,7 +69,7 @@ def test_waits_turns_parks_and_who_left() -> None:
         return not run.gives_way
 
     def run(name: str, priority: int) -> QueuedRun:
-        return QueuedRun(name, {"priority": priority, "parkable": True}, {}, Silent())
+        return QueuedRun(name, RunTerms(Repeated("denoise", {}), priority, parkable=True), Silent())
 
     diary = Diary()
     runs = RunQueue(QueueRules(8, max_parks=1), serve, turn.release, lambda _: None, diary)

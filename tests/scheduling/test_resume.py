@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import Event, ResultEvent, StepEvent
-from stepvideo_serve.scheduling.resume import Repeated, Resumable, ResumableDenoise, run_on
-from stepvideo_serve.scheduling.run_queue import QueuedRun
+from stepvideo_serve.scheduling.progress import Repeated, Resumable, ResumableDenoise
+from stepvideo_serve.scheduling.resume import run_on
+from stepvideo_serve.scheduling.run_queue import QueuedRun, RunTerms, Waiting
+from tests.mini import job_settings
 from tests.serving.launch import EAGER, ranks
 
 STEPS = 5
@@ -26,14 +28,9 @@ TENSORS = {
     "negative_llm": NORMAL((5, 48)).astype(np.float32),
     "negative_clip": NORMAL((77, 32)).astype(np.float32),
 }
-PARAMS = {
+PARAMS: dict[str, Any] = {
     "kind": "denoise",
-    "steps": STEPS,
-    "cfg_scale": 4.0,
-    "time_shift": 7.0,
-    "motion_score": 5.0,
-    "preview_every": 2,
-    "timeout_s": None,
+    "settings": job_settings(STEPS, cfg_scale=4.0, preview_every=2),
 }
 
 
@@ -41,6 +38,7 @@ class NoAnswer:
     """Where the responses of a run go, which nobody reads."""
 
     def send(self, outputs: dict[str, NDArray[Any]]) -> None: ...
+    def waiting(self, waiting: Waiting) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
 
@@ -72,7 +70,7 @@ def two_ranks(make_config: Callable[[str], Path], root: Path) -> Iterator[RankGr
 def events_of(group: RankGroup, job: Resumable, kill_after: int | None = None) -> list[Event]:
     """All events; the last rank is killed when so many have come."""
     events: list[Event] = []
-    for event in run_on(group, QueuedRun("run", {"timeout_s": None}, {}, NoAnswer()), job, max_resumes=1):
+    for event in run_on(group, QueuedRun("run", RunTerms(job), NoAnswer()), max_resumes=1):
         events.append(event)
         if len(events) == kill_after:
             os.kill(group.pids[-1], signal.SIGKILL)
@@ -92,30 +90,30 @@ def assert_same(events: list[Event], undisturbed: list[Event]) -> None:
 @pytest.mark.parametrize("layout", ["one_rank", "two_ranks"])
 def test_denoising_goes_on_after_the_last_completed_step(layout: str, request: pytest.FixtureRequest) -> None:
     group: RankGroup = request.getfixturevalue(layout)
-    undisturbed = events_of(group, ResumableDenoise(PARAMS, TENSORS))
+    undisturbed = events_of(group, ResumableDenoise(PARAMS, TENSORS, STEPS))
     assert [event.params["step"] for event in undisturbed if isinstance(event, StepEvent)] == [1, 2, 3, 4, 5]
     assert "preview" in undisturbed[1].tensors
-    assert_same(events_of(group, ResumableDenoise(PARAMS, TENSORS), kill_after=1), undisturbed)
+    assert_same(events_of(group, ResumableDenoise(PARAMS, TENSORS, STEPS), kill_after=1), undisturbed)
 
 
 @pytest.mark.slow
 def test_after_the_last_step_no_rank_is_needed(two_ranks: RankGroup) -> None:
-    undisturbed = events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS))
-    assert_same(events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS), kill_after=STEPS), undisturbed)
+    undisturbed = events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS, STEPS))
+    assert_same(events_of(two_ranks, ResumableDenoise(PARAMS, TENSORS, STEPS), kill_after=STEPS), undisturbed)
 
 
 @pytest.mark.slow
 def test_decoding_goes_on_after_the_last_chunk(two_ranks: RankGroup) -> None:
     latents = {"latents": NORMAL((12, 4, 2, 2)).astype(np.float32)}
-    undisturbed = events_of(two_ranks, Repeated({"kind": "decode"}, latents))
+    undisturbed = events_of(two_ranks, Repeated("decode", latents))
     assert len(undisturbed) > 2
     assert isinstance(undisturbed[-1], ResultEvent)
-    assert_same(events_of(two_ranks, Repeated({"kind": "decode"}, latents), kill_after=1), undisturbed)
+    assert_same(events_of(two_ranks, Repeated("decode", latents), kill_after=1), undisturbed)
 
 
 def test_a_decoding_that_begins_again_drops_what_was_seen() -> None:
-    job = Repeated({}, {})
+    job = Repeated("decode", {})
     chunk = StepEvent({}, {})
     for news in ([True, True], [False, False, True], [False], [False, False, False, True]):
         job.begin()
-        assert [job.is_news(chunk) for _ in news] == news
+        assert [job.take(chunk) for _ in news] == news

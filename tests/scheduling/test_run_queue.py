@@ -1,13 +1,10 @@
 """The queue of runs in front of something that does one at a time, without the server."""
 
-import queue
-import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from stepvideo_serve.errors import (
     DeadlineExceeded,
@@ -17,83 +14,14 @@ from stepvideo_serve.errors import (
     RequestError,
     ServiceUnavailable,
 )
-from stepvideo_serve.scheduling.run_queue import HIGH, LOW, URGENT, QueuedRun, QueueRules, RunQueue
-
-PATIENCE_S = 60.0
-
-
-class Mailbox:
-    """Keeps the one answer of a run."""
-
-    def __init__(self) -> None:
-        self._answers: queue.SimpleQueue[BaseException | str] = queue.SimpleQueue()
-
-        self.places: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
-
-    def send(self, outputs: dict[str, NDArray[Any]]) -> None:
-        if "QUEUE_POSITION" in outputs:
-            self.places.put((outputs["QUEUE_POSITION"].item(), outputs["START_IN_S"].item()))
-        else:
-            self._answers.put(outputs["DONE"].item())
-
-    def fail(self, error: BaseException) -> None:
-        self._answers.put(error)
-
-    def close(self) -> None:
-        raise AssertionError("an answer is sent once")
-
-    def answer(self) -> BaseException | str:
-        return self._answers.get(timeout=PATIENCE_S)
-
-    def place(self) -> tuple[int, float]:
-        """The next place in the queue that the run was told, and when it may begin."""
-        return self.places.get(timeout=PATIENCE_S)
-
-    @property
-    def empty(self) -> bool:
-        return self._answers.empty()
-
-
-class Ranks:
-    """Serves runs one at a time, each until it is let go or interrupted."""
-
-    def __init__(self) -> None:
-        self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.turn = threading.Semaphore(0)
-        self.current: QueuedRun | None = None
-
-    def serve(self, run: QueuedRun) -> bool:
-        self.current = run
-        self.started.put(run.run_id)
-        self.turn.acquire()
-        if run.gives_way:
-            return False
-        if run.cancelled.is_set():
-            run.answer.fail(RequestCancelled("cancelled"))
-        else:
-            run.answer.send({"DONE": np.array(run.run_id)})
-        return True
-
-    def seconds_of(self, run: QueuedRun) -> float | None:
-        """As the test says."""
-        return run.params.get("seconds")
-
-    def interrupt(self) -> None:
-        assert self.current is not None
-        assert self.current.cancelled.is_set() or self.current.parked.is_set(), "the mark comes first"
-        self.turn.release()
-
-    def next_started(self) -> str:
-        return self.started.get(timeout=PATIENCE_S)
-
-
-def new_run(run_id: str, timeout_s: float | None = None, **params: object) -> tuple[QueuedRun, Mailbox]:
-    mailbox = Mailbox()
-    return QueuedRun(run_id, {"timeout_s": timeout_s, **params}, {}, mailbox), mailbox
-
-
-def new_queue(ranks: Ranks, max_waiting: int | None, max_parks: int = 0, aging_s: float = 600.0) -> RunQueue:
-    return RunQueue(QueueRules(max_waiting, max_parks, aging_s), ranks.serve, ranks.interrupt, ranks.seconds_of)
+from stepvideo_serve.scheduling.run_queue import (
+    HIGH,
+    LOW,
+    URGENT,
+    QueuedRun,
+    RunQueue,
+)
+from tests.scheduling.queue_doubles import Mailbox, Ranks, new_queue, new_run
 
 
 @pytest.fixture
@@ -284,8 +212,7 @@ def test_a_run_that_has_waited_long_is_raised(ranks: Ranks) -> None:
     runs = new_queue(ranks, None, aging_s=60.0)
     occupy(runs, ranks)
     old, _ = new_run("old", priority=LOW)
-    old.accepted_s -= 121.0
-    runs.put(old)
+    runs.put(replace(old, accepted_s=old.accepted_s - 121.0))
     put_new(runs, "high", priority=HIGH)
     put(runs, "normal")
     assert started(ranks, 3) == ["old", "high", "normal"]
@@ -302,7 +229,7 @@ def test_a_higher_priority_parks_the_run_under_way_which_goes_on_afterwards(rank
     put_new(runs, "high", priority=HIGH)  # "normal" cannot be parked
     assert started(ranks, 2) == ["high", "low"]
     put_new(runs, "another", priority=HIGH)
-    assert low.parks == 1
+    assert low.state.parks == 1
     ranks.turn.release()
     assert low_answer.answer() == "low"
     assert ranks.next_started() == "another"
@@ -329,7 +256,7 @@ def test_an_urgent_run_parks_without_being_counted(ranks: Ranks) -> None:
     assert ranks.next_started() == "urgent"
     ranks.turn.release()
     assert ranks.next_started() == "run"
-    assert run.parks == 0
+    assert run.state.parks == 0
     ranks.turn.release()
     assert mailbox.answer() == "run"
     runs.close()
@@ -361,10 +288,10 @@ def test_those_that_wait_are_told_their_place_and_when_they_begin(ranks: Ranks) 
     assert (second.place(), third.place()) == ((1, 10.0), (2, 30.0))
     _, unknown = put_new(runs, "unknown", priority=HIGH, parkable=True)
     assert (unknown.place(), third.places.qsize()) == ((1, 10.0), 1)
-    assert third.place() == (3, -1.0)
+    assert third.place() == (3, None)
     ranks.turn.release()
     assert ranks.next_started() == "unknown"
-    while (place := third.place()) != (2, -1.0):
+    while (place := third.place()) != (2, None):
         assert place[0] == 3
     for _ in range(3):
         ranks.turn.release()

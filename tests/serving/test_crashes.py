@@ -1,5 +1,6 @@
 """Processes that die, and callers of the internal models that send nonsense: the server goes on."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,63 +13,71 @@ import psutil
 import pytest
 
 from stepvideo_serve.launch.server import SHARED_MEMORY
+from tests.mini import job_settings
 from tests.server_deaths import WatchServer
 from tests.serving.calls import Refused, Server, Values
 from tests.serving.launch import serving
 
 SOON_S = 60.0
-STATES = {"POSITIVE_LLM": np.zeros((3, 96), np.float32), "POSITIVE_CLIP": np.zeros((77, 64), np.float32)}
+STATES = {"positive_llm": np.zeros((3, 96), np.float32), "positive_clip": np.zeros((77, 64), np.float32)}
+
+
+def settings(**changes: object) -> bytes:
+    """What `ti2v` sends of a request with one step and no guidance, with changes."""
+    return json.dumps({**job_settings(1, cfg_scale=1.0), **changes}).encode()
+
+
 RUN: Values = {
     "RUN_ID": b"r",
-    "LATENTS": np.zeros((3, 8, 2, 2), np.float32),
-    "CONDITION": np.zeros((8, 2, 2), np.float32),
+    "latents": np.zeros((3, 8, 2, 2), np.float32),
+    "condition": np.zeros((8, 2, 2), np.float32),
     **STATES,
-    "STEPS": np.array([1], np.int32),
-    "CFG_SCALE": np.array([1], np.float32),
-    "TIME_SHIFT": np.array([7], np.float32),
-    "MOTION_SCORE": np.array([5], np.float32),
+    "SETTINGS": settings(),
 }
 NAN = np.full((3, 8, 2, 2), np.nan, np.float32)
 
 # Runs that are refused, or fail: what is wrong, and the words of the answer.
 MALFORMED: dict[str, tuple[str, Values, str]] = {
     "nothing": ("dit_denoiser", {}, "INVALID_ARGUMENT: A run needs RUN_ID"),
-    "no-run-id": ("dit_denoiser", {"STEPS": RUN["STEPS"]}, "INVALID_ARGUMENT: A run needs RUN_ID"),
-    "run-id-only": ("dit_denoiser", {"RUN_ID": b"r"}, "INVALID_ARGUMENT: A run needs STEPS"),
-    "run-id-not-utf8": ("dit_denoiser", {"RUN_ID": b"\xff"}, "INVALID_ARGUMENT: A run needs STEPS"),
+    "no-run-id": ("dit_denoiser", {"SETTINGS": settings()}, "INVALID_ARGUMENT: A run needs RUN_ID"),
+    "run-id-only": ("dit_denoiser", {"RUN_ID": b"r"}, "INVALID_ARGUMENT: A run needs SETTINGS"),
+    "run-id-not-utf8": ("dit_denoiser", {"RUN_ID": b"\xff"}, "INVALID_ARGUMENT: A run needs SETTINGS"),
     "no-tensors": (
         "dit_denoiser",
         {name: value for name, value in RUN.items() if name not in STATES},
-        "INVALID_ARGUMENT: POSITIVE_LLM",
+        "INVALID_ARGUMENT: A run needs positive_llm",
     ),
-    "latents-nan": ("dit_denoiser", {**RUN, "LATENTS": NAN}, "INVALID_ARGUMENT: LATENTS must be a finite tensor"),
+    "latents-nan": ("dit_denoiser", {**RUN, "latents": NAN}, "INVALID_ARGUMENT: latents must be a finite tensor"),
     "latents-of-another-size": (
         "dit_denoiser",
-        {**RUN, "LATENTS": np.zeros((3, 8, 2, 3), np.float32)},
-        "INVALID_ARGUMENT: CONDITION must be one frame of LATENTS",
+        {**RUN, "latents": np.zeros((3, 8, 2, 3), np.float32)},
+        "INVALID_ARGUMENT: condition must be one frame of latents",
     ),
     "channels": (
         "dit_denoiser",
-        {**RUN, "LATENTS": np.zeros((3, 5, 2, 2), np.float32), "CONDITION": np.zeros((5, 2, 2), np.float32)},
+        {**RUN, "latents": np.zeros((3, 5, 2, 2), np.float32), "condition": np.zeros((5, 2, 2), np.float32)},
         "INVALID_ARGUMENT: The tensors must fit the graphs",
     ),
     "text-width": (
         "dit_denoiser",
-        {**RUN, "POSITIVE_LLM": np.zeros((3, 7), np.float32)},
+        {**RUN, "positive_llm": np.zeros((3, 7), np.float32)},
         "INVALID_ARGUMENT: The tensors must fit the graphs",
     ),
-    "no-steps": ("dit_denoiser", {**RUN, "STEPS": np.array([0], np.int32)}, "INVALID_ARGUMENT: STEPS must be 1 to"),
+    "no-steps": ("dit_denoiser", {**RUN, "SETTINGS": settings(steps=0)}, "INVALID_ARGUMENT: steps must be from 1 to"),
     "scale-nan": (
         "dit_denoiser",
-        {**RUN, "CFG_SCALE": np.array([np.nan], np.float32)},
-        "INVALID_ARGUMENT: CFG_SCALE must be finite",
+        {**RUN, "SETTINGS": settings(cfg_scale=float("nan"))},
+        "INVALID_ARGUMENT: cfg_scale must be",
     ),
+    "settings-no-json": ("dit_denoiser", {**RUN, "SETTINGS": b"{"}, "INVALID_ARGUMENT: SETTINGS must be JSON"),
+    "settings-no-object": ("dit_denoiser", {**RUN, "SETTINGS": b"[1]"}, "INVALID_ARGUMENT: SETTINGS must be a JSON"),
+    "settings-unknown": ("dit_denoiser", {**RUN, "SETTINGS": settings(more=1)}, "INVALID_ARGUMENT: Settings must be"),
     "no-time": ("dit_denoiser", {**RUN, "TIMEOUT_S": np.array([-1], np.float32)}, "DEADLINE_EXCEEDED: "),
-    "decode-nothing": ("vae_decoder", {"RUN_ID": b"r"}, "INVALID_ARGUMENT: A run needs LATENTS"),
-    "decode-no-run-id": ("vae_decoder", {"LATENTS": RUN["LATENTS"]}, "INVALID_ARGUMENT: A run needs RUN_ID"),
-    "decode-nan": ("vae_decoder", {"RUN_ID": b"r", "LATENTS": NAN}, "INTERNAL: The decoded video must be finite"),
-    "decode-channels": ("vae_decoder", {"RUN_ID": b"r", "LATENTS": np.zeros((3, 5, 2, 2), np.float32)}, "INTERNAL: "),
-    "decode-no-frames": ("vae_decoder", {"RUN_ID": b"r", "LATENTS": np.zeros((0, 8, 2, 2), np.float32)}, "INTERNAL: "),
+    "decode-nothing": ("vae_decoder", {"RUN_ID": b"r"}, "INVALID_ARGUMENT: A run needs latents"),
+    "decode-no-run-id": ("vae_decoder", {"latents": RUN["latents"]}, "INVALID_ARGUMENT: A run needs RUN_ID"),
+    "decode-nan": ("vae_decoder", {"RUN_ID": b"r", "latents": NAN}, "INTERNAL: The decoded video must be finite"),
+    "decode-channels": ("vae_decoder", {"RUN_ID": b"r", "latents": np.zeros((3, 5, 2, 2), np.float32)}, "INTERNAL: "),
+    "decode-no-frames": ("vae_decoder", {"RUN_ID": b"r", "latents": np.zeros((0, 8, 2, 2), np.float32)}, "INTERNAL: "),
 }
 PIXELS = np.zeros((3, 32, 32), np.float32)
 NOISE = np.zeros((8, 2, 2), np.float32)
@@ -94,7 +103,8 @@ def server_goes_on(server: Server, small: Values) -> Iterator[None]:
 def test_the_run_that_the_malformed_calls_are_made_from_is_answered(server: Server) -> None:
     *steps, result = server.run(RUN, "dit_denoiser")
     assert [step["STEP"][0] for step in steps] == [1]
-    assert result.keys() == {"LATENTS", "REPORT"}
+    assert result.keys() == {"latents", "REPORT"}
+    assert json.loads(result["REPORT"].item())["settings"] == json.loads(settings())
 
 
 @pytest.mark.parametrize(("model", "values", "words"), MALFORMED.values(), ids=MALFORMED.keys())

@@ -22,7 +22,8 @@ from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
 from stepvideo_serve.planning.pace import Ledger, step_flops
 from stepvideo_serve.planning.quote import ACCEPTED, PARTS, QuoteRequest, Server, quote
-from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue
+from stepvideo_serve.scheduling.progress import Repeated
+from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue, RunTerms
 from tests.server_deaths import WatchServer
 from tests.serving.calls import Refused, Values, report_of
 from tests.serving.calls import Server as Running
@@ -156,6 +157,7 @@ class Heard:
     """The answer of a run that nobody waits for."""
 
     def send(self, outputs: Any) -> None: ...
+    def waiting(self, waiting: Any) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
 
@@ -166,7 +168,7 @@ def test_a_forecast_counts_what_goes_first() -> None:
     try:
         assert queue.forecast(2) == (0, 0)
         for index, priority in enumerate((2, 2, 3)):
-            queue.put(QueuedRun(str(index), {"priority": priority}, {}, Heard()))
+            queue.put(QueuedRun(str(index), RunTerms(Repeated("denoise", {}), priority), Heard()))
         deadline_s = time.monotonic() + 60
         while queue.forecast(2)[0] != 2 and time.monotonic() < deadline_s:
             time.sleep(0.01)
@@ -180,7 +182,7 @@ def test_a_forecast_counts_what_goes_first() -> None:
 def test_runs_whose_callers_are_gone_are_ended() -> None:
     interrupted = threading.Event()
     queue = RunQueue(QueueRules(5), lambda _: interrupted.wait(60), interrupted.set, lambda _: 10.0)
-    runs = [QueuedRun(str(index), {"priority": 2}, {}, Heard()) for index in range(3)]
+    runs = [QueuedRun(str(index), RunTerms(Repeated("denoise", {}), 2), Heard()) for index in range(3)]
     try:
         for run in runs:
             queue.put(run)
@@ -188,7 +190,7 @@ def test_runs_whose_callers_are_gone_are_ended() -> None:
         while queue.forecast(2)[0] != 2 and time.monotonic() < deadline_s:
             time.sleep(0.01)
         for run in runs:
-            run.asked_s -= 100.0
+            run.state.asked_s -= 100.0
         assert queue.renew("1")
         queue.end_abandoned(50.0)
         assert [run.cancelled.is_set() for run in runs] == [True, False, False], "the one under way was interrupted"

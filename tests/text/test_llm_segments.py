@@ -81,6 +81,9 @@ class ThreadRank:
     def exchange_branches(self, own: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError(f"Step-LLM has no guidance branches, got {own.shape}")
 
+    def agree(self, value: int) -> int:
+        raise AssertionError(f"Step-LLM decides nothing, got {value}")
+
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:

@@ -14,7 +14,7 @@ import torch
 
 from perf.prices.measure import PriceStages, Variant, encode_texts, run
 from stepvideo_serve.planning.prices import Measures, PriceFile
-from stepvideo_serve.presets import Preset, shipped_presets
+from stepvideo_serve.request.presets import Preset, shipped_presets
 from stepvideo_serve.sampling.evaluation import EvaluationPlan
 from toyworld.evaluate import CHECKPOINT
 from toyworld.priced_scenes import scene_request

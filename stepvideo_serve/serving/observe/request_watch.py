@@ -3,15 +3,12 @@
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from numpy.typing import NDArray
-
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import StepVideoError
-from stepvideo_serve.scheduling.idempotency import Answer
 from stepvideo_serve.serving.observe.logs import configure_logging, log_event
 from stepvideo_serve.serving.observe.metric_families import OK, STAGES, codes
 from stepvideo_serve.serving.observe.metrics import Heartbeats, Metrics
@@ -105,24 +102,3 @@ class RequestWatch:
 
     def _log(self, event: str, level: int, **fields: object) -> None:
         log_event(_logger, event, level, request_id=self._request_id, trace_id=self._span.trace_id, **fields)
-
-
-class WatchedAnswer:
-    """An answer whose end the watch hears, before the caller does."""
-
-    def __init__(self, answer: Answer, watch: RequestWatch) -> None:
-        self._answer, self._watch = answer, watch
-
-    def send(self, outputs: Mapping[str, NDArray[Any]]) -> None:
-        self._answer.send(outputs)
-
-    def finish(self, outputs: Mapping[str, NDArray[Any]]) -> None:
-        self._watch.end()
-        self._answer.finish(outputs)
-
-    def fail(self, error: BaseException) -> None:
-        self._watch.end(error)
-        self._answer.fail(error)
-
-    def cancelled(self) -> bool:
-        return self._answer.cancelled()

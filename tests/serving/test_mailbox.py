@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepvideo_serve.serving import queued_model as module
-from stepvideo_serve.serving.queued_model import HOLD_S, Mailbox
+from stepvideo_serve.scheduling.run_queue import Waiting
+from stepvideo_serve.serving import mailbox as module
+from stepvideo_serve.serving.mailbox import HOLD_S, Mailbox
 
 PATIENCE_S = 30.0
 Got = dict[str, Any] | BaseException
@@ -24,6 +25,9 @@ class Fetch:
 
     def finish(self, outputs: dict[str, Any]) -> None:
         self.got.put(outputs)
+
+    def waiting(self, waiting: Waiting) -> None:
+        self.got.put({"WAITING": np.array([waiting.position])})
 
     def fail(self, error: BaseException) -> None:
         self.got.put(error)
@@ -81,6 +85,12 @@ def test_outputs_come_in_order_and_then_the_end(box: Mailbox, fetch: Callable[[]
     assert [names(one) for one in got] == [["N"], ["N"], ["N"], ["ENDED"]]
     assert [one["N"][0] for one in got[:3] if isinstance(one, dict)] == [0, 1, 2]
     assert gone.wait(PATIENCE_S)
+
+
+def test_a_wait_is_one_of_the_answers(box: Mailbox, fetch: Callable[[], Got]) -> None:
+    box.waiting(Waiting(3, None))
+    box.send(number(1))
+    assert [names(fetch()) for _ in range(2)] == [["WAITING"], ["N"]]
 
 
 def test_an_error_is_the_last(box: Mailbox, fetch: Callable[[], Got], gone: threading.Event) -> None:

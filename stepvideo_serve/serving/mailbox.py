@@ -1,0 +1,126 @@
+"""The responses of a run, kept until its caller fetches them, one at a time. Free of Triton, for tests."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepvideo_serve.scheduling.run_queue import Waiting
+
+HOLD_S = 0.25  # how long a fetch waits for something; each holds one of the server's 32 threads for the caller's calls
+UNFETCHED_S = 120.0  # how long the end of a run waits for its caller
+ENDED = "ENDED"
+
+Outputs = dict[str, NDArray[Any]]
+
+_logger = logging.getLogger(__name__)
+
+
+class Reply(Protocol):
+    """The one response to a fetch."""
+
+    def finish(self, outputs: Outputs) -> None: ...
+    def waiting(self, waiting: Waiting) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+
+
+Letter = Outputs | Waiting | BaseException
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A caller that asks for the next letter; until_s: time.monotonic() until which the caller may be kept waiting."""
+
+    reply: Reply
+    until_s: float
+
+
+class Mailbox:
+    """What a run answers, in order: outputs and waits, then an error or the output ENDED, which is the last.
+
+    Any thread may call. A thread of its own replies: a reply to a caller whose process has died never returns.
+    `gone()` is called, once started, when nothing will be replied any more.
+    """
+
+    def __init__(self, gone: Callable[[], None]) -> None:
+        self._gone = gone
+        self._letters: deque[Letter] = deque()
+        self._fetches: deque[Fetch] = deque()
+        self._complete = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._deliver, name="mailbox", daemon=True)
+
+    def start(self) -> None:
+        """Once the run has been accepted: from now on there are replies."""
+        self._thread.start()
+
+    def send(self, outputs: Outputs) -> None:
+        """Does nothing after the last letter."""
+        self._put(outputs, last=False)
+
+    def waiting(self, waiting: Waiting) -> None:
+        """The run waits; does nothing after the last letter."""
+        self._put(waiting, last=False)
+
+    def fail(self, error: BaseException) -> None:
+        """The last letter is an error."""
+        self._put(error, last=True)
+
+    def close(self) -> None:
+        """The last letter is ENDED, if there was no error."""
+        self._put({ENDED: np.array([True])}, last=True)
+
+    def fetch(self, reply: Reply) -> None:
+        """Replies with the next of the run's answers, or with nothing after HOLD_S."""
+        with self._changed:
+            self._fetches.append(Fetch(reply, time.monotonic() + HOLD_S))
+            self._changed.notify()
+
+    def join(self, timeout_s: float) -> None:
+        """Until all has been fetched; at once if never started."""
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _put(self, letter: Letter, last: bool) -> None:
+        with self._changed:
+            if not self._complete:
+                self._complete = last
+                self._letters.append(letter)
+                self._changed.notify()
+
+    def _deliver(self) -> None:
+        try:
+            while (pair := self._next()) is not None:
+                reply, letter = pair
+                try:
+                    if isinstance(letter, BaseException):
+                        reply.fail(letter)
+                    elif isinstance(letter, Waiting):
+                        reply.waiting(letter)
+                    else:
+                        reply.finish(letter)
+                except Exception:  # the caller will ask why nothing came
+                    _logger.exception("an answer could not be sent")
+        finally:
+            self._gone()
+
+    def _next(self) -> tuple[Reply, Letter] | None:
+        """Waits for a fetch and for something to reply; None after the last, or when nobody comes for it."""
+        with self._changed:
+            while True:
+                if self._complete and not self._letters:
+                    return None
+                if self._fetches and self._letters:
+                    return self._fetches.popleft().reply, self._letters.popleft()
+                now_s = time.monotonic()
+                if self._fetches and self._fetches[0].until_s <= now_s:
+                    return self._fetches.popleft().reply, {}
+                wait_s = self._fetches[0].until_s - now_s if self._fetches else UNFETCHED_S
+                if not self._changed.wait(wait_s) and not self._fetches and self._complete:
+                    return None
