@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from stepvideo_kernels.adaln_modulate.spec import builds
-from stepvideo_kernels.compile.__main__ import faults, remove_unknown
 from stepvideo_kernels.compile.binaries import Binary
+from stepvideo_kernels.compile.build import faults, remove_unknown
 from stepvideo_kernels.kernel_spec import FullSize, KernelBuild, Work
 
 NAMES = ("adaln_modulate.residual-fp8.sm90.m32w8s3", "qkv_norm_rope.bf16.sm120.m16w4s2headsperprogram16")
@@ -41,7 +41,6 @@ def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_writes_machine_code_and_its_description(built: Path) -> None:
     for name in NAMES:
         binary = Binary.load(built / f"{name}.json")
@@ -86,8 +85,9 @@ BROKEN = """
 import os
 import sys
 from dataclasses import replace
-from stepvideo_kernels import compile as tool
 from stepvideo_kernels.adaln_modulate.spec import builds
+from stepvideo_kernels.compile import build as tool
+from stepvideo_kernels.compile.__main__ import main
 
 def faulty(op, full):
     good, *_ = (build for build in builds(full) if build.sm == 90 and build.variant == "bf16" and build.chosen)
@@ -98,7 +98,7 @@ def faulty(op, full):
 tool.builds_of = faulty
 tool.content_key = lambda build: build.variant
 if __name__ == "__main__":
-    sys.exit(tool.main(["--out", {out!r}, "--jobs", "1"]))
+    sys.exit(main(["--out", {out!r}, "--jobs", "1"]))
 """
 
 
