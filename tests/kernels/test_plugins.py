@@ -202,8 +202,9 @@ def test_a_form_takes_what_its_spec_does(form: Any) -> None:
 def test_a_server_needs_no_compiler_and_no_exporter(root: Path) -> None:
     """What registers, finds and launches the kernels imports neither torch nor ONNX nor the Triton language."""
     code = (
-        "import sys, tensorrt_rtx; from stepvideo_kernels import launch, plugins; "
-        "plugins.register(tensorrt_rtx, plugins.device_kernels(__import__('pathlib').Path('kernels'))); "
+        "import sys, tensorrt_rtx; from pathlib import Path; import stepvideo_kernels.launch.library; "
+        "from stepvideo_kernels.plugins.registration import device_kernels, register; "
+        "register(tensorrt_rtx, device_kernels(Path('kernels'))); "
         "print([name for name in ('torch', 'onnx', 'onnxscript', 'triton') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": f"{root / 'kernels'}{os.pathsep}{root}"}
