@@ -57,7 +57,6 @@ def cases(full: FullSize, device: torch.device) -> Iterator[Case]:
     yield _qkv(full, device, fp8=True)
     yield _attention(full, device, fp8=False)
     yield _attention(full, device, fp8=True)
-    yield _lengths(full, device)
     yield _alibi(full, device)
     yield _vae(full, device)
 
@@ -262,37 +261,6 @@ def _sdpa_baselines() -> dict[str, Callable[[Tensors], object]]:
         "SDPA flash": partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
     }
-
-
-def _lengths(full: FullSize, device: torch.device) -> Case:
-    from stepvideo_kernels.attention import spec
-
-    def inputs(generator: torch.Generator) -> Tensors:
-        queries = (full.batch, full.heads, full.video_tokens, spec.HEAD_DIM)
-        keys = (full.batch, full.heads, full.text_tokens, spec.HEAD_DIM)
-        lengths = torch.linspace(full.text_tokens, -(-full.text_tokens // 2), full.batch, device=device).int()
-        mask = torch.arange(full.text_tokens, device=device) < lengths[:, None]
-        made = {"q": _random(generator, *queries), "k": _random(generator, *keys), "v": _random(generator, *keys)}
-        return made | {"lengths": lengths, "mask": mask[:, None, None]}
-
-    def run(given: Tensors, tile: TileConfig) -> Tensors:
-        from stepvideo_kernels.attention import kernel
-
-        out = torch.empty(full.batch, full.video_tokens, full.width, dtype=torch.bfloat16, device=device)
-        kernel.launch(given["q"], given["k"], given["v"], out, tile, lengths=given["lengths"])
-        return {"out": out}
-
-    def masked(given: Tensors, dtype: torch.dtype) -> Tensors:
-        q, k, v = (x.to(dtype) for x in (_ends(given["q"], 2), given["k"], given["v"]))
-        return {"out": F.scaled_dot_product_attention(q, k, v, attn_mask=given["mask"]).transpose(1, 2).flatten(2)}
-
-    def baseline(given: Tensors) -> Tensor:
-        return F.scaled_dot_product_attention(given["q"], given["k"], given["v"], attn_mask=given["mask"])
-
-    own, exact = partial(masked, dtype=torch.bfloat16), partial(masked, dtype=torch.float64)
-    baselines, goal = {"SDPA with a mask": baseline}, "faster than with a mask"
-    operator, operands = "attention_lengths", _named("q", "k", "v", "lengths")
-    return Case("attention", "lengths-bf16", inputs, run, operator, operands, baselines, own, exact, _all_ends, goal)
 
 
 def _alibi(full: FullSize, device: torch.device) -> Case:

@@ -35,7 +35,6 @@ class FullSize:
     heads: int = 48
     head_dim: int = 128
     video_tokens: int = 37_944
-    text_tokens: int = 397
     llm_tokens: int = 320
     llm_groups: int = 8
     vae_tokens: int = 42_160

@@ -19,7 +19,7 @@ LENGTHS = (1, 31, 64, 127, 128, 129, 263)
 
 
 def case_of(name: str, tokens: int) -> Case:
-    full = FullSize(video_tokens=tokens, text_tokens=tokens, llm_tokens=tokens, vae_tokens=tokens)
+    full = FullSize(video_tokens=tokens, llm_tokens=tokens, vae_tokens=tokens)
     return next(one for one in cases(full, torch.device("cuda")) if f"{one.op}.{one.variant}" == name)
 
 

@@ -15,7 +15,6 @@ ONNX_TYPES: Mapping[str, int] = {
     "fp16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
     "fp8": TensorProto.FLOAT8E4M3FN,
-    "int32": TensorProto.INT32,
 }
 Dims = list[int | str]
 Range = tuple[int, int, int]
@@ -32,7 +31,6 @@ _VECTORS: Mapping[str, Dims] = {
     **{name: [1, 256] for name in ("gate", "scale", "shift")},
     **{name: [256] for name in ("weight", "bias")},
     "out_scale": [1],
-    "lengths": [1],
 }
 _ROWS: Mapping[str, Dims] = {"q": [1, _HEADS, "N", 128], "k": [1, _HEADS, "L", 128], "v": [1, _HEADS, "L", 128]}
 
@@ -50,7 +48,6 @@ def shapes(form: PluginForm) -> dict[str, Dims]:
         "alibi_attention": {"qkv": [1, "N", 128 * (_HEADS + 2)]},
         "vae_attention": {name: [1, "N", 96] for name in "qkv"},
         "attention": dict(_ROWS),
-        "attention_lengths": dict(_ROWS),
         "attention_fp8": {**_ROWS, "v": [1, _HEADS, 128, "L16"]},
     }
     known = {**_VECTORS, **special.get(form.operator, {})}

@@ -1,4 +1,4 @@
-"""attention in bf16 and fp16, with and without key lengths: the kernel in the interpreter, against fp64 and torch."""
+"""attention in bf16 and fp16: the kernel in the interpreter, against fp64 and torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ TILES = {"pointers": POINTERS, "tensor maps": MAPS, "specialised": SPECIALIZED, 
 
 
 class Case:
-    """Random operands; `lengths` makes it one with key lengths, whose unused keys and values are NaN."""
+    """Random operands."""
 
     def __init__(
         self,
@@ -31,27 +31,20 @@ class Case:
         dtype: torch.dtype = torch.bfloat16,
         magnitude: float = 1.0,
         batch: int = 1,
-        lengths: list[int] | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(1000 * queries + keys)
         shapes = [(batch, heads, tokens, spec.HEAD_DIM) for tokens in (queries, keys, keys)]
         operands = [magnitude * torch.randn(shape, generator=generator) for shape in shapes]
         self.q, self.k, self.v = (x.to(dtype) for x in operands)
         self.v += 0.5 * magnitude
-        self.lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-        for entry, length in enumerate(lengths or []):
-            self.k[entry, :, length:] = self.v[entry, :, length:] = float("nan")
 
     def formula(self, convert: Callable[[Tensor], Tensor]) -> Tensor:
-        q, k, v = convert(self.q), convert(self.k), convert(self.v)
-        if self.lengths is None:
-            return reference.attention(q, k, v)
-        return reference.attention_lengths(q, k, v, self.lengths)
+        return reference.attention(convert(self.q), convert(self.k), convert(self.v))
 
     def kernel(self, tile: TileConfig, module: ModuleType = kernel) -> Tensor:
         batch, heads, queries, width = self.q.shape
         out = poisoned(batch, queries, heads * width, dtype=self.q.dtype)
-        module.launch(self.q, self.k, self.v, out, tile, lengths=self.lengths)
+        module.launch(self.q, self.k, self.v, out, tile)
         return out
 
 
@@ -94,29 +87,8 @@ def test_scores_that_grow_and_shrink_along_the_keys() -> None:
     check(case, AHEAD)
 
 
-@pytest.mark.parametrize("lengths", [[0, 1], [37, 16], [15, 17], [5, 32]])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_key_lengths(lengths: list[int], dtype: torch.dtype) -> None:
-    result = check(Case(19, 37, batch=2, lengths=lengths, dtype=dtype))
-    for entry, length in enumerate(lengths):
-        assert bool((result[entry] == 0).all()) == (length == 0)
-
-
-@pytest.mark.parametrize("magnitude", [0.02, 30.0])
-def test_key_lengths_and_size_of_activations(magnitude: float) -> None:
-    check(Case(17, 41, batch=2, magnitude=magnitude, lengths=[41, 29]))
-
-
-def test_lengths_outside_the_keys_are_those_of_the_nearest() -> None:
-    case = Case(5, 19, batch=2)
-    case.lengths = torch.tensor([-3, 1000], dtype=torch.int32)
-    result = check(case)
-    assert (result[0] == 0).all()
-
-
 def test_text_of_production_at_397_keys() -> None:
-    case = Case(33, 397, heads=1, batch=2, lengths=[397, 77])
-    check(case, spec.tile("lengths-bf16", 90))
+    check(Case(33, 397, heads=1, batch=2), spec.tile("bf16", 90))
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100, 120])
@@ -134,7 +106,7 @@ FAULTS = {
     "last key left out": ("+ tl.arange(0, BLOCK_N) < end", "+ tl.arange(0, BLOCK_N) < end - 1"),
     "keys behind the last count": ("+ tl.arange(0, BLOCK_N) < end", "+ tl.arange(0, BLOCK_N) < end + 1"),
     "accumulator not rescaled": ("v_tile, acc * rescale[:, None], INTERPRET", "v_tile, acc, INTERPRET"),
-    "last tile skipped": ("whole, end, to_log2, row_max", "whole, whole, to_log2, row_max"),
+    "last tile skipped": ("whole, keys, to_log2, row_max", "whole, whole, to_log2, row_max"),
     "first tile skipped": ("padded, 0, whole, to_log2", "padded, BLOCK_N, whole, to_log2"),
     "running maximum forgotten": ("row_max, row_sum, to_log2, SHIFT if", "row_max - 1, row_sum, to_log2, SHIFT if"),
     "not divided by the sum": ("(acc * inverse[:, None])", "acc"),
@@ -154,7 +126,7 @@ def test_faults_are_caught(fault: str, tmp_path: Path) -> None:
 AHEAD_FAULTS = {
     "scores of the same tile again": ("start + BLOCK_N, end, BLOCK_N, TMA, False", "start, end, BLOCK_N, TMA, False"),
     "scores not handed on": ("scores = next_scores", "scores = scores"),
-    "values of the first tile at the end": ("padded, end - BLOCK_N, end, to_log2", "padded, 0, end, to_log2"),
+    "values of the first tile at the end": ("padded, end - BLOCK_N, to_log2", "padded, 0, to_log2"),
     "last whole tile skipped": ("tl.range(0, end - BLOCK_N, BLOCK_N)", "tl.range(0, end - 2 * BLOCK_N, BLOCK_N)"),
 }
 
@@ -167,27 +139,9 @@ def test_faults_of_looking_ahead_are_caught(fault: str, tmp_path: Path) -> None:
         check(Case(21, 53), AHEAD, faulty)
 
 
-LENGTH_FAULTS = {
-    "length of the first entry for all": ("tl.load(lengths + batch)", "tl.load(lengths)"),
-    "lengths ignored": ("end = tl.minimum(tl.load(lengths + batch), keys)", "end = keys"),
-    "one key too many": ("tl.load(lengths + batch)", "tl.load(lengths + batch) + 1"),
-    "no keys is not zero": ("1.0 / tl.where(row_sum == 0, 1.0, row_sum)", "1.0 / row_sum"),
-}
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("fault", LENGTH_FAULTS)
-def test_faults_of_lengths_are_caught(fault: str, tmp_path: Path) -> None:
-    faulty = mutated(kernel, *LENGTH_FAULTS[fault], tmp_path)
-    with pytest.raises(AssertionError):
-        check(Case(9, 37, batch=3, lengths=[18, 30, 0]), module=faulty)
-
-
-def test_operators_are_proper_ones() -> None:
+def test_operator_is_a_proper_one() -> None:
     case = Case(5, 7, batch=2)
-    lengths = torch.tensor([3, 0], dtype=torch.int32)
     torch.library.opcheck(op.attention, (case.q, case.k, case.v))
-    torch.library.opcheck(op.attention_lengths, (case.q, case.k, case.v, lengths))
 
 
 def test_specification_refuses_with_the_reason() -> None:

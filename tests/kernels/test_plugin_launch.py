@@ -33,13 +33,12 @@ TOKENS = 37
 STREAM = 77
 EPS = float(np.float32(2e-5))
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
-TYPES = {BF16: "BF16", FP8: "FP8", torch.float32: "FLOAT", torch.int32: "INT32"}
+TYPES = {BF16: "BF16", FP8: "FP8", torch.float32: "FLOAT"}
 # operator -> its op, variant, and the architectures: tensor maps on 90, plain pointers on 89.
 CASES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "qkv_norm_rope": ("qkv_norm_rope", "bf16", (89,)),
     "qkv_norm_rope_fp8": ("qkv_norm_rope", "fp8", (89,)),
     "attention": ("attention", "bf16", (89, 90)),
-    "attention_lengths": ("attention", "lengths-bf16", (89,)),
     "attention_fp8": ("attention", "fp8", (89, 90)),
     "alibi_attention": ("alibi_attention", "bf16", (89,)),
     "vae_attention": ("vae_attention", "bf16", (89, 90)),
@@ -86,8 +85,7 @@ def inputs_of(operator: str, generator: torch.Generator) -> list[Tensor]:
         columns = normal(2, HEADS, 128, 48, dtype=FP8)
         return [normal(2, HEADS, TOKENS, 128, dtype=FP8), normal(2, HEADS, 41, 128, dtype=FP8), columns, *scales]
     if operator.startswith("attention"):
-        values = [normal(2, HEADS, TOKENS, 128), normal(2, HEADS, 41, 128), normal(2, HEADS, 41, 128)]
-        return [*values, torch.tensor([0, 23], dtype=torch.int32)] if operator.endswith("lengths") else values
+        return [normal(2, HEADS, TOKENS, 128), normal(2, HEADS, 41, 128), normal(2, HEADS, 41, 128)]
     if operator == "alibi_attention":
         return [normal(2, TOKENS, 128 * (HEADS + 2)), torch.tensor([0.5, 0.25, 0.7])]
     if operator == "vae_attention":
@@ -109,8 +107,7 @@ def direct(operator: str, given: list[Tensor], outputs: list[Tensor], sm: int) -
     if op == "qkv_norm_rope":
         launch(given[0], given[1:3], given[3:5], given[5:] if fp8 else None, outputs, EPS, tile)
     elif op == "attention":
-        lengths = given[3] if operator.endswith("lengths") else None
-        launch(*given[:3], outputs[0], tile, lengths=lengths, scales=given[3:] if fp8 else None)
+        launch(*given[:3], outputs[0], tile, scales=given[3:] if fp8 else None)
     elif op == "adaln_modulate":
         residual = given[1:3] if "residual" in operator else None
         vectors = given[3:7] if residual else given[1:5]
@@ -143,7 +140,7 @@ def plugin_of(operator: str, library: Callable[[], KernelLibrary] | None) -> Any
 def empty_outputs(operator: str, given: list[Tensor]) -> list[Tensor]:
     form = form_of(operator)
     shapes = form.output_shapes(form.named([tuple(one.shape) for one in given]))
-    elements = form.output_elements(["int32" if one.dtype == torch.int32 else type_name(one.dtype) for one in given])
+    elements = form.output_elements([type_name(one.dtype) for one in given])
     return [
         poisoned(*shape, dtype=FP8 if element == "fp8" else BF16)
         for shape, element in zip(shapes, elements, strict=True)

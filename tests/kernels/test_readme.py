@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from stepvideo_kernels.choice import builds_of
+from stepvideo_kernels.choice import OPS, builds_of
 from stepvideo_kernels.kernel_spec import FullSize
+from stepvideo_kernels.plugins.onnx_nodes import OPERATORS
+from tests.test_architecture import tree_entries
 
 FULL = FullSize()
 VALUES = FULL.batch * FULL.video_tokens * FULL.width
+TEXT_TOKENS = FULL.llm_tokens + 77  # of CLIP
 BF16, FP32 = 2, 4
 
 
@@ -51,16 +54,15 @@ def test_bytes_of_the_streaming_ops(rows: dict[str, list[str]]) -> None:
 
 
 def test_bytes_of_attention(rows: dict[str, list[str]]) -> None:
-    plain, lengths = rows["attention"], rows["attention, with lengths"]
+    plain, text = rows["attention"], rows["attention to the text"]
     scores = FULL.batch * FULL.heads * FULL.video_tokens**2 * BF16
-    mask = FULL.batch * FULL.heads * FULL.video_tokens * FULL.text_tokens * BF16
     assert f"({scores / 1e9:.0f} GB if they did)" in plain[2]
-    assert f"in bf16 is {mask / 1e9:.1f} GB" in lengths[2]
-    unmasked = full_bytes("attention", "lengths-bf16")
     assert numbers(plain[3]) == [round(full_bytes("attention", "bf16") / 1e9, 1)]
     assert numbers(plain[4]) == [round(full_bytes("attention", form) / 1e9, 1) for form in ("bf16", "fp8")][-2:]
-    assert numbers(lengths[3]) == [round((unmasked + 2 * mask) / 1e9, 1)]
-    assert numbers(lengths[4]) == [round(unmasked / 1e9, 1)]
+    assert f"on {TEXT_TOKENS} keys" in text[1]
+    queries_and_out = 2 * VALUES * BF16
+    keys_and_values = 2 * FULL.batch * TEXT_TOKENS * FULL.width * BF16
+    assert numbers(text[3]) == numbers(text[4]) == [round((queries_and_out + keys_and_values) / 1e9, 1)]
 
 
 def test_bytes_of_the_other_stages(rows: dict[str, list[str]]) -> None:
@@ -81,19 +83,25 @@ def test_bytes_of_the_other_stages(rows: dict[str, list[str]]) -> None:
 
 def test_bytes_of_a_block(rows: dict[str, list[str]], root: Path) -> None:
     """One qkv_norm_rope, two modulated norms, self-attention, cross-attention; the latter two stay bf16 in FP8."""
-    before = [numbers(rows[name][3])[0] for name in ("qkv_norm_rope", "attention", "attention, with lengths")]
+    before = [numbers(rows[name][3])[0] for name in ("qkv_norm_rope", "attention", "attention to the text")]
     names = ("qkv_norm_rope", "adaln_modulate", "adaln_modulate", "attention")
-    cross = numbers(rows["attention, with lengths"][4])[0]
+    cross = numbers(rows["attention to the text"][4])[0]
     bf16, fp8 = (sum(numbers(rows[name][4])[index] for name in names) + cross for index in (0, 1))
     total = sum(before) + 2 * numbers(rows["adaln_modulate"][3])[0]
     text = (root / "kernels" / "README.md").read_text(encoding="utf-8")
     assert f"**{total:.0f} GB before, {bf16:.0f} GB after in bf16, {fp8:.0f} GB in FP8**" in text
 
 
-def test_every_file_that_is_named_exists(root: Path) -> None:
+def test_numbers_of_kernels_and_operators(root: Path) -> None:
+    kernels = sum(len(builds_of(op, FULL)) for op in OPS)
+    assert f"`make kernels` ({kernels} kernels," in (root / "README.md").read_text(encoding="utf-8")
+    operators = sum(map(len, OPERATORS.values()))
     text = (root / "kernels" / "README.md").read_text(encoding="utf-8")
-    names = re.findall(r"[├└]── (\S+\.py)", text)
+    assert f"for each of the {operators} operators;" in text
+
+
+def test_every_file_of_the_tree_exists(root: Path) -> None:
+    tree = (root / "kernels" / "README.md").read_text(encoding="utf-8").split("```")[1].removeprefix("text\n")
+    names = list(tree_entries(tree.replace("<op>", "attention")))
     assert len(names) > 10
-    for name in names:
-        places = [root / "kernels" / name, root / "kernels" / "stepvideo_kernels" / name.replace("<op>", "attention")]
-        assert any(place.is_file() for place in places), name
+    assert not [name for name in names if not (root / name).exists()]

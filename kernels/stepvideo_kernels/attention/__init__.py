@@ -1,1 +1,1 @@
-"""softmax(q k^T / sqrt(128)) v without a mask: self-attention of the DiT, and with key lengths its cross-attention."""
+"""softmax(q k^T / sqrt(128)) v without a mask: self-attention of the DiT, and its attention to the text."""

@@ -26,14 +26,14 @@ SHIFT = tl.constexpr(8)
 
 
 @triton.jit
-def load_rows(tensor, plane, size, start, limit, BLOCK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
-    """[BLOCK, 128]: rows from `start` on of one [size, 128] plane; zeros from row `limit` on (from `size` with TMA)."""
+def load_rows(tensor, plane, size, start, BLOCK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
+    """[BLOCK, 128]: rows from `start` on of one [size, 128] plane; zeros from row `size` on."""
     if TMA:
         tile = tensor.load([plane, start, 0]).reshape(BLOCK, HEAD)
     else:
         rows = start + tl.arange(0, BLOCK)
         pointers = tensor + plane.to(tl.int64) * size * HEAD + rows[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
-        tile = tl.load(pointers, mask=rows[:, None] < limit, other=0.0) if MASK else tl.load(pointers)
+        tile = tl.load(pointers, mask=rows[:, None] < size, other=0.0) if MASK else tl.load(pointers)
     return tile
 
 
@@ -55,7 +55,7 @@ def multiply(q_tile, k, plane, keys, start, end, BLOCK_N: tl.constexpr, TMA: tl.
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Scores [M, BLOCK_N] fp32 of keys start .. start + BLOCK_N - 1; minus infinity from `end` on with MASK."""
-    k_tile = load_rows(k, plane, keys, start, end, BLOCK_N, TMA, MASK)
+    k_tile = load_rows(k, plane, keys, start, BLOCK_N, TMA, MASK)
     scores = dot(q_tile, k_tile.T, tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32), INTERPRET)
     if MASK:
         inside = start + tl.arange(0, BLOCK_N) < end
@@ -65,7 +65,7 @@ def multiply(q_tile, k, plane, keys, start, end, BLOCK_N: tl.constexpr, TMA: tl.
 
 @triton.jit
 def absorb(
-    scores, v, plane, keys, padded, start, end, to_log2, row_max, row_sum, acc,
+    scores, v, plane, keys, padded, start, to_log2, row_max, row_sum, acc,
     FP8: tl.constexpr, TMA: tl.constexpr, FRESH: tl.constexpr, MASK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Takes the values of one tile in, weighted by the softmax of its scores."""
@@ -74,7 +74,7 @@ def absorb(
     if FP8:
         v_tile = load_columns(v, plane, padded, start, block, TMA, MASK)
     else:
-        v_tile = load_rows(v, plane, keys, start, end, block, TMA, MASK)
+        v_tile = load_rows(v, plane, keys, start, block, TMA, MASK)
     if FRESH:
         acc = acc * rescale[:, None] + fresh_dot(weights.to(v_tile.dtype), v_tile, INTERPRET)
     else:
@@ -93,7 +93,7 @@ def attend_tiles(
         start = tl.multiple_of(start, BLOCK_N)
         scores = multiply(q_tile, k, plane, keys, start, end, BLOCK_N, TMA, MASK, INTERPRET)
         row_max, row_sum, acc = absorb(
-            scores, v, plane, keys, padded, start, end, to_log2, row_max, row_sum, acc,
+            scores, v, plane, keys, padded, start, to_log2, row_max, row_sum, acc,
             FP8, TMA, FRESH, MASK, INTERPRET,
         )  # fmt: skip
     return row_max, row_sum, acc
@@ -111,42 +111,38 @@ def attend_ahead(
         start = tl.multiple_of(start, BLOCK_N)
         next_scores = multiply(q_tile, k, plane, keys, start + BLOCK_N, end, BLOCK_N, TMA, False, INTERPRET)
         row_max, row_sum, acc = absorb(
-            scores, v, plane, keys, padded, start, end, to_log2, row_max, row_sum, acc,
+            scores, v, plane, keys, padded, start, to_log2, row_max, row_sum, acc,
             FP8, TMA, FRESH, False, INTERPRET,
         )  # fmt: skip
         scores = next_scores
     return absorb(
-        scores, v, plane, keys, padded, end - BLOCK_N, end, to_log2, row_max, row_sum, acc,
+        scores, v, plane, keys, padded, end - BLOCK_N, to_log2, row_max, row_sum, acc,
         FP8, TMA, FRESH, False, INTERPRET,
     )  # fmt: skip
 
 
 @triton.jit
 def attention_kernel(
-    q, k, v, out, lengths, q_scale, k_scale, v_scale, heads, queries, keys, padded, to_log2,
-    FP8: tl.constexpr, LENGTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    q, k, v, out, q_scale, k_scale, v_scale, heads, queries, keys, padded, to_log2,
+    FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     FRESH: tl.constexpr, AHEAD: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """q [B, H, N, 128], k [B, H, L, 128], v alike or (FP8) [B, H, 128, padded] -> out [B, N, 128 H].
 
-    Grid: (ceil(N / BLOCK_M), B * H). lengths [B] int32 is read with LENGTHS only, the scales [H] with FP8 only.
-    to_log2 = log2(e) / sqrt(128).
+    Grid: (ceil(N / BLOCK_M), B * H). The scales [H] are read with FP8 only. to_log2 = log2(e) / sqrt(128).
     """
     start_m = tl.program_id(0) * BLOCK_M
     plane = tl.program_id(1)
     batch, head = plane // heads, plane % heads
-    end = keys
-    if LENGTHS:
-        end = tl.minimum(tl.load(lengths + batch), keys)
     if FP8:
         to_log2 *= tl.load(q_scale + head) * tl.load(k_scale + head)
-    q_tile = load_rows(q, plane, queries, start_m, queries, BLOCK_M, TMA, True)
+    q_tile = load_rows(q, plane, queries, start_m, BLOCK_M, TMA, True)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
     whole = 0
     if not WARP_SPECIALIZE:
-        whole = end // BLOCK_N * BLOCK_N
+        whole = keys // BLOCK_N * BLOCK_N
     if AHEAD:
         if whole > 0:
             row_max, row_sum, acc = attend_ahead(
@@ -159,10 +155,10 @@ def attention_kernel(
             FP8, BLOCK_N, TMA, FRESH, False, False, INTERPRET,
         )  # fmt: skip
     row_max, row_sum, acc = attend_tiles(
-        q_tile, k, v, plane, keys, padded, whole, end, to_log2, row_max, row_sum, acc,
+        q_tile, k, v, plane, keys, padded, whole, keys, to_log2, row_max, row_sum, acc,
         FP8, BLOCK_N, TMA, FRESH, True, WARP_SPECIALIZE, INTERPRET,
     )  # fmt: skip
-    inverse = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)  # without any key the accumulator is 0, and so is the result
+    inverse = 1.0 / row_sum
     if FP8:
         inverse *= tl.load(v_scale + head)
     result = (acc * inverse[:, None]).to(tl.bfloat16 if FP8 else q_tile.dtype)
@@ -182,7 +178,6 @@ def launch(
     out: Tensor,
     tile: TileConfig,
     *,
-    lengths: Tensor | None = None,
     scales: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Writes the attention of q to k and v into `out`; with `scales` all three are FP8, and v is transposed.
@@ -191,14 +186,14 @@ def launch(
     """
     batch, heads, queries, _ = q.shape
     keys, fp8 = k.shape[2], scales is not None
-    constexprs = spec.constexprs(tile, fp8=fp8, lengths=lengths is not None)
+    constexprs = spec.constexprs(tile, fp8=fp8)
     operands: list[Tensor | TensorDescriptor] = [q, k, v, out]
     if tile.extra["TMA"]:
         shapes = spec.boxes(tile, fp8=fp8)
         planes = [q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out]
         operands = [TensorDescriptor.from_tensor(*pair) for pair in zip(planes, map(list, shapes), strict=True)]
     attention_kernel[spec.grid(batch, heads, queries, tile)](
-        *operands, lengths if lengths is not None else q, *(scales or (q, q, q)),
+        *operands, *(scales or (q, q, q)),
         heads, queries, keys, v.shape[3] if fp8 else 0, spec.TO_LOG2,
         **{**constexprs, "INTERPRET": not q.is_cuda},
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,

@@ -1,4 +1,4 @@
-"""`stepvideo::attention`, `attention_lengths` and `attention_fp8`, as torch operators and ONNX nodes."""
+"""`stepvideo::attention` and `attention_fp8`, as torch operators and ONNX nodes."""
 
 import torch
 from torch import Tensor
@@ -12,12 +12,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return reference.attention(q, k, v)
 
 
-@torch.library.custom_op("stepvideo::attention_lengths", mutates_args=(), device_types="cpu")
-def attention_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """The same over the first lengths[b] keys of batch entry b, lengths [B] int32; zeros where that is none."""
-    return reference.attention_lengths(q, k, v, lengths)
-
-
 @torch.library.custom_op("stepvideo::attention_fp8", mutates_args=(), device_types="cpu")
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor) -> Tensor:
     """E4M3 q [B, H, N, 128], k [B, H, L, 128], v [B, H, 128, L rounded up to 16], scales [H] -> [B, N, 128 H] bf16."""
@@ -25,7 +19,6 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Ten
 
 
 @attention.register_fake
-@attention_lengths.register_fake
 def _shape(q: Tensor, *rest: object) -> Tensor:
     del rest
     return _output(q, q.dtype)

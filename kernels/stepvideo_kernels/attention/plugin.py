@@ -1,4 +1,4 @@
-"""The plugins of `attention`, `attention_lengths` and `attention_fp8`."""
+"""The plugins of `attention` and `attention_fp8`."""
 
 from collections.abc import Iterator, Mapping
 
@@ -46,29 +46,11 @@ class Attention(PluginForm):
         return {"heads": heads, "queries": queries, "keys": shapes["k"][2], "padded": 0, "to_log2": spec.TO_LOG2}
 
     def tensors(self) -> Mapping[str, str]:
-        return {"q": "q", "k": "k", "v": "v", "out": "out", **dict.fromkeys(("lengths", *_SCALES), "q")}
+        return {"q": "q", "k": "k", "v": "v", "out": "out", **dict.fromkeys(_SCALES, "q")}
 
     def plane(self, name: str, shape: Shape) -> Shape:
         """Batch entries and heads are one axis."""
         return (shape[0] * shape[1], *shape[2:]) if name in ("q", "k", "v") else shape
-
-
-class AttentionLengths(Attention):
-    """The same over the first lengths[b] keys of batch entry b, lengths [B] int32."""
-
-    operator = "attention_lengths"
-    layout = "q [B, H, N, 128], k and v [B, H, L, 128], lengths [B]"
-    inputs: tuple[Operand, ...] = (*Attention.inputs, Operand("lengths", 1, "int32"))
-
-    def expected(self, shapes: Shapes) -> Iterator[tuple[str, Shape]]:
-        yield from super().expected(shapes)
-        yield "lengths", (shapes["q"][0],)
-
-    def variant(self, element: str) -> str:
-        return f"lengths-{element}"
-
-    def tensors(self) -> Mapping[str, str]:
-        return {**super().tensors(), "lengths": "lengths"}
 
 
 class AttentionFp8(Attention):
@@ -95,4 +77,4 @@ class AttentionFp8(Attention):
         return {**super().tensors(), **{name: name for name in _SCALES}}
 
 
-FORMS: tuple[PluginForm, ...] = (Attention(), AttentionLengths(), AttentionFp8())
+FORMS: tuple[PluginForm, ...] = (Attention(), AttentionFp8())

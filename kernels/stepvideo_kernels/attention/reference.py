@@ -3,7 +3,7 @@
 Axes: B batch, H heads, N queries, L keys, 128 channels of a head.
 
     scores = q k^T / sqrt(128)            [N, L] for each batch entry and head
-    out    = softmax(scores) v            over all keys, or over the first lengths[b] of them
+    out    = softmax(scores) v            over all keys
 
 FP8: q, k and v are E4M3 values times a scale of their head. The weights too are multiplied in E4M3: with m the row's
 largest score, P = e4m3(2^8 exp(scores - m)) and out = P v / sum(2^8 exp(scores - m)). The factor 2^8 uses the range
@@ -22,19 +22,6 @@ WEIGHT_SCALE_LOG2 = 8
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, H, N, 128], k and v [B, H, L, 128] -> [B, N, 128 H] in q's type."""
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def attention_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """The same over the first lengths[b] keys, lengths [B] int32 from 0 to L.
-
-    Whatever stands in the other keys and values is not read. A length of 0 gives zeros.
-    """
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
-    for entry, length in enumerate(lengths.clamp(0, k.shape[2]).tolist()):
-        if length:
-            row = slice(entry, entry + 1)
-            out[row] = attention(q[row], k[row, :, :length], v[row, :, :length])
-    return out
 
 
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor) -> Tensor:

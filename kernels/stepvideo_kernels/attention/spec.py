@@ -32,7 +32,7 @@ SPEC = KernelSpec(
     sms=SMS,
     max_tokens=1 << 23,
     requires="q, k and v of one type; FP8 v transposed, its tokens padded to a multiple of 16, scales [heads] in fp32, "
-    "output bf16; lengths in int32",
+    "output bf16",
 )
 
 
@@ -71,21 +71,7 @@ _FP8: Mapping[int, tuple[TileConfig, ...]] = {
     100: (_tile(128, 128, 8, 2, tma=True, specialize=True), _tile(128, 128, 8, 3, tma=True)),
     120: (_tile(128, 64, 8, 2, tma=True, fresh=True), _tile(128, 64, 8, 3, tma=True, fresh=True)),
 }
-# With lengths, keys and values come by masked loads, so that nothing behind a row's length is ever read.
-_LENGTHS: Mapping[int, tuple[TileConfig, ...]] = {
-    80: (_tile(128, 64, 8, 3), _tile(128, 32, 8, 4)),
-    89: (_tile(128, 64, 8, 2), _tile(128, 32, 8, 3)),
-    90: (_tile(64, 32, 4, 3), _tile(64, 64, 4, 2)),
-    100: (_tile(128, 64, 8, 2), _tile(64, 64, 4, 2)),
-    120: (_tile(128, 64, 8, 2), _tile(128, 32, 8, 3)),
-}
-TILES: Mapping[str, Mapping[int, tuple[TileConfig, ...]]] = {
-    "bf16": _WIDE,
-    "fp16": _WIDE,
-    "fp8": _FP8,
-    "lengths-bf16": _LENGTHS,
-    "lengths-fp16": _LENGTHS,
-}
+TILES: Mapping[str, Mapping[int, tuple[TileConfig, ...]]] = {"bf16": _WIDE, "fp16": _WIDE, "fp8": _FP8}
 
 _FUNCTION = "stepvideo_kernels.attention.kernel:attention_kernel"
 _INSTRUCTIONS_16: Mapping[int, str] = {80: r"HMMA", 89: r"HMMA", 90: r"HGMMA", 100: r"UTCHMMA", 120: r"HMMA"}
@@ -115,11 +101,10 @@ def boxes(tile: TileConfig, *, fp8: bool) -> tuple[tuple[int, int, int], ...]:
     return queries, keys, (1, HEAD_DIM, tile.block_n) if fp8 else keys, queries
 
 
-def constexprs(tile: TileConfig, *, fp8: bool, lengths: bool) -> dict[str, Constant]:
+def constexprs(tile: TileConfig, *, fp8: bool) -> dict[str, Constant]:
     """The kernel's compile-time parameters."""
     return {
         "FP8": fp8,
-        "LENGTHS": lengths,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         **tile.extra,
@@ -129,7 +114,7 @@ def constexprs(tile: TileConfig, *, fp8: bool, lengths: bool) -> dict[str, Const
 
 
 def builds(full: FullSize) -> tuple[KernelBuild, ...]:
-    """Variants are named after the type of q; those with lengths are sized for cross-attention."""
+    """Variants are named after the type of q, and sized for self-attention."""
     return tuple(
         _build(full, sm, variant, tile, chosen=index == 0)
         for variant, tiles in TILES.items()
@@ -139,15 +124,14 @@ def builds(full: FullSize) -> tuple[KernelBuild, ...]:
 
 
 def _build(full: FullSize, sm: int, variant: str, tile: TileConfig, *, chosen: bool) -> KernelBuild:
-    lengths, element = variant.startswith("lengths-"), variant.removeprefix("lengths-")
-    fp8 = element == "fp8"
-    written = "bf16" if fp8 else element
-    signature = _operands(tile, element, written)
+    fp8 = variant == "fp8"
+    written = "bf16" if fp8 else variant
+    signature = _operands(tile, variant, written)
     aligned = [name for name, kind in signature.items() if kind.startswith("*")]
-    signature |= {"lengths": "*i32", **dict.fromkeys(("q_scale", "k_scale", "v_scale"), POINTER_TYPES["fp32"])}
+    signature |= dict.fromkeys(("q_scale", "k_scale", "v_scale"), POINTER_TYPES["fp32"])
     signature |= {**dict.fromkeys(("heads", "queries", "keys", "padded"), "i32"), "to_log2": "fp32"}
-    values = constexprs(tile, fp8=fp8, lengths=lengths)
-    keys = full.text_tokens if lengths else full.video_tokens
+    values = constexprs(tile, fp8=fp8)
+    keys = full.video_tokens
     planes = full.batch * full.heads
     return KernelBuild(
         op=SPEC.op,
@@ -162,8 +146,8 @@ def _build(full: FullSize, sm: int, variant: str, tile: TileConfig, *, chosen: b
         instructions=((_INSTRUCTIONS_8 if fp8 else _INSTRUCTIONS_16)[sm],),
         fp8_operands=fp8,
         no_spills=chosen,
-        tile_work=_work(1, tile.block_m, keys, element, written),
-        full_work=_work(planes, full.video_tokens, keys, element, written),
+        tile_work=_work(1, tile.block_m, keys, variant, written),
+        full_work=_work(planes, full.video_tokens, keys, variant, written),
         shape=f"[{full.batch}, {full.heads}, {full.video_tokens}, {HEAD_DIM}] on {keys} keys",
     )
 

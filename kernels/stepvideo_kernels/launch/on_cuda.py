@@ -66,7 +66,7 @@ class BuiltOperators:
         Raises EngineError for operands that the kernel does not take, or where there is no driver.
         """
         form = self._forms[operator]
-        elements = [_element(tensor) for tensor in inputs]
+        elements = [type_name(tensor.dtype) for tensor in inputs]
         shapes = form.named([tuple(tensor.shape) for tensor in inputs])
         form.check(shapes, elements, self._sm)
         launch = form.prepare(self._library, elements, shapes, {**form.attributes, **(attributes or {})})
@@ -103,7 +103,3 @@ class BuiltOperators:
 def _empty(form: PluginForm, elements: Sequence[str], shapes: Shapes, device: torch.device) -> tuple[Tensor, ...]:
     kinds = zip(form.output_shapes(shapes), form.output_elements(elements), strict=True)
     return tuple(torch.empty(shape, dtype=_DTYPES[element], device=device) for shape, element in kinds)
-
-
-def _element(tensor: Tensor) -> str:
-    return "int32" if tensor.dtype == torch.int32 else type_name(tensor.dtype)

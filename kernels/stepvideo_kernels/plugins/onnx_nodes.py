@@ -1,7 +1,7 @@
 """The torch operators of this package as nodes of an ONNX graph, in the domain "stepvideo".
 
 A node has the operator's name; its tensors are inputs, its numbers attributes. Schemas are read off the operators, so
-that the two cannot differ. TensorRT finds the plugin of the same name (see plugins.py).
+that the two cannot differ. TensorRT finds the plugin of the same name (see registration.py).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,14 +18,14 @@ from stepvideo_kernels.kernel_spec import ONNX_DOMAIN, ONNX_VERSION
 # Operators by op: the forms that an op comes in.
 OPERATORS: Mapping[str, tuple[str, ...]] = {
     "qkv_norm_rope": ("qkv_norm_rope", "qkv_norm_rope_fp8"),
-    "attention": ("attention", "attention_lengths", "attention_fp8"),
+    "attention": ("attention", "attention_fp8"),
     "alibi_attention": ("alibi_attention",),
     "vae_attention": ("vae_attention",),
     "adaln_modulate": ("adaln_modulate", "adaln_modulate_fp8", "adaln_residual", "adaln_residual_fp8"),
 }
 
 _ATTRIBUTES = {"float": onnx.defs.OpSchema.AttrType.FLOAT, "int": onnx.defs.OpSchema.AttrType.INT}
-_ELEMENTS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(float8e4m3fn)", "tensor(int32)"]
+_ELEMENTS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(float8e4m3fn)"]
 
 
 def operators() -> list[OpOverload]:

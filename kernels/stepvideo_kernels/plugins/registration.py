@@ -26,7 +26,7 @@ from stepvideo_serve.errors import EngineError
 Library = Callable[[], KernelLibrary]
 
 # Names of TensorRT's element types.
-_ELEMENTS: Mapping[str, str] = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "FP8": "fp8", "INT32": "int32"}
+_ELEMENTS: Mapping[str, str] = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "FP8": "fp8"}
 
 
 @dataclass
