@@ -37,6 +37,7 @@ RANK_FACTORY = "stepvideo_serve.serving.rank_factory:build_rank"
 SIGNS_FACTORY = "perf.waiting_worker:build_worker"
 FULL_SIZE_LATENTS = (18, 64, 34, 62)  # 102 frames of 544x992
 SIGNS_STEPS = 20
+ROUND_TRIPS = 10
 IDLE_S = 10.0  # processor time is counted in units of 10 ms
 PREDICTED_STEP_S = 0.97  # cfg2.sp4 in FP8, the fastest on eight H100: make layouts
 ARENA_BYTES = 64 << 20
@@ -62,6 +63,7 @@ def main() -> int:
             f"\nfrom SIGKILL of a rank to the next step (layout {LAYOUTS[options.ranks][0]}): {heal(folder, options)}"
         )
         print(f"signs of life: {signs_of_life()}")
+        print(f"round trip: {round_trip()}")
         print(f"preview: {preview()}")
     return 0
 
@@ -109,25 +111,38 @@ def predicted_mb(folder: Path, layout: str) -> float:
     return sum(e.payload_bytes for e in exchanges(size, Layout.parse(layout), tokens, itemsize=4)) / 1e6
 
 
+def waiting_ranks(size: int) -> RankGroup:
+    """Ranks without a model, whose steps only wait."""
+    return RankGroup(
+        SIGNS_FACTORY, {}, size=size, start_timeout_s=START_TIMEOUT_S, arena_bytes=ARENA_BYTES, threads_per_rank=1
+    )
+
+
 def signs_of_life() -> str:
     """What the mark and the report of a step cost a rank, for a full-size latent and beside a full-size step."""
-    with RankGroup(
-        SIGNS_FACTORY,
-        {},
-        size=2,
-        start_timeout_s=START_TIMEOUT_S,
-        arena_bytes=ARENA_BYTES,
-        threads_per_rank=1,
-    ) as group:
+    with waiting_ranks(2) as group:
         latents = np.zeros(FULL_SIZE_LATENTS, np.float32)
         *_, result = group.run({"steps": SIGNS_STEPS, "step_s": PREDICTED_STEP_S / 2}, {"latents": latents})
         parent, *ranks = idle_shares([os.getpid(), *group.pids])
-    seconds = result.params["seconds"]
+    seconds = result.params["seconds"] / SIGNS_STEPS
     return (
         f"mark and report of a full-size latent ({latents.nbytes / 1e6:.1f} MB) take {seconds * 1e3:.2f} ms a step, "
         f"{seconds / PREDICTED_STEP_S:.2%} of a step of {PREDICTED_STEP_S} s (goal: below 1 %); idle, "
         f"the parent takes {parent:.2%} of a processor and a rank {max(ranks):.2%} (goal: below 1 %)"
     )
+
+
+def round_trip() -> str:
+    """What the way to the ranks and back costs a job: full-size latents, no steps."""
+    latents, seconds = np.ones(FULL_SIZE_LATENTS, np.float32), []
+    with waiting_ranks(1) as group:
+        group.start()
+        for _ in range(ROUND_TRIPS):
+            began_s = time.perf_counter()
+            *_, result = group.run({"steps": 0, "step_s": 0.0}, {"latents": latents})
+            seconds.append(time.perf_counter() - began_s)
+            assert np.array_equal(result.tensors["latents"], latents)
+    return f"{latents.nbytes / 1e6:.1f} MB to a rank and back, median {statistics.median(seconds) * 1e3:.1f} ms"
 
 
 def idle_shares(pids: list[int]) -> list[float]:

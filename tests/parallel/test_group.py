@@ -56,19 +56,6 @@ def test_the_start_gives_the_leaders_info(make_group: MakeGroup) -> None:
     assert len(set(group.pids)) == 2
 
 
-def test_print_the_overhead_of_a_5_mb_round_trip(make_group: MakeGroup) -> None:
-    group = make_group()
-    latents = np.ones((18, 64, 34, 32), np.float32)
-    group.start()
-    took_s = []
-    for _ in range(10):
-        began_s = time.perf_counter()
-        result = result_of(group.run({"do": "echo"}, {"latents": latents}))
-        took_s.append(time.perf_counter() - began_s)
-        assert result.tensors["latents"].nbytes == latents.nbytes
-    print(f"{latents.nbytes / 1e6:.1f} MB there and back: median {sorted(took_s)[5] * 1e3:.1f} ms")
-
-
 def test_reports_come_in_order_and_whole_to_a_slow_reader(make_group: MakeGroup) -> None:
     steps, values = 40, 100_000
     kept = []
