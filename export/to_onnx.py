@@ -42,6 +42,7 @@ from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import Component
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
 from stepvideo_serve.errors import EngineError, ExportError, SetupError
+from stepvideo_serve.fused.kernels_package import require_kernels
 from stepvideo_serve.parallel.layout import SINGLE, Layout
 
 if TYPE_CHECKING:
@@ -231,12 +232,9 @@ def _target(arguments: argparse.Namespace) -> "Target | None":
     if arguments.sm is None or arguments.toolkit is None:
         raise ExportError("--sm and --toolkit go together, got one of them: add the other.")
     check_target(arguments.toolkit, arguments.sm, arguments.precision)  # now, and not when all graphs are there
-    try:
-        from stepvideo_kernels.choice import Target
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"--sm needs the folder kernels/ on PYTHONPATH, {error.name} was not found: add it."
-        ) from None
+    require_kernels("--sm")
+    from stepvideo_kernels.choice import Target
+
     return Target(arguments.sm, arguments.toolkit)
 
 

@@ -81,6 +81,17 @@ def builds_of(op: str, full: FullSize) -> tuple[KernelBuild, ...]:
     return cast(tuple[KernelBuild, ...], _spec_module(op).builds(full))
 
 
+def refusals(use: Use, target: Target) -> dict[Implementation, str | None]:
+    """Implementation -> the sentence why the op cannot have it there; None where it can. Raises ExportError for an
+    unknown op."""
+    spec = spec_of(use.op)
+    return {
+        "reference": _refuse_reference(use),
+        "native": _refuse_native(use, target),
+        "plugin": spec.refuse(dtype=use.dtype, output=use.output, size=use.size, sm=target.sm, tokens=use.tokens),
+    }
+
+
 def choose(use: Use, target: Target, wanted: Implementation | None = None) -> Choice:
     """The implementation of one op for one target; `wanted` insists on one.
 
@@ -89,22 +100,17 @@ def choose(use: Use, target: Target, wanted: Implementation | None = None) -> Ch
     kernel was measured to be faster.
     Raises ExportError when what is wanted is not to be had; its message carries the reason.
     """
-    spec = spec_of(use.op)
-    refusals = {
-        "plugin": spec.refuse(dtype=use.dtype, output=use.output, size=use.size, sm=target.sm, tokens=use.tokens),
-        "native": _refuse_native(use, target),
-        "reference": _refuse_reference(use),
-    }
+    refused = refusals(use, target)
     if wanted is not None:
-        if refusals[wanted] is not None:
-            raise ExportError(f"--ops {wanted} cannot be had: {refusals[wanted]}")
+        if refused[wanted] is not None:
+            raise ExportError(f"--ops {wanted} cannot be had: {refused[wanted]}")
         return Choice(use.op, wanted, "asked for", use.dtype, use.output)
     slower = use.dtype in SLOWER_THAN_NATIVE.get((use.op, target.sm), ())
     native_first = slower or target.toolkit == "tensorrt_rtx"
     order: tuple[Implementation, ...] = ("native", "plugin") if native_first else ("plugin", "native")
     passed_over = [f"On SM {target.sm} a library's kernel was faster than ours."] if slower else []
     for implementation in order:
-        refusal = refusals[implementation]
+        refusal = refused[implementation]
         if refusal is None:
             reason = " ".join([*passed_over, _REASONS[implementation]])
             return Choice(use.op, implementation, reason, use.dtype, use.output)

@@ -20,6 +20,7 @@ from stepvideo_serve.engine.manifest import (
 from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load_tensorrt, may_capture, weight_budgets
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
+from stepvideo_serve.fused.kernels_package import require_kernels
 from stepvideo_serve.geometry import PIXELS_PER_LATENT
 from stepvideo_serve.memory.ledger import RESERVED_BYTES
 from stepvideo_serve.parallel.layout import Layout
@@ -132,15 +133,12 @@ def _sm(device: torch.device) -> int:
 
 
 def _register_plugins(trt: Any, directory: Path, entries: Mapping[str, GraphEntry]) -> None:
-    """Engines with layers of ours need them known to TensorRT before they are loaded."""
+    """Engines with layers of ours need them known to TensorRT before they are loaded. Raises SetupError without the
+    package of those layers."""
     with_plugins = [name for name, entry in entries.items() if entry.extras["plan"].get("plugins")]
     if not with_plugins:
         return
-    try:
-        from stepvideo_kernels.plugins.registration import device_kernels, register
-    except ImportError as error:
-        raise EngineError(
-            f"Engines with plugins ({with_plugins[0]}) need the package stepvideo_kernels, found none ({error}): "
-            "put the folder kernels of the checkout on PYTHONPATH."
-        ) from error
+    require_kernels(f"The engine {with_plugins[0]}, which has plugins,")
+    from stepvideo_kernels.plugins.registration import device_kernels, register
+
     register(trt, device_kernels(directory / KERNELS_FOLDER))

@@ -18,7 +18,17 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from stepvideo_kernels.choice import IMPLEMENTATIONS, OPS, Choice, Implementation, Target, Use, choose, spec_of
+from stepvideo_kernels.choice import (
+    IMPLEMENTATIONS,
+    OPS,
+    Choice,
+    Implementation,
+    Target,
+    Use,
+    choose,
+    refusals,
+    spec_of,
+)
 from stepvideo_kernels.kernel_spec import FullSize
 from stepvideo_serve.dit.blocks import AttentionCore, CrossAttention, DiTBlock, ModulatedNorm, SelfAttention
 from stepvideo_serve.dit.config import HEAD_DIM, DiTConfig
@@ -259,11 +269,10 @@ def _choose(use: Use, target: Target, wanted: str) -> Choice:
 
 
 def _native(use: Use, target: Target) -> Choice:
-    try:
+    refusal = refusals(use, target)["native"]
+    if refusal is None:
         return choose(use, target, "native")
-    except ExportError as error:
-        reason = str(error).removeprefix("--ops native cannot be had: ")
-        return Choice(use.op, "reference", f"Not native: {reason}", use.dtype, use.output)
+    return Choice(use.op, "reference", f"Not native: {refusal}", use.dtype, use.output)
 
 
 def _base(precision: str) -> str:

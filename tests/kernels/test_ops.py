@@ -7,7 +7,18 @@ from dataclasses import replace
 import pytest
 
 from stepvideo_kernels.adaln_modulate.spec import SPEC as ADALN
-from stepvideo_kernels.choice import OPS, Target, Use, builds_of, choices, choose, full_size_uses, spec_of, table
+from stepvideo_kernels.choice import (
+    OPS,
+    Target,
+    Use,
+    builds_of,
+    choices,
+    choose,
+    full_size_uses,
+    refusals,
+    spec_of,
+    table,
+)
 from stepvideo_kernels.kernel_spec import FP8_MIN_SM, SMS, FullSize, TileConfig
 from stepvideo_kernels.qkv_norm_rope.spec import SPEC as QKV
 from stepvideo_serve.errors import ExportError
@@ -92,6 +103,14 @@ def test_insisting_gives_it_or_says_why_not() -> None:
         choose(Use("attention", "fp8", "bf16", 128, 100), H100, "reference")
     with pytest.raises(ExportError, match="--ops native cannot be had: TensorRT has no fused qkv_norm_rope"):
         choose(Use("qkv_norm_rope", "bf16", "bf16", 128, 100), H100, "native")
+
+
+def test_refusals_are_values_with_their_sentences() -> None:
+    assert refusals(ATTENTION, H100) == dict.fromkeys(("reference", "native", "plugin"), None)
+    refused = refusals(Use("qkv_norm_rope", "bf16", "fp8", 64, 100), H100)
+    assert refused["native"] == "TensorRT has no fused qkv_norm_rope."
+    assert "computes in bf16, fp16 or fp32, got FP8" in (refused["reference"] or "")
+    assert "takes a head size of 128, got 64" in (refused["plugin"] or "")
 
 
 def test_unknown_op() -> None:
