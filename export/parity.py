@@ -4,8 +4,8 @@
     python -m export.parity --engines DIR --model-dir DIR      runs the loop, records it in the manifest, prints both
 
 The loop goes from prompt and image to latents through ONNX Runtime on the very graphs that are compiled (bf16 and FP8
-ones as their fp16 twins, see twin.py). fp32 graphs may be off by 1e-4 of the largest magnitude; others may lose twice
-what torch loses in bf16.
+ones as their fp16 twins, see compare/fp16_copy.py). fp32 graphs may be off by 1e-4 of the largest magnitude; others
+may lose twice what torch loses in bf16.
 Exit status: 0 every report is there and passes; 1 one fails or is missing; 2 wrong arguments or files.
 """
 

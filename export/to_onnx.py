@@ -9,8 +9,8 @@ With a layout that splits heads or tokens, the pieces of each tensor-parallel ra
 
 Writes `<graph>.onnx` with its weights beside it in `<graph>.onnx.data`, and `manifest.json`. Each graph has passed
 the ONNX checker and agrees with the torch module through ONNX Runtime at two shapes (bf16 and FP8 graphs as their fp16
-twin, see compare.py). A graph is there whole or not at all; run again, only graphs whose weights, code, precision,
-calibration or exporter changed are built.
+twin, see compare/one_graph.py). A graph is there whole or not at all; run again, only graphs whose weights, code,
+precision, calibration or exporter changed are built.
 """
 
 import argparse

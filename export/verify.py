@@ -7,7 +7,7 @@ lose.
 "eager" runs the torch modules in fp32, "ort" the exported ONNX graphs in ONNX Runtime: those in --onnx, or, without
 it, ones exported for the occasion. Goldens whose weights are made by rule need no --model-dir.
 With --engines the parity reports of an engine directory are printed; --gpu first runs its engines on this machine's GPU
-and adds what they give (engine_parity.py).
+and adds what they give (compare/engines.py).
 Exit status: 0 all compared entries agree; 1 some do not, or nothing could be compared; 2 nothing was verified because
 of wrong arguments or files.
 """

@@ -1,7 +1,7 @@
 """The fp16 twin of a bf16 graph: the same nodes and weights, every bf16 tensor in fp16.
 
 ONNX Runtime has no bf16 kernels on a CPU; the twin shows what the graph that TensorRT compiles computes. FP8 codes and
-scales stay bit for bit what they are (see quantize/qdq.py); other constants are rounded to fp16, and finite ones beyond
+scales stay bit for bit what they are (see fused/fp8.py); other constants are rounded to fp16, and finite ones beyond
 its range, such as masks of the most negative bf16 number, become its largest.
 
 `Attention` goes between casts to fp32 and back. On GPUs it is one kernel with its scores and sums in fp32, as in torch;

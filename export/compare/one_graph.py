@@ -5,7 +5,7 @@ reference.
 
 fp32        the graph may be off by 2e-5 (two equivalent runs of the official code differ by up to 4e-6)
 fp16        twice what torch itself loses in fp16, its convolutions accumulating in fp32 as they do on GPUs
-bf16, fp8   as fp16, with the fp16 twin of the graph (twin.py), since ONNX Runtime has no bf16 kernels on a CPU; for fp8
+bf16, fp8   as fp16, with its fp16 twin (fp16_copy.py), since ONNX Runtime has no bf16 kernels on a CPU; for fp8
             torch loses what the same quantised layers lose in fp16
 
 A graph that TensorRT compiles runs as its twin in fp16 too: scores and sums of its attention are in fp32, as on GPUs.

@@ -1,6 +1,6 @@
 """An engine directory from a directory of ONNX graphs: what is stale is built, checked, and recorded.
 
-    <out>/manifest.json            what the engines are, and for what (engine/target.py)
+    <out>/manifest.json            what the engines are, and for what (engine/manifest.py: EngineTarget)
     <out>/<graph>.engine           and <graph>.plan.json, its layers
     <out>/logs/<graph>.log         all that TensorRT said
     <out>/tp0of2/...               the same for a tensor-parallel rank's own graphs

@@ -20,7 +20,7 @@ Linears = Literal["fp8", "nvfp4"]
 
 @dataclass(frozen=True)
 class Fp8:
-    """What to quantise: ranges of activations, and globs of layers that stay as they are (see layers.py).
+    """What to quantise: ranges of activations, and globs of layers that stay as they are (see fused/layers.py).
 
     `linears`: the format of linear layers, "fp8" or "nvfp4"; attention has FP8 with both.
     """

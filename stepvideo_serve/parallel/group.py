@@ -10,7 +10,7 @@ What goes wrong ends in bounded time:
     a rank is stopped              WorkerFailed after two heartbeats; one that is only silent, after ten
     a rank is stuck in a step      WorkerFailed step_slack_s after the longest step so far, or first_step_timeout_s
     a cancel is not obeyed         RequestCancelled after cancel_grace_s
-    the parent dies                the kernel kills the ranks (worker.py)
+    the parent dies                the kernel kills the ranks (rank_process.py)
 In all these cases but the first the processes of the generation are killed, unless all have ended the job, and the
 ranks are started anew at once, whether or not a job waits for them. When that fails REBUILD_ATTEMPTS times in a row
 the group has failed: jobs are refused at once, while it goes on trying, until it succeeds.
@@ -53,7 +53,7 @@ class Loss:
 class RankGroup:
     """`size` processes that each hold a worker made by `factory`, and run jobs one at a time.
 
-    factory           "package.module:function", called in each rank with the settings; returns a Worker (worker.py)
+    factory           "package.module:function", called in each rank with the settings; returns a Worker
     settings          JSON object; "rank", "world_size", "generation" and "rendezvous" are added for each rank
     start_timeout_s   from the start of the processes until all workers are ready
     heartbeat_s       how often each rank gives a sign of life

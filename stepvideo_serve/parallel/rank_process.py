@@ -1,4 +1,4 @@
-"""The program of one rank: `python -m stepvideo_serve.parallel.rank_process --fd N ...`, started by ranks.py.
+"""The program of one rank: `python -m stepvideo_serve.parallel.rank_process --fd N ...`, started by generation.py.
 
 The main thread builds the worker and runs the jobs; a second thread reads the channel all the time, so that a cancel
 reaches a running job and the end of the parent ends the rank. The rank cannot outlive its parent: the kernel kills it
@@ -38,7 +38,7 @@ MARK = encode({"kind": "mark"})
 
 class Worker(Protocol):
     """What a factory returns. A factory is called with the settings, which include rank, world_size, generation and
-    rendezvous (see rendezvous.py)."""
+    rendezvous (see collectives.py)."""
 
     def info(self) -> JsonObject:
         """What the parent may want to know once the worker is ready; JSON."""

@@ -5,7 +5,7 @@ either) and is gone with the last process that maps it, however that one dies. I
 that were never written cost nothing, so the size may be generous.
 
 An arena holds one message's tensors at a time, written by one side and read by the other. It does no locking: the
-channel's messages say whose turn it is (see group.py and worker.py).
+channel's messages say whose turn it is (see group.py and rank_process.py).
 """
 
 import mmap

@@ -3,7 +3,7 @@
 Exact     parameters per rank; FLOPs of the matrix multiplications (2 per multiply and add; nothing else is counted);
           payload bytes of every collective, as parallel/collectives.py counts them.
 Predicted activations and scratch (tensors alive at the same time in the pieces of a block; a TensorRT engine may plan
-          better, an eager run fragments), and all seconds: FLOPs at the share of the peak in parallel/gpus.py, bytes
+          better, an eager run fragments), and all seconds: FLOPs at the share of the peak in gpus.py, bytes
           at the link's bandwidth, sums hidden behind the other guidance branch except for OVERLAP_LOSS of them. Not
           counted: that smaller slices run less efficiently, and the mp4.
 

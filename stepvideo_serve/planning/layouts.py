@@ -4,7 +4,7 @@
         [--height 544] [--width 992] [--steps 50] [--precision bf16|fp8] [--json]
 
 Nothing is run and no GPU is needed. Parameters, FLOPs and bytes between the ranks are exact; memory beyond the weights
-and all seconds are predictions from published peaks and efficiencies (parallel/cost.py and parallel/gpus.py say which),
+and all seconds are predictions from published peaks and efficiencies (cost.py and gpus.py say which),
 for guidance with two branches and texts of full length. Without --model-dir the published model is assumed.
 Exit code 2, with one sentence, for anything that cannot be planned.
 """

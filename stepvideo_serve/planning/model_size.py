@@ -1,4 +1,4 @@
-"""From the networks' configurations to the numbers that the planner needs (parallel/cost.py), without any weights.
+"""From the networks' configurations to the numbers that the planner needs (cost.py), without any weights.
 
 Parameters are counted on the meta device, where tensors have shapes only, FLOPs of the Video-VAE by running it there.
 """

@@ -1,7 +1,7 @@
 """What a request will take, from what it asks for and what the server has measured. Pure arithmetic.
 
 Seconds are the sum of the stages, each told by its rate (pace.py) from its work: FLOPs of the steps, pixels of the
-pictures, tokens of the texts. Waiting is apart. Memory is predicted from the model's dimensions (parallel/cost.py).
+pictures, tokens of the texts. Waiting is apart. Memory is predicted from the model's dimensions (cost.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Hunyuan-CLIP: a BERT whose last hidden states describe the prompt in words that go with images.
 
-The network is transformers' BertModel; only its reading from the official folder is ours (weights/checkpoint.py).
+The network is transformers' BertModel; only its reading from the official folder is ours (assembly/checkpoint.py).
 Source: Hunyuan-DiT (arXiv 2405.08748), section 2.1; the official pipeline uses the same class.
 """
 

@@ -1,7 +1,7 @@
 """What a TensorRT plugin of one operator needs to know, without TensorRT: types, shapes, and the launch of its kernel.
 
-Every op has a module `stepvideo_kernels.<op>.plugin` with FORMS, one PluginForm for each of its operators; plugins.py
-makes the classes of a TensorRT module from them.
+Every op has a module `stepvideo_kernels.<op>.plugin` with FORMS, one PluginForm for each of its operators;
+registration.py makes the classes of a TensorRT module from them.
 """
 
 from abc import ABC, abstractmethod
