@@ -57,7 +57,8 @@ $(INSTALLED):
 
 # --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
 GRAPH_CODE := $(wildcard $(foreach f,graphs quantize compare tiny,export/$(f)/*.py) export/*.py \
-	$(foreach f,text vae dit fused engine weights assembly,stepvideo_serve/$(f)/*.py) stepvideo_serve/geometry.py)
+	$(foreach f,text vae dit fused engine weights assembly,stepvideo_serve/$(f)/*.py) stepvideo_serve/geometry.py \
+	$(foreach f,*.py */op.py */spec.py */reference.py plugins/*.py,kernels/stepvideo_kernels/$(f)))
 
 TOY_WEIGHTS := $(wildcard toyworld/checkpoint/*/*.safetensors toyworld/checkpoint/*/*/*.safetensors)
 

@@ -1,8 +1,8 @@
 """What engines lose against torch in fp32: the reports in their manifests, and what they give on this machine's GPU.
 
 On the GPU each engine gets the inputs on which its graph was compared (one_graph.py), rounded to its dtypes. It may
-lose twice what torch loses in these, with the same layers quantised. The rows join the graph's own report in the manifest,
-with "engine" as their backend: a server refuses the engine when one of them fails.
+lose twice what torch loses in these, with the same layers quantised. The rows join the graph's own report in the
+manifest, with "engine" as their backend: a server refuses the engine when one of them fails.
 """
 
 import sys
