@@ -4,14 +4,15 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from perf.prices.__main__ import main
 from perf.prices.journal import Journal
 from perf.prices.measure import Clip, psnr_db
 from perf.prices.summary import estimate, measures, rank_correlation, table
@@ -45,39 +46,58 @@ mask = "{MASK}"
 cfg_scale = 9
 time_shift = 7
 """
-Prices = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Prices = Callable[..., Said]
 
 
 @pytest.fixture
-def prices(tmp_path: Path, root: Path, mini_checkpoint: Path) -> Prices:
-    """Runs the tool on two pairs of 17 frames."""
+def arguments(tmp_path: Path, mini_checkpoint: Path) -> list[str]:
+    """For two pairs of 17 frames."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(png(first_image(SCENE)))
         (tmp_path / f"{name}.txt").write_text(f"红色圆形向右移动 {name}", encoding="utf-8")
     (tmp_path / "serve.toml").write_text(CONFIG, encoding="utf-8")
+    found = ["--model-dir", mini_checkpoint, "--requests", tmp_path, "--config", tmp_path / "serve.toml"]
+    found += ["--num-frames", 17, "--height", 32, "--width", 48, "--steps", 12, "--settings", "4:7"]
+    return [str(one) for one in (*found, "--threads", 1, "--out", tmp_path / "out" / "prices.json")]
 
-    def run(*extra: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["--model-dir", mini_checkpoint, "--requests", tmp_path, "--config", tmp_path / "serve.toml"]
-        arguments += ["--num-frames", 17, "--height", 32, "--width", 48, "--steps", 12, "--settings", "4:7"]
-        arguments += ["--threads", 1, "--out", tmp_path / "out" / "prices.json", *extra]
-        command = [sys.executable, "-m", "perf.prices", *map(str, arguments)]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+
+@pytest.fixture
+def prices(
+    arguments: list[str], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Prices:
+    """Runs the tool in this process."""
+    monkeypatch.chdir(root)
+
+    def run(*extra: str) -> Said:
+        monkeypatch.setattr("sys.argv", ["prices", *arguments, *extra])
+        code = main()
+        printed = capsys.readouterr()
+        return Said(code, printed.out, printed.err)
 
     return run
 
 
 def test_prices_of_any_checkpoint_and_requests(prices: Prices, tmp_path: Path, mini_checkpoint: Path) -> None:
     done = prices("--fewer-steps", "5")
-    assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
+    assert done.code == 0, done.err
+    said = done.err.splitlines()
     first = next(i for i, line in enumerate(said) if "2 requests to measure: at most" in line)
     assert first < next(i for i, line in enumerate(said) if "4:7 a: exact" in line)
-    assert "elsewhere is left out: This fixed preset holds for CFG_SCALE = 9" in done.stderr
-    assert "2 of 2 requests in" in done.stderr
+    assert "elsewhere is left out: This fixed preset holds for CFG_SCALE = 9" in done.err
+    assert "2 of 2 requests in" in done.err
     file = PriceFile.load(tmp_path / "out" / "prices.json")
     assert [price.preset for price in file.prices] == ["loose", "masked"]
     assert [other.name for other in file.comparisons] == ["5 steps"]
-    assert all(f"| {name} |" in done.stdout for name in ("exact", "loose", "masked", "5 steps"))
+    assert all(f"| {name} |" in done.out for name in ("exact", "loose", "masked", "5 steps"))
     loose, masked = (price.measures for price in file.prices)
     assert (loose.clips, loose.motion, loose.guided_share, loose.shares) == (2, None, 1.0, {})
     assert loose.evaluations.most < 12
@@ -89,32 +109,31 @@ def test_prices_of_any_checkpoint_and_requests(prices: Prices, tmp_path: Path, m
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["prices.json"]
 
 
-def test_an_interrupted_run_goes_on(prices: Prices, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(prices: Prices, arguments: list[str], tmp_path: Path, root: Path) -> None:
     """As if the process had been killed while it wrote the second request."""
-    arguments = ("--presets", "exact", "masked", "--fewer-steps", "--clips", "2")
-    command = prices(*arguments).args
-    journal = tmp_path / "out" / "prices.journal"
-    (tmp_path / "out" / "prices.json").unlink()
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True) as process:
+    extra = ("--presets", "exact", "masked", "--fewer-steps")
+    command = [sys.executable, "-m", "perf.prices", *arguments, *extra]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "1 of 2 requests" in line:
                 process.kill()
                 break
     assert process.returncode != 0
+    journal = tmp_path / "out" / "prices.journal"
     kept = journal.read_text(encoding="utf-8").splitlines()
     assert len(kept) == 2
     journal.write_text("\n".join(kept) + '\n{"case": "4:7 b", "cl', encoding="utf-8")
-    again = prices(*arguments)
-    assert again.returncode == 0, again.stderr
-    assert "1 requests to measure" in again.stderr
-    assert "4:7 a: exact" not in again.stderr
+    again = prices(*extra)
+    assert again.code == 0, again.err
+    assert "1 requests to measure" in again.err
+    assert "4:7 a: exact" not in again.err
     assert PriceFile.load(tmp_path / "out" / "prices.json").prices[0].measures.clips == 2
     assert not journal.exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("wrong", "message"),
     [
         (["--presets", "loose", "slow"], "--presets must be among exact, loose, masked, elsewhere .*, got 'slow'"),
         (["--requests", "nowhere"], "--requests must be a folder of image and text pairs"),
@@ -125,11 +144,10 @@ def test_an_interrupted_run_goes_on(prices: Prices, tmp_path: Path) -> None:
         (["--config", "nowhere"], "configuration must be a TOML file, nowhere"),
     ],
 )
-def test_wrong_options_are_one_sentence(prices: Prices, arguments: Sequence[str], message: str) -> None:
-    done = prices(*arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    [sentence] = [line for line in done.stderr.splitlines() if line.startswith("perf.prices: ")]
+def test_wrong_options_are_one_sentence(prices: Prices, wrong: list[str], message: str) -> None:
+    done = prices(*wrong)
+    assert done.code == 2
+    [sentence] = [line for line in done.err.splitlines() if line.startswith("perf.prices: ")]
     assert re.search(message, sentence), sentence
 
 
