@@ -30,7 +30,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quality prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
+.PHONY: help setup demo quality prices precision-prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gpu test-toyworld test-prices coverage lint format clean
 
@@ -142,8 +142,12 @@ build/toyworld-fp8.made: $(INSTALLED) $(GRAPH_CODE) $(wildcard export/quantize/*
 	@$(RUN) toyworld.fp8_graphs --out build/toyworld-fp8
 	@touch $@
 
-prices: build/toyworld-fp8.made ## what precisions and layouts cost, against fp32 samples of the same seed: build/prices.json
-	@$(RUN) toyworld.price_list --fp8 build/toyworld-fp8/graphs --json build/prices.json $(PRICES_ARGS)
+prices: $(INSTALLED) ## what presets of quality cost on MODEL_DIR with REQUESTS (default: toy-world scenes): build/prices.json
+	@$(RUN) perf.prices --model-dir '$(MODEL_DIR)' --config '$(CONFIG)' --out build/prices.json \
+		$(if $(filter file,$(origin REQUESTS)),,--requests '$(REQUESTS)') $(PRICES_ARGS)
+
+precision-prices: build/toyworld-fp8.made ## what precisions and layouts cost on the toy world, against fp32: build/precision-prices.json
+	@$(RUN) toyworld.price_list --fp8 build/toyworld-fp8/graphs --json build/precision-prices.json $(PRICES_ARGS)
 
 onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 

@@ -1,6 +1,6 @@
 """What every preset of quality costs on a checkpoint, in this process: a table, and the price file for [pricing].
 
-    python -m perf.prices --model-dir DIR --requests DIR [--settings 9:13] [--out build/prices.json]
+    python -m perf.prices --model-dir DIR --requests DIR [--settings 9:7] [--out build/prices.json]
 
 Each request (a pair NAME.png and NAME.txt; without --requests the toy world's held-out scenes) is run exactly, under
 each preset of --config and with fewer steps. Says first how long that will take at most. An interrupted run goes on
@@ -29,12 +29,15 @@ from stepvideo_serve.planning.prices import Comparison, Measures, Price, PriceFi
 from stepvideo_serve.request.presets import EXACT, Preset
 from stepvideo_serve.sampling.denoise import flow_times
 from stepvideo_serve.sampling.evaluation import EvaluationPlan
+from toyworld.evaluate import CHECKPOINT
 from toyworld.priced_scenes import observe, scene_request
 from toyworld.samples import Sampling, serve_config
 
 PACE_STEPS: Final = 2
 Guidance = tuple[float, float]
 """CFG_SCALE and TIME_SHIFT."""
+USUAL_SETTINGS: Final[list[Guidance]] = [(9.0, 7.0)]  # of a request that says nothing
+TOY_SETTINGS: Final[list[Guidance]] = [(4.0, 7.0), (9.0, 13.0)]  # what it was trained for, and the model's own
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _figures(work: Work, journal: Journal) -> Iterator[tuple[str, Measures]]:
 
 
 def _works(options: argparse.Namespace, config: ServeConfig, presets: dict[str, Preset]) -> Iterator[Work]:
-    for guidance in options.settings:
+    for guidance in options.settings or (TOY_SETTINGS if options.requests is None else USUAL_SETTINGS):
         cases = _cases(options, config, guidance)
         yield Work(guidance, cases, _variants(options, presets, cases[0]))
 
@@ -202,6 +205,11 @@ def _config(options: argparse.Namespace) -> ServeConfig:
         raise ConfigError("--engines must name the folder of graphs for every --backend but eager: give both or none.")
     if options.bf16 and (options.backend, options.precision) != ("eager", "fp32"):
         raise ConfigError("--bf16 compares torch's precisions and needs --backend eager --precision fp32: drop it.")
+    if options.requests is None and options.model_dir.resolve() != CHECKPOINT.resolve():
+        raise ConfigError(
+            f"--requests must name a folder of images and texts for any checkpoint but {CHECKPOINT.parent.name}'s, got "
+            "none: name one (make prices MODEL_DIR=... REQUESTS=...)."
+        )
     base = serve_config(options.model_dir, options.precision, options.threads, options.engines)
     return replace(base, model=replace(base.model, backend=options.backend, device=options.device))
 
@@ -232,14 +240,20 @@ def _count(text: str) -> int:
     return value
 
 
+def _number(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise ValueError(text)
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m perf.prices", description="Price the presets of quality.")
     parser.add_argument("--model-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--requests", type=Path, metavar="DIR", help="pairs of image and text; else toy-world scenes")
     parser.add_argument("--clips", type=_count, default=16, help="requests at each setting (default %(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first request (default %(default)s)")
+    parser.add_argument("--first", type=_number, default=0, help="number of the first request (default %(default)s)")
     parser.add_argument(
-        "--settings", type=_guidance, nargs="+", default=[(9.0, 13.0)], metavar="CFG:SHIFT", help="default 9:13"
+        "--settings", type=_guidance, nargs="+", metavar="CFG:SHIFT", help="default 9:7, in the toy world 4:7 9:13"
     )
     parser.add_argument("--steps", type=_count, default=50, help="of exact and the presets (default %(default)s)")
     parser.add_argument("--num-frames", type=_count, help="of --requests; default as a request's")
@@ -254,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engines", type=Path, metavar="DIR", help="graphs or engines of the checkpoint")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "fp8", "nvfp4"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
+    parser.add_argument("--threads", type=_number, default=0, help="CPU threads; 0 = all cores")
     parser.add_argument("--out", type=Path, default=Path("build/prices.json"), help="price file (default %(default)s)")
     return parser
 

@@ -51,7 +51,7 @@ def make_job(cfg_scale: float = 4.0) -> DenoiseJob:
 def make_forecast_job() -> DenoiseJob:
     """Some steps are forecast, some evaluated with guidance and some without."""
     preset = Preset(
-        "adaptive", tolerance=0.5, dense_start=0.01, dense_end=0.9, longest_streak=3, guidance_from=0.1, guidance_to=0.8
+        "adaptive", tolerance=100, dense_start=0.0, dense_end=0.9, longest_streak=3, guidance_from=0.1, guidance_to=0.5
     )
     return replace(make_job(), settings=job_settings(FORECAST_STEPS, 4.0), preset=preset)
 

@@ -117,7 +117,7 @@ def test_all_layouts_evaluate_the_same_steps(config: ServeConfig, results: Resul
     *_, expected = denoiser.run(make_forecast_job())
     assert expected.state is not None
     assert expected.latents is not None
-    assert 6 < expected.state.evaluations < 16
+    assert expected.state.mask == "1100010110001011"
     for rank in results[layout]:
         assert rank["forecast"]["mask"] == expected.state.mask
         assert relative_error(rank["forecast"]["latents"], expected.latents) <= 1e-3

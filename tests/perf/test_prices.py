@@ -151,6 +151,21 @@ def test_wrong_options_are_one_sentence(prices: Prices, wrong: list[str], messag
     assert re.search(message, sentence), sentence
 
 
+def test_only_the_toy_world_has_requests_of_its_own(
+    mini_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["prices", "--model-dir", str(mini_checkpoint)])
+    assert main() == 2
+    assert "--requests must name a folder of images and texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--settings", "9"], ["--settings", "nan:7"], ["--clips", "0"], ["--first", "-1"]])
+def test_numbers_out_of_range_are_refused(prices: Prices, wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        prices(*wrong)
+    assert refusal.value.code == 2
+
+
 def clip(variant: str = "x", **changes: Any) -> Clip:
     base = Clip(variant, "1011", 3, 1.0, 2.0, 0.1, 40.0, {"speed": 1.0, "direction": 1.0})
     return replace(base, **changes)
