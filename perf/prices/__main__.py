@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,7 +109,7 @@ def _measure(
             key = work.key(case)
             if key in journal.done:
                 continue
-            journal.add(key, measurement.clips(case, number, lambda name, key=key: _say(f"  {key}: {name}")))
+            journal.add(key, measurement.clips(case, number, partial(_say_begun, key)))
             done += 1
             elapsed_s = time.monotonic() - began_s
             rest = _duration(elapsed_s / done * (left - done))
@@ -224,6 +225,10 @@ def _duration(seconds: float) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _say_begun(key: str, variant: str) -> None:
+    _say(f"  {key}: {variant}")
 
 
 def _guidance(text: str) -> Guidance:

@@ -186,7 +186,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         [kind] = (item for item in get_args(kind) if item is not NoneType)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         if strange := value.keys() ^ hints.keys():
             raise ValueError(f"{where} must have the keys {', '.join(hints)}, {_shown(min(strange))} is amiss")

@@ -213,8 +213,8 @@ def test_rank_correlation() -> None:
 def test_psnr() -> None:
     frames = np.zeros((2, 4, 4, 3), np.uint8)
     assert psnr_db(frames, frames) == 99.0
-    assert psnr_db(frames, frames + 255) == pytest.approx(0.0)
-    assert psnr_db(frames, frames + 1) == pytest.approx(48.13, abs=0.01)
+    assert psnr_db(frames, np.full_like(frames, 255)) == pytest.approx(0.0)
+    assert psnr_db(frames, np.full_like(frames, 1)) == pytest.approx(48.13, abs=0.01)
 
 
 def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:

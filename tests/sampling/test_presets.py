@@ -133,3 +133,13 @@ def test_the_committed_file_shows_every_key_of_the_shipped_presets(root: Path) -
     table = tomllib.loads((root / "serve.toml").read_text(encoding="utf-8"))["presets"]
     keys = {"rule", *OF_RULE["adaptive"], "guidance_from", "guidance_to"}
     assert {name: set(values) for name, values in table.items()} == {"balanced": keys, "fast": keys}
+
+
+def test_the_document_gives_the_shipped_parameters(root: Path) -> None:
+    text = (root / "docs" / "quality.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (balanced|fast) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", text, re.MULTILINE)
+    assert dict.fromkeys(row[0] for row in rows).keys() == {"balanced", "fast"}
+    for name, *numbers in rows:
+        preset = shipped_presets()[name]
+        expected = (preset.tolerance, preset.dense_start, preset.dense_end, preset.longest_streak)
+        assert tuple(map(float, numbers)) == expected
