@@ -68,7 +68,7 @@ def _in_process(stages: LocalStages, config: ServeConfig, options: argparse.Name
         },
     }
     began_s = time.perf_counter()
-    request = parse_request(inputs, config.limits, stages.latent_channels)
+    request = parse_request(inputs, config.limits, stages.latent_channels, config.defaults)
     for event in generate(request, stages, config.video, lambda: False):
         if isinstance(event, Result):
             return _row(event.report, time.perf_counter() - began_s)

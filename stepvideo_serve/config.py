@@ -14,8 +14,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.request import RequestLimits
+from stepvideo_serve.errors import ConfigError, InvalidRequest
+from stepvideo_serve.request import CheckpointCard, RequestDefaults, RequestLimits, check_defaults
 from stepvideo_serve.request.presets import Preset, shipped_presets, with_exact
 
 ENVIRONMENT_VARIABLE = "STEPVIDEO_CONFIG"
@@ -211,10 +211,12 @@ class PricingConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """The configuration of a server."""
+    """The configuration of a server. ConfigError for defaults that the limits do not allow."""
 
     model: ModelConfig
     limits: RequestLimits = field(default_factory=RequestLimits)
+    defaults: RequestDefaults = field(default_factory=RequestDefaults)
+    card: CheckpointCard = field(default_factory=CheckpointCard)
     text: TextConfig = field(default_factory=TextConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
@@ -226,6 +228,12 @@ class ServeConfig:
     idempotency: IdempotencyConfig = field(default_factory=IdempotencyConfig)
     presets: dict[str, Preset] = field(default_factory=shipped_presets)
     pricing: PricingConfig = field(default_factory=PricingConfig)
+
+    def __post_init__(self) -> None:
+        try:
+            check_defaults(self.defaults, self.limits)
+        except InvalidRequest as error:
+            raise ConfigError(f"[defaults] must be what [limits] allow: {error}") from None
 
     @classmethod
     def load(cls, path: Path) -> "ServeConfig":
@@ -246,7 +254,10 @@ class ServeConfig:
         presets = _presets(table.pop("presets"), path) if "presets" in table else shipped_presets()
         sections = {name: kind for name, kind in hints.items() if name != "presets"}
         found = {name: _section(name, kind, table.get(name, {}), path) for name, kind in sections.items()}
-        return cls(presets=presets, **found)
+        try:
+            return cls(presets=presets, **found)
+        except ConfigError as error:
+            raise ConfigError(f"In {path} {error}") from error
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "ServeConfig":

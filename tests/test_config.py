@@ -6,7 +6,7 @@ import pytest
 
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig, VideoConfig
 from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.request import RequestLimits
+from stepvideo_serve.request import CheckpointCard, RequestDefaults, RequestLimits
 
 MODEL = '[model]\ndir = "weights"\nengines_dir = "/engines"\n'
 
@@ -32,6 +32,8 @@ def test_values(tmp_path: Path) -> None:
     text = MODEL + (
         'backend = "tensorrt"\nprecision = "fp8"\ndevice = "cuda"\n'
         "[limits]\nmax_steps = 9\ncfg_scale = [2, 3.5]\nmax_timeout_s = 60\n"
+        "[defaults]\nnum_frames = 17\nsteps = 9\ncfg_scale = 2\n"
+        "[card]\nsizes = [[34, 64, 64], [17, 64, 96]]\ncfg_scale = [2, 3]\n"
         "[text]\ncache_entries = 0\n"
         '[denoiser]\nthreads = 3\nmax_queued = 0\nstart_timeout_s = 5\narena_mib = 32\nlayout = "cfg2.tp4"\n'
         "[decoder]\nthreads = 2\n"
@@ -41,6 +43,8 @@ def test_values(tmp_path: Path) -> None:
     assert (config.model.backend, config.model.precision, config.model.device) == ("tensorrt", "fp8", "cuda")
     assert config.limits == replace(RequestLimits(), max_steps=9, cfg_scale=(2.0, 3.5), max_timeout_s=60.0)
     assert isinstance(config.limits.cfg_scale[0], float)
+    assert config.defaults == RequestDefaults(num_frames=17, steps=9, cfg_scale=2.0)
+    assert config.card == CheckpointCard(((34, 64, 64), (17, 64, 96)), (2.0, 3.0))
     assert config.text.cache_entries == 0
     denoiser = config.denoiser
     assert (denoiser.threads, denoiser.max_queued, denoiser.arena_mib) == (3, 0, 32)
@@ -54,7 +58,7 @@ def test_values(tmp_path: Path) -> None:
     [
         pytest.param("", r"\[model\] .* needs dir, engines_dir, got \[\]", id="no required section"),
         pytest.param('[model]\ndir = "x"', r"\[model\] .* needs engines_dir, got \['dir'\]", id="no required key"),
-        pytest.param(MODEL + "[modle]", "the file .* may have decoder, .*, got 'modle'", id="unknown section"),
+        pytest.param(MODEL + "[modle]", "the file .* may have card, decoder, .*, got 'modle'", id="unknown section"),
         pytest.param(
             MODEL + "[text]\ncache = 1", r"\[text\] .* may have cache_entries, on_ranks, got 'cache'", id="unknown key"
         ),
@@ -101,6 +105,18 @@ def test_values(tmp_path: Path) -> None:
             MODEL + "[decoder]\nthreads = -1", r"\[decoder\] .*threads must be at least 0", id="negative threads"
         ),
         pytest.param(MODEL + "[video]\nfps = 0", "fps must be at least 1, got 0", id="no frames"),
+        pytest.param(
+            MODEL + "[limits]\nmax_steps = 9", r"\[defaults\] .* \[limits\] .*steps must be from 1 to 9, got 50", id="fill"
+        ),
+        pytest.param(MODEL + "[defaults]\nheight = 65", r"\[defaults\] .*height .* multiple of 16, got 65", id="grid"),
+        pytest.param(
+            MODEL + "[defaults]\nnum_frames = 204\nwidth = 1920", r"\[defaults\] .* 75888 tokens", id="too many tokens"
+        ),
+        pytest.param(MODEL + "[defaults]\ntime_shift = 0", r"\[defaults\] .*time_shift .* from 0.1", id="shift"),
+        pytest.param(MODEL + "[defaults]\nseed = 1", r"\[defaults\] .* may have .*, got 'seed'", id="no default"),
+        pytest.param(MODEL + "[card]\nsizes = [[34, 64]]", r"\[card\] sizes\[0\] .* a list", id="short size"),
+        pytest.param(MODEL + "[card]\nsizes = [[34, 0, 64]]", r"\[card\] .* from 1 upwards", id="no size"),
+        pytest.param(MODEL + "[card]\ncfg_scale = [5, 4]", r"\[card\] .* a range", id="range upside down"),
         pytest.param("[model", "must be TOML in UTF-8, found", id="no TOML"),
     ],
 )
@@ -144,6 +160,9 @@ def test_the_committed_file_shows_every_key(root: Path) -> None:
 
 def test_the_committed_file_shows_the_defaults(root: Path, tmp_path: Path) -> None:
     config = ServeConfig.load(root / "serve.toml")
-    assert config == replace(ServeConfig.load(written(tmp_path, MODEL)), model=config.model)
+    assert config.defaults == RequestDefaults(34, 64, 64, 20, 4.0, 7.0, 5.0)
+    assert config.card == CheckpointCard(((34, 64, 64),), (4.0, 4.0))
+    own = {"model": config.model, "defaults": config.defaults, "card": config.card}
+    assert config == replace(ServeConfig.load(written(tmp_path, MODEL)), **own)
     assert config.model.dir == root / "toyworld" / "checkpoint"
     assert config.model.engines_dir == root / "build" / "toyworld"

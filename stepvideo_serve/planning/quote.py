@@ -13,14 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.errors import InvalidRequest, ServiceUnavailable
+from stepvideo_serve.errors import ServiceUnavailable
 from stepvideo_serve.geometry import FRAMES_PER_CHUNK, VideoGeometry
 from stepvideo_serve.memory.ledger import memory
 from stepvideo_serve.memory.sizes import ModelSize, Workload
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.planning.model_size import ModelConfigs, decoder_bytes, model_size
 from stepvideo_serve.planning.pace import Rate, step_flops
-from stepvideo_serve.request import OUTPUT_LATENTS, OUTPUT_MP4, GenerationRequest, parse_request
+from stepvideo_serve.request import (
+    INPUT_NAMES,
+    OUTPUT_LATENTS,
+    OUTPUT_MP4,
+    GenerationRequest,
+    check_names,
+    field_value,
+    fields_for,
+    parse_request,
+)
 from stepvideo_serve.sampling.denoise import needs_guidance
 from stepvideo_serve.text.states import CLIP_TOKENS, LLM_MAX_TOKENS
 
@@ -32,9 +41,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "mp4": ("check", "mp4"),
 }
 """The parts of a quote, and the stages that each is made of."""
-OWN_INPUTS = ("PROMPT_TOKENS", "NEGATIVE_TOKENS")
-ACCEPTED = ("NUM_FRAMES", "HEIGHT", "WIDTH", "STEPS", "CFG_SCALE", "OUTPUT", "REQUEST_PRIORITY", *OWN_INPUTS)
-MIN_TOKENS = 2  # of any text: its beginning and its end
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -51,13 +57,13 @@ class QuoteRequest:
     @classmethod
     def parse(cls, inputs: Arrays, config: ServeConfig, latent_channels: int) -> "QuoteRequest":
         """From the inputs of `ti2v_quote`, under the rules of `ti2v`. Raises InvalidRequest."""
-        for name in inputs:
-            if name not in ACCEPTED:
-                raise InvalidRequest(f"Inputs must be among {', '.join(ACCEPTED)}, got {name[:60]!r}: leave it out.")
+        check_names(inputs, fields_for("quote"))
         nobody = {name: np.array([value], np.object_) for name, value in (("PROMPT", b""), ("IMAGE", b"none"))}
-        shared = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
-        request = parse_request({**nobody, **shared}, config.limits, latent_channels)
-        return cls(request, _tokens(inputs, "PROMPT_TOKENS") or LLM_MAX_TOKENS, _tokens(inputs, "NEGATIVE_TOKENS"))
+        shared = {name: array for name, array in inputs.items() if name in INPUT_NAMES}
+        request = parse_request({**nobody, **shared}, config.limits, latent_channels, config.defaults)
+        own = [field for field in fields_for("quote") if field.name not in INPUT_NAMES]
+        values = {field.attribute: field_value(field, inputs, config.limits, config.defaults) for field in own}
+        return cls(request, **values)
 
     @property
     def texts(self) -> list[int]:
@@ -176,13 +182,3 @@ def _seconds(
         )
     return {stage: seconds for stage, seconds in known.items() if seconds is not None}
 
-
-def _tokens(inputs: Arrays, name: str) -> int | None:
-    if name not in inputs:
-        return None
-    array = inputs[name]
-    if array.dtype != np.int32 or array.shape != (1,) or not MIN_TOKENS <= array[0] <= LLM_MAX_TOKENS:
-        raise InvalidRequest(
-            f"{name} must be one INT32 from {MIN_TOKENS} to {LLM_MAX_TOKENS}, got {array.tolist()!r:.60}: correct it."
-        )
-    return int(array[0])

@@ -30,6 +30,7 @@ from stepvideo_serve.request.parse import (
     card_warnings,
     check_defaults,
     check_names,
+    field_value,
     parse_request,
 )
 from stepvideo_serve.request.settings import checked_settings, rank_settings
@@ -57,6 +58,7 @@ __all__ = [
     "check_defaults",
     "check_names",
     "checked_settings",
+    "field_value",
     "fields_for",
     "parse_request",
     "rank_settings",

@@ -21,7 +21,7 @@ from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.request.field import Default, Field
 from stepvideo_serve.request.fields import MAX_SEED, fields_for
 from stepvideo_serve.request.limits import CheckpointCard, RequestDefaults, RequestLimits
-from stepvideo_serve.request.rules import Noise, exact, shortened
+from stepvideo_serve.request.rules import Noise, as_fp32, exact, shortened
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -80,7 +80,7 @@ def parse_request(
     check_names(inputs, expected)
     filled = defaults or RequestDefaults()
     # The shapes of the noise follow from the sizes: they come first.
-    values = {field.attribute: _value(field, inputs, limits, filled) for field in expected if field.attribute in SIZES}
+    values = {field.attribute: field_value(field, inputs, limits, filled) for field in expected if field.attribute in SIZES}
     geometry = VideoGeometry(*(values[size] for size in SIZES))
     check_tokens(geometry, limits)
     latent_shape = geometry.latent_shape(latent_channels)
@@ -88,7 +88,7 @@ def parse_request(
         if isinstance(field.rule, Noise) and field.name in inputs:
             field.rule.checked_shape(field.name, inputs[field.name], latent_shape)
         if field.attribute not in values:
-            values[field.attribute] = _value(field, inputs, limits, filled)
+            values[field.attribute] = field_value(field, inputs, limits, filled)
     return GenerationRequest(**values)
 
 
@@ -124,22 +124,26 @@ def check_defaults(defaults: RequestDefaults, limits: RequestLimits) -> None:
 
 def card_warnings(request: GenerationRequest, card: CheckpointCard) -> list[str]:
     """A sentence for each input that lies outside what the card of the checkpoint states."""
-    warnings = []
+    sentences = []
     size = (request.num_frames, request.height, request.width)
     if card.sizes and size not in card.sizes:
         stated = " or ".join(_size(stated) for stated in card.sizes)
-        warnings.append(f"The card of this checkpoint states {stated}, got {_size(size)}: expect a worse video.")
-    low, high = card.cfg_scale
-    if high > 0 and not np.float32(low) <= request.cfg_scale <= np.float32(high):
-        stated = exact(low) if low == high else f"{exact(low)} to {exact(high)}"
-        warnings.append(
-            f"The card of this checkpoint states a CFG_SCALE of {stated}, got {exact(request.cfg_scale)}: expect a "
-            "worse video."
+        sentences.append(
+            f"The card of this checkpoint states {stated}, got {_size(size)}: expect less of it, or ask for a stated "
+            "size."
         )
-    return warnings
+    low, high = card.cfg_scale
+    if high > 0 and not as_fp32(low) <= request.cfg_scale <= as_fp32(high):
+        stated = exact(low) if low == high else f"{exact(low)} to {exact(high)}"
+        sentences.append(
+            f"The card of this checkpoint states a CFG_SCALE of {stated}, got {exact(request.cfg_scale)}: expect less "
+            "of it, or ask for a stated one."
+        )
+    return sentences
 
 
-def _value(field: Field, inputs: Inputs, limits: RequestLimits, defaults: RequestDefaults) -> Any:
+def field_value(field: Field, inputs: Inputs, limits: RequestLimits, defaults: RequestDefaults) -> Any:
+    """The field's value in `inputs`, or what stands in for an absent one. Raises InvalidRequest."""
     if field.name not in inputs:
         return secrets.randbelow(MAX_SEED + 1) if field.default is Default.RANDOM else field.default_in(defaults)
     if isinstance(field.rule, Noise):

@@ -2,11 +2,12 @@
 `ti2v_quote` (what a request would take on this server, from what the server has measured)."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from stepvideo_serve.errors import QueueFull, ServiceUnavailable
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline.generate import Cancelled, Progress, Result, generate
 from stepvideo_serve.planning.quote import QuoteRequest, Server, quote
-from stepvideo_serve.request import GenerationRequest, parse_request
+from stepvideo_serve.request import GenerationRequest, card_warnings, parse_request
 from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
 from stepvideo_serve.serving.adapter import (
     Arrays,
@@ -38,6 +39,8 @@ from stepvideo_serve.serving.stage_models import StageModel
 from stepvideo_serve.video.preview import encode_jpeg
 
 HEARTBEAT_S = 15.0
+
+_logger = logging.getLogger(__name__)
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
@@ -75,14 +78,14 @@ class PublicModel:
 
     def _take(self, request: Any) -> None:
         if is_probe(request):
-            report = json.dumps({"accepted": self._accepted}).encode()
-            Sender(request, self.decoupled).finish({"REPORT": bytes_array(report)})
+            state = {"accepted": self._accepted, "defaults": asdict(self._config.defaults)}
+            Sender(request, self.decoupled).finish({"REPORT": bytes_array(json.dumps(state).encode())})
             return
         watch = self._watches.begin(request)
         answer: Answer = Sender(request, self.decoupled, watch.end)
         try:
             inputs = read_inputs(request)
-            parsed = parse_request(inputs, self._config.limits, self._latent_channels)
+            parsed = parse_request(inputs, self._config.limits, self._latent_channels, self._config.defaults)
             watch.identify(parsed.request_id)
             if parsed.request_id is not None:
                 run = self._results.join(parsed.request_id, fingerprint(inputs), answer, parsed.timeout_s)
@@ -139,7 +142,15 @@ class PublicModel:
         for event in generate(request, stages, self._config.video, cancelled, self._config.gates, watch.stage):
             if isinstance(event, Result):
                 report_pace(request, event.report["seconds"], stages, self._decoders)
+                event.report["warnings"] += self._card_warnings(request)
             yield event
+
+    def _card_warnings(self, request: GenerationRequest) -> list[dict[str, str]]:
+        """For REPORT and the log: what the card of the checkpoint says nothing about."""
+        sentences = card_warnings(request, self._config.card)
+        for sentence in sentences:
+            _logger.warning("card: %s", sentence)
+        return [{"gate": "card", "message": sentence} for sentence in sentences]
 
 
 def _unwanted(answer: Answer) -> bool:
@@ -243,7 +254,8 @@ class QuoteModel(StageModel):
             raise ServiceUnavailable(
                 f"dit_denoiser must answer within {ANSWER_S:g} s, it does not: see python -m stepvideo_serve health."
             ) from None
-        return outputs_of(quote(asked, self._server, json.loads(state["REPORT"].flat[0])))
+        report = quote(asked, self._server, json.loads(state["REPORT"].flat[0]))
+        return outputs_of({**report, "defaults": asdict(self._config.defaults)})
 
     @cached_property
     def _server(self) -> Server:

@@ -15,7 +15,7 @@ from stepvideo_serve.assembly.runners import load_runners, open_manifest
 from stepvideo_serve.config import DenoiserConfig, ModelConfig, ServeConfig
 from stepvideo_serve.engine.manifest import EngineTarget
 from stepvideo_serve.errors import ConfigError, EngineError, SetupError
-from stepvideo_serve.request import RequestLimits
+from stepvideo_serve.request import RequestDefaults, RequestLimits
 
 NAMES = ("dit_embed", "dit_block_00", "step_llm")
 LIMITS = RequestLimits(max_frames=17, max_height=64, max_width=64, max_tokens=48)
@@ -27,7 +27,7 @@ def config(engines: Path, checkpoint: Path, tmp_path: Path) -> ServeConfig:
     folder = tmp_path / "engines"
     shutil.copytree(engines, folder)
     model = ModelConfig(checkpoint, folder, backend="tensorrt_rtx", precision="bf16", device="cuda")
-    return ServeConfig(model, LIMITS)
+    return ServeConfig(model, LIMITS, RequestDefaults(17, 64, 64))
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:

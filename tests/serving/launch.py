@@ -28,6 +28,10 @@ max_width = 512
 max_steps = 100000
 max_image_bytes = 2000000
 
+[defaults]
+height = 256
+width = 256
+
 [denoiser]
 max_queued = {max_queued}
 max_resumes = 1
