@@ -11,15 +11,10 @@ ENGINE_DIR ?= build/toyworld
 GOLDENS ?= ../shared/goldens/tiny-a
 VERIFY_MODEL_DIR ?= $(GOLDENS)
 BACKEND ?= eager
-# What the toy-world checkpoint was trained for: 34 frames of 64x64, such prompts and images, this guidance.
+# What the toy-world checkpoint was trained for: such prompts and images. Sizes, steps and guidance are the server's
+# ([defaults] in CONFIG), unless FRAMES, HEIGHT, WIDTH, STEPS, CFG_SCALE or MOTION_SCORE say otherwise.
 IMAGE ?= build/first_image.png
 PROMPT ?= 红色圆形向右移动。
-FRAMES ?= 34
-HEIGHT ?= 64
-WIDTH ?= 64
-STEPS ?= 20
-CFG_SCALE ?= 4
-MOTION_SCORE ?= 5
 SEED ?= 7
 OUT ?= out/demo.mp4
 BENCH_RUNS ?= 3
@@ -32,7 +27,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quality prices precision-prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
-	test-engines-slow test-gpu test-toyworld test-prices coverage lint format clean
+	test-engines-slow test-gpu test-toyworld test-prices coverage fields lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -79,9 +74,10 @@ build/first_image.png: $(INSTALLED) toyworld/first_image.py toyworld/world.py
 
 # The committed configuration serves the toy-world checkpoint; another one names files that are there already.
 SERVED := $(INSTALLED) $(if $(filter serve.toml,$(CONFIG)),$(ENGINE_DIR).made)
-GENERATE := $(RUN) stepvideo_client generate --url "$$STEPVIDEO_GRPC_URL" --image "$$IMAGE" --prompt "$$PROMPT" \
-	--num-frames "$$FRAMES" --height "$$HEIGHT" --width "$$WIDTH" --infer-steps "$$STEPS" --seed "$$SEED" \
-	--cfg-scale "$$CFG_SCALE" --motion-score "$$MOTION_SCORE"
+option = $(if $($(2)),$(1) "$$$(2)")
+GENERATE = $(RUN) stepvideo_client generate --url "$$STEPVIDEO_GRPC_URL" --image "$$IMAGE" --prompt "$$PROMPT" \
+	--seed "$$SEED" $(call option,--num-frames,FRAMES) $(call option,--height,HEIGHT) $(call option,--width,WIDTH) \
+	$(call option,--infer-steps,STEPS) $(call option,--cfg-scale,CFG_SCALE) $(call option,--motion-score,MOTION_SCORE)
 SHOW_JSON := $(BIN)/python -c 'import json, sys; \
 	[print(f"{key:>13}  {value}") for key, value in json.load(open(sys.argv[1], encoding="utf-8")).items()]'
 
@@ -93,7 +89,7 @@ setup: $(INSTALLED) ## make the environment in .venv
 
 demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint, export, real server, one generation: out/demo.mp4
 	@mkdir -p "$(dir $(OUT))"
-	$(SAY) "Triton Inference Server (log: build/demo-server.log), then one generation: $(FRAMES) frames, $(WIDTH)x$(HEIGHT)"
+	$(SAY) "Triton Inference Server (log: build/demo-server.log), then one generation"
 	@$(RUN) stepvideo_serve run --config '$(CONFIG)' --log build/demo-server.log -- \
 		sh -c 'exec $(GENERATE) --out "$$OUT" --json "$${OUT%.*}.json"'
 	@$(SHOW_JSON) "$(basename $(OUT)).json"
@@ -248,7 +244,11 @@ coverage: $(KERNELS_INSTALLED) ## line and branch coverage by folder, of the tar
 	$(RUN) coverage combine -q; $(RUN) coverage json -q; \
 	$(RUN) tests.coverage_by_folder build/coverage/coverage.json; exit $$status
 
-lint: $(INSTALLED) ## ruff and mypy
+fields: $(INSTALLED) ## write what follows from stepvideo_serve/request/fields.py: config.pbtxt, client, documents
+	@PYTHONPATH=. $(RUN) stepvideo_serve.serving.field_files
+
+lint: $(INSTALLED) ## ruff and mypy; is what `make fields` writes up to date?
+	@PYTHONPATH=. $(RUN) stepvideo_serve.serving.field_files --check
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -7,6 +7,10 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from stepvideo_serve.request.field import Default, Need
+from stepvideo_serve.request.fields import fields_for
+from stepvideo_serve.request.rules import Noise
+
 MAX_ADAPTER_LINES = 25
 
 TEXT_SCALAR = ("TYPE_STRING", [1])
@@ -20,26 +24,6 @@ FRAMES = ("TYPE_UINT8", [-1, -1, -1, 3])
 
 Tensors = Mapping[str, tuple[str, list[int]]]
 
-PUBLIC_REQUIRED: Tensors = {"PROMPT": TEXT_SCALAR, "IMAGE": TEXT_SCALAR}
-PUBLIC_OPTIONAL: Tensors = {
-    "NEGATIVE_PROMPT": TEXT_SCALAR,
-    "POSITIVE_SUFFIX": TEXT_SCALAR,
-    "NUM_FRAMES": INT_SCALAR,
-    "HEIGHT": INT_SCALAR,
-    "WIDTH": INT_SCALAR,
-    "STEPS": INT_SCALAR,
-    "CFG_SCALE": FLOAT_SCALAR,
-    "TIME_SHIFT": FLOAT_SCALAR,
-    "MOTION_SCORE": FLOAT_SCALAR,
-    "SEED": LONG_SCALAR,
-    "LATENTS": LATENTS,
-    "ENCODE_NOISE": LATENTS,
-    "OUTPUT": TEXT_SCALAR,
-    "PREVIEW_EVERY": INT_SCALAR,
-    "TIMEOUT_S": FLOAT_SCALAR,
-    "REQUEST_PRIORITY": INT_SCALAR,
-    "REQUEST_ID": TEXT_SCALAR,
-}
 PROGRESS: Tensors = {
     "STEP": INT_SCALAR,
     "TOTAL_STEPS": INT_SCALAR,
@@ -91,17 +75,22 @@ DECODER_INPUTS: Tensors = {
     "NEXT_OF": TEXT_SCALAR,
     "latents": LATENTS,
 }
-QUOTE_INPUTS: Tensors = {
-    "NUM_FRAMES": INT_SCALAR,
-    "HEIGHT": INT_SCALAR,
-    "WIDTH": INT_SCALAR,
-    "STEPS": INT_SCALAR,
-    "CFG_SCALE": FLOAT_SCALAR,
-    "OUTPUT": TEXT_SCALAR,
-    "REQUEST_PRIORITY": INT_SCALAR,
-    "PROMPT_TOKENS": INT_SCALAR,
-    "NEGATIVE_TOKENS": INT_SCALAR,
-}
+
+
+def declared(need: Need, required: bool) -> Tensors:
+    """The inputs that somebody needs, by the table of fields."""
+    return {
+        field.name: LATENTS
+        if isinstance(field.rule, Noise)
+        else ("TYPE_STRING" if field.dtype == "BYTES" else f"TYPE_{field.dtype}", [1])
+        for field in fields_for(need)
+        if (field.default is Default.REQUIRED) == required
+    }
+
+
+PUBLIC_REQUIRED = declared("request", required=True)
+PUBLIC_OPTIONAL = declared("request", required=False)
+QUOTE_INPUTS = declared("quote", required=False)
 QUOTE_OUTPUTS: Tensors = {
     "SECONDS": FLOAT_SCALAR,
     "GPU_SECONDS": FLOAT_SCALAR,
@@ -140,6 +129,12 @@ def read_config(path: Path) -> model_config_pb2.ModelConfig:
 
 def tensors(entries: list[model_config_pb2.ModelInput]) -> dict[str, tuple[str, list[int]]]:
     return {entry.name: (model_config_pb2.DataType.Name(entry.data_type), list(entry.dims)) for entry in entries}
+
+
+def test_prompt_and_image_alone_are_required() -> None:
+    assert PUBLIC_REQUIRED == {"PROMPT": TEXT_SCALAR, "IMAGE": TEXT_SCALAR}
+    assert PUBLIC_OPTIONAL["SEED"] == LONG_SCALAR
+    assert PUBLIC_OPTIONAL["CFG_SCALE"] == QUOTE_INPUTS["CFG_SCALE"] == FLOAT_SCALAR
 
 
 def test_the_repository_holds_these_models(root: Path) -> None:

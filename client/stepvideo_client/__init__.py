@@ -30,8 +30,8 @@ from stepvideo_client.errors import (
     StreamStalled,
 )
 from stepvideo_client.events import Result, StepEvent
-from stepvideo_client.options import Options
-from stepvideo_client.quote import Quote, QuoteOptions
+from stepvideo_client.fields import Options, QuoteOptions
+from stepvideo_client.quote import Quote
 
 __all__ = [
     "MOVEMENTS",

@@ -1,4 +1,4 @@
-"""The command line: `stepvideo generate`, `quote` and `ready` (also `python -m stepvideo_client ...`)."""
+"""The command line: `stepvideo generate`, `quote`, `defaults` and `ready` (also `python -m stepvideo_client ...`)."""
 
 import argparse
 import gc
@@ -21,10 +21,11 @@ from stepvideo_client.errors import (
     StreamStalled,
 )
 from stepvideo_client.events import Result
-from stepvideo_client.options import Options
+from stepvideo_client.fields import INPUTS, Command, Input, Options, QuoteOptions
 from stepvideo_client.output import check_target, save_bytes, save_json, save_result
 from stepvideo_client.progress import Progress
-from stepvideo_client.quote import QuoteOptions
+
+ARRAYS = ("frames", "latents")  # values of OUTPUT whose results are saved as .npy
 
 EXIT_OK = 0
 EXIT_SERVER_ERROR = 1
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        {"generate": _generate, "quote": _quote, "ready": _ready}[args.command](args)
+        {"generate": _generate, "quote": _quote, "defaults": _defaults, "ready": _ready}[args.command](args)
     except KeyboardInterrupt:
         print("stepvideo: cancelled.", file=sys.stderr)
         return EXIT_CANCELLED
@@ -79,6 +80,11 @@ def _ready(args: argparse.Namespace) -> None:
         client.wait_ready(args.timeout)
 
 
+def _defaults(args: argparse.Namespace) -> None:
+    with _client(args, idle_timeout_s=None) as client:
+        print(json.dumps(client.defaults(), indent=2))
+
+
 def _quote(args: argparse.Namespace) -> None:
     given = {name: value for name in QuoteOptions.__annotations__ if (value := getattr(args, name)) is not None}
     with _client(args, idle_timeout_s=None) as client:
@@ -93,6 +99,8 @@ def _quote(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    if args.out is None:
+        args.out = Path(args.image.stem).with_suffix(".npy" if args.output in ARRAYS else ".mp4")
     report_path = _check_outputs(args)
     prompt = with_camera(args.prompt, args.camera) if args.camera else args.prompt
     options = cast(
@@ -136,7 +144,7 @@ def _stream(client: Client, args: argparse.Namespace, prompt: str, options: Opti
 def _check_outputs(args: argparse.Namespace) -> Path | None:
     """Refuses, before the server is asked, outputs that could not be written. Returns where the report goes."""
     check_target(args.out, "--out")
-    is_array = args.output in ("frames", "latents")
+    is_array = args.output in ARRAYS
     if is_array != (args.out.suffix == ".npy"):
         wanted = "a name ending in .npy" if is_array else "a video's name such as video.mp4"
         raise InvalidInput(f"--out must be {wanted} for this --output, got {str(args.out)!r}.")
@@ -186,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="make a video from a prompt and a first image",
-        description="Make a video from a prompt and a first image. What is not given is the server's default.",
+        description="Make a video from a prompt and a first image. What is not given, the server decides.",
         epilog=EXIT_CODES,
         formatter_class=raw,
     )
@@ -198,47 +206,55 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=raw,
     )
-    _add_size_arguments(quote)
-    quote.add_argument("--priority", type=int, metavar="N", help="1 high, 2 normal, 3 low (2)")
-    quote.add_argument("--prompt-tokens", type=int, metavar="N", help="of a new prompt with its suffix (320)")
-    quote.add_argument("--negative-tokens", type=int, metavar="N", help="of a new negative prompt (the usual one)")
+    _add_inputs(quote, "quote")
     quote.add_argument("--json", action="store_true", help="everything, as one JSON object")
-    for command in (generate, quote, ready):
+    defaults = commands.add_parser(
+        "defaults",
+        help="what this server fills in for options that are not given, as JSON",
+        epilog=EXIT_CODES,
+        formatter_class=raw,
+    )
+    for command in (generate, quote, defaults, ready):
         _add_connection_arguments(command)
     return parser
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_size_arguments(parser)
+    _add_inputs(parser, "generate")
     add = parser.add_argument
-    add("--image", type=Path, required=True, metavar="FILE", help="the first frame: PNG, JPEG or WebP")
-    add("--prompt", required=True, metavar="TEXT", help="Chinese or English")
-    add("--out", type=Path, required=True, metavar="FILE", help="where the video goes; its folder must exist")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the video goes (here, by the image's name); its folder must exist",
+    )
     add("--camera", choices=tuple(MOVEMENTS), help="a camera movement, added to the prompt")
-    add("--negative-prompt", metavar="TEXT")
-    add("--positive-suffix", metavar="TEXT", help="added to the prompt by the server")
-    add("--time-shift", type=float, metavar="X", help="shift of the schedule (7.0)")
-    add("--motion-score", type=float, metavar="X", help="2 stable, 5 general (default), 10 to 20 intense")
-    add("--seed", type=int, metavar="N", help="same seed, same video (random)")
-    add("--timeout", dest="timeout_s", type=float, metavar="S", help="the server gives up after S seconds")
-    add("--request-id", metavar="ID", help="sent again with the same inputs, it gets the first one's run or result")
-    add("--preview-every", type=int, metavar="N", help="keep a JPEG of every N-th step in --preview-dir")
-    add("--preview-dir", type=Path, metavar="FOLDER")
+    add("--preview-dir", type=Path, metavar="FOLDER", help="where the previews of --preview-every go")
     add("--json", nargs="?", const="", metavar="FILE", help="write the report (to --out with .json, if no FILE)")
     add("--idle-timeout", type=float, default=60.0, metavar="S", help="give up when the server is silent (60)")
     add("--unary", action="store_true", help="one call without progress, through ti2v_unary")
     add("--quiet", action="store_true", help="errors only")
 
 
-def _add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """What decides about the cost of a generation."""
-    add = parser.add_argument
-    add("--num-frames", type=int, metavar="N", help="multiple of 17 (102)")
-    add("--height", type=int, metavar="PX", help="multiple of 16 (544)")
-    add("--width", type=int, metavar="PX", help="multiple of 16 (992)")
-    add("--infer-steps", dest="steps", type=int, metavar="N", help="denoising steps (50)")
-    add("--cfg-scale", type=float, metavar="X", help="classifier-free guidance (9.0)")
-    add("--output", choices=("mp4", "frames", "latents"), help="frames and latents are saved as .npy (mp4)")
+def _add_inputs(parser: argparse.ArgumentParser, command: Command) -> None:
+    """An option for each input of the server that has a flag; None where it is not given."""
+    for option, field in INPUTS.items():
+        if field.flag and command in field.commands:
+            parser.add_argument(
+                field.flag,
+                dest=option,
+                type=_type_of(option, field),
+                choices=field.choices or None,
+                metavar=None if field.choices else field.metavar,
+                required=field.required,
+                help=field.help.replace("%", "%%"),
+            )
+
+
+def _type_of(option: str, field: Input) -> type[Path] | type[str] | type[int] | type[float]:
+    if option == "image":
+        return Path
+    return {"BYTES": str, "FP32": float}.get(field.datatype, int)
 
 
 def _add_connection_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,15 +21,16 @@ from stepvideo_client.errors import (
     request_error,
 )
 from stepvideo_client.events import Result, StepEvent, is_final, read_response
-from stepvideo_client.options import Options, inference_request, request_of
-from stepvideo_client.quote import QUOTE_MODEL, Quote, QuoteOptions, read_quote
+from stepvideo_client.fields import Options, QuoteOptions
+from stepvideo_client.options import inference_request, request_of
+from stepvideo_client.quote import QUOTE_MODEL, Quote, read_defaults, read_quote
 from stepvideo_client.stream import RequestStream
 
 STREAM_MODEL = "ti2v"
 UNARY_MODEL = "ti2v_unary"
 
 _PROBE_TIMEOUT_S = 5.0
-_QUOTE_TIMEOUT_S = 30.0
+_QUESTION_TIMEOUT_S = 30.0
 _POLL_S = 0.2
 _FINAL_TIMEOUT_S = 5.0
 _CHANNEL_OPTIONS = (
@@ -129,14 +130,15 @@ class Client:
     def quote(self, **options: Unpack[QuoteOptions]) -> Quote:
         """What a generation would take. Raises InvalidInput, ServerUnreachable, MalformedResponse, ServiceUnavailable
         while the server has not measured everything that the quote needs, and other RequestFailed."""
-        request = request_of(QUOTE_MODEL, options, tuple(QuoteOptions.__annotations__))
-        call = self._stub.ModelInfer.future(request, timeout=_QUOTE_TIMEOUT_S, metadata=self._metadata)
-        try:
-            return read_quote(call.result())
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            raise self._failure(call) from error
-        finally:
-            call.cancel()  # does nothing on a call that is over
+        return read_quote(self._answer(request_of(QUOTE_MODEL, options, tuple(QuoteOptions.__annotations__))))
+
+    def defaults(self) -> dict[str, Any]:
+        """What the server fills in for options that are not given, by option: num_frames, height, width, steps,
+        cfg_scale, time_shift and motion_score. Raises InvalidInput, ServerUnreachable, MalformedResponse, and other
+        RequestFailed."""
+        request = request_of(UNARY_MODEL, {"prompt": "", "image": b""}, ())
+        request.parameters["probe"].bool_param = True
+        return read_defaults(self._answer(request))
 
     def is_ready(self) -> bool:
         """Whether the server and its model ti2v take requests now."""
@@ -165,6 +167,16 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _answer(self, request: Any) -> Any:
+        """The ModelInferResponse to a question that costs the server nothing."""
+        call = self._stub.ModelInfer.future(request, timeout=_QUESTION_TIMEOUT_S, metadata=self._metadata)
+        try:
+            return call.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            raise self._failure(call) from error
+        finally:
+            call.cancel()  # does nothing on a call that is over
 
     def _events(self, request: Any) -> Generator[StepEvent | Result, None, None]:
         with RequestStream(self._stub, request, self._metadata) as stream:

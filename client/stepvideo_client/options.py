@@ -1,4 +1,4 @@
-"""The options of a generation, and the request that carries them.
+"""The request that carries the options of a generation (fields.py).
 
 What is not given (or None) is not sent: the server's defaults apply, and the server checks ranges.
 """
@@ -8,72 +8,17 @@ import os
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from stepvideo_client.errors import InvalidInput
+from stepvideo_client.fields import INPUTS, Options
 
 MAX_IMAGE_BYTES = 1 << 30  # a gRPC message cannot exceed 2 GiB
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of Client.generate; the defaults named here are the server's.
-
-    negative_prompt, positive_suffix: replace the official texts. num_frames (102), height (544), width (992):
-    multiples of 17, 16, 16. steps (50), cfg_scale (9.0), time_shift (7.0), motion_score (5.0): sampling.
-    seed (random): int64, returned in the result. latents: float32 [latent frames, C, h, w] and encode_noise:
-    float32 [1, C, h, w] replace what the seed would give. output ("mp4"): or "frames", or "latents".
-    preview_every (0): a JPEG with every n-th step. timeout_s (none): the server gives up after it.
-    priority: REQUEST_PRIORITY of the server. request_id: a name of the caller's choosing; sent again with the same
-    inputs, it gets the run or the result of the first time.
-    """
-
-    negative_prompt: str | None
-    positive_suffix: str | None
-    num_frames: int | None
-    height: int | None
-    width: int | None
-    steps: int | None
-    cfg_scale: float | None
-    time_shift: float | None
-    motion_score: float | None
-    seed: int | None
-    latents: NDArray[np.float32] | None
-    encode_noise: NDArray[np.float32] | None
-    output: str | None
-    preview_every: int | None
-    timeout_s: float | None
-    priority: int | None
-    request_id: str | None
-
-
-# Option -> input of the server, its datatype, and its number of dimensions.
-_INPUTS: dict[str, tuple[str, str, int]] = {
-    "prompt": ("PROMPT", "BYTES", 1),
-    "image": ("IMAGE", "BYTES", 1),
-    "negative_prompt": ("NEGATIVE_PROMPT", "BYTES", 1),
-    "positive_suffix": ("POSITIVE_SUFFIX", "BYTES", 1),
-    "num_frames": ("NUM_FRAMES", "INT32", 1),
-    "height": ("HEIGHT", "INT32", 1),
-    "width": ("WIDTH", "INT32", 1),
-    "steps": ("STEPS", "INT32", 1),
-    "cfg_scale": ("CFG_SCALE", "FP32", 1),
-    "time_shift": ("TIME_SHIFT", "FP32", 1),
-    "motion_score": ("MOTION_SCORE", "FP32", 1),
-    "seed": ("SEED", "INT64", 1),
-    "latents": ("LATENTS", "FP32", 4),
-    "encode_noise": ("ENCODE_NOISE", "FP32", 4),
-    "output": ("OUTPUT", "BYTES", 1),
-    "preview_every": ("PREVIEW_EVERY", "INT32", 1),
-    "timeout_s": ("TIMEOUT_S", "FP32", 1),
-    "priority": ("REQUEST_PRIORITY", "INT32", 1),
-    "request_id": ("REQUEST_ID", "BYTES", 1),
-    "prompt_tokens": ("PROMPT_TOKENS", "INT32", 1),
-    "negative_tokens": ("NEGATIVE_TOKENS", "INT32", 1),
-}
 _INTEGERS: dict[str, type[np.signedinteger[Any]]] = {"INT32": np.int32, "INT64": np.int64}
 
 
@@ -91,9 +36,9 @@ def request_of(model: str, values: Mapping[str, Any], allowed: Collection[str]) 
             raise InvalidInput(f"There is no option {option!r}; the options are {', '.join(allowed)}.")
         if value is None:
             continue
-        name, datatype, dimensions = _INPUTS[option]
-        shape, content = _tensor(option, value, datatype, dimensions)
-        request.inputs.add(name=name, datatype=datatype, shape=shape)
+        field = INPUTS[option]
+        shape, content = _tensor(option, value, field.datatype, field.dimensions)
+        request.inputs.add(name=field.name, datatype=field.datatype, shape=shape)
         request.raw_input_contents.append(content)
     return request
 

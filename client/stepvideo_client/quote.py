@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 from tritonclient.grpc import InferResult
 
@@ -11,29 +11,11 @@ from stepvideo_client.errors import MalformedResponse
 QUOTE_MODEL = "ti2v_quote"
 
 
-class QuoteOptions(TypedDict, total=False):
-    """Keyword arguments of Client.quote; those of Client.generate that decide about the cost, with the same defaults.
-
-    prompt_tokens (320): of the prompt with its suffix, in tokens of the server's text encoder, if it is new to the
-    server. negative_tokens (none): of a negative prompt that is new to the server.
-    """
-
-    num_frames: int | None
-    height: int | None
-    width: int | None
-    steps: int | None
-    cfg_scale: float | None
-    output: str | None
-    priority: int | None
-    prompt_tokens: int | None
-    negative_tokens: int | None
-
-
 @dataclass(frozen=True)
 class Quote:
     """seconds: of the generation itself; gpu_seconds: of all GPUs together; peak_memory_mib: of the fullest GPU,
     predicted; queue_wait_s: until it would begin, if it were sent now. report: the parts (text, vae_encode, denoise,
-    vae_decode, mp4), seconds per step, tokens, layout."""
+    vae_decode, mp4), seconds per step, tokens, layout, the server's defaults."""
 
     seconds: float
     gpu_seconds: float
@@ -52,3 +34,12 @@ def read_quote(response: Any) -> Quote:
         return Quote(seconds, gpu_seconds, memory, wait_s, json.loads(outputs.as_numpy("REPORT")[0]))
     except (TypeError, ValueError, IndexError) as error:
         raise MalformedResponse(f"The quote cannot be read: {error}.") from error
+
+
+def read_defaults(response: Any) -> dict[str, Any]:
+    """The defaults in the answer to a probe, a ModelInferResponse. Raises MalformedResponse."""
+    try:
+        report = json.loads(InferResult(response).as_numpy("REPORT")[0])
+        return dict(report["defaults"])
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise MalformedResponse(f"The server's defaults cannot be read: {error!r}; is the server older?") from error

@@ -181,4 +181,3 @@ def _seconds(
             f"run one request with OUTPUT {request.output} and a new prompt and image first."
         )
     return {stage: seconds for stage, seconds in known.items() if seconds is not None}
-

@@ -80,7 +80,9 @@ def parse_request(
     check_names(inputs, expected)
     filled = defaults or RequestDefaults()
     # The shapes of the noise follow from the sizes: they come first.
-    values = {field.attribute: field_value(field, inputs, limits, filled) for field in expected if field.attribute in SIZES}
+    values = {
+        field.attribute: field_value(field, inputs, limits, filled) for field in expected if field.attribute in SIZES
+    }
     geometry = VideoGeometry(*(values[size] for size in SIZES))
     check_tokens(geometry, limits)
     latent_shape = geometry.latent_shape(latent_channels)

@@ -26,10 +26,10 @@ def start_cli() -> Iterator[Callable[..., Popen]]:
     """Starts `python -m stepvideo_client ARGUMENTS`; what is still running at the end is killed."""
     started: list[Popen] = []
 
-    def start(*arguments: object) -> Popen:
+    def start(*arguments: object, cwd: Path | None = None) -> Popen:
         environment = {**os.environ, "PYTHONPATH": str(Path(stepvideo_client.__file__).parents[1])}
         command = [sys.executable, "-m", "stepvideo_client", *map(str, arguments)]
-        process = signals.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        process = signals.start(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
         started.append(process)
         return process
 

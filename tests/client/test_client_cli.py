@@ -2,12 +2,14 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from stepvideo_client import MOVEMENTS
+from stepvideo_client.fields import INPUTS
 from tests import signals
 from tests.client.fake_server import (
     JPEG,
@@ -218,6 +220,51 @@ def test_quote(server: FakeServer, cli: Cli) -> None:
     }
     done = cli("quote", "--url", server.url, "--json")
     assert json.loads(done.stdout) == QUOTE_REPORT
+
+
+DEFAULTS = {"num_frames": 34, "height": 64, "width": 64, "steps": 20, "cfg_scale": 4.0}
+
+
+def test_the_servers_defaults(server: FakeServer, cli: Cli) -> None:
+    server.unary = respond(REPORT=json.dumps({"accepted": 0, "defaults": DEFAULTS}).encode())
+    done = cli("defaults", "--url", server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == DEFAULTS
+    assert server.requests[0].model_name == "ti2v_unary"
+    assert "probe" in server.requests[0].parameters
+    server.unary = respond(REPORT=b'{"accepted": 0}')
+    done = cli("defaults", "--url", server.url)
+    assert done.returncode == 1
+    assert "INTERNAL: The server's defaults cannot be read" in done.stderr
+
+
+def test_prompt_and_image_are_enough(
+    server: FakeServer, start_cli: Callable[..., Any], image: Path, tmp_path: Path
+) -> None:
+    """Nothing else is sent, and the video is named after the image, where the command runs."""
+    process = start_cli("generate", "--url", server.url, "--image", image, "--prompt", "a cat", cwd=tmp_path)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert stdout.startswith("first.mp4: ")
+    assert (tmp_path / "first.mp4").read_bytes() == MP4
+    assert server.sent() == {"PROMPT": b"a cat", "IMAGE": image.read_bytes()}
+
+
+def test_every_input_with_a_flag_is_an_option(server: FakeServer, cli: Cli, image: Path, tmp_path: Path) -> None:
+    """Each flag of the table reaches its input, in the type of the table."""
+    values = {"BYTES": "word", "INT32": "17", "INT64": "18", "FP32": "1.5"}
+    flags, expected = ["--image", image], {"IMAGE": image.read_bytes()}
+    for option, field in INPUTS.items():
+        if field.flag and "generate" in field.commands and option != "image":
+            text = field.choices[-1] if field.choices else values[field.datatype]
+            flags += [field.flag, text]
+            kinds: dict[str, Any] = {"BYTES": str.encode, "FP32": float}
+            expected[field.name] = kinds.get(field.datatype, int)(text)
+    more = ("--out", tmp_path / "V.npy", "--preview-dir", tmp_path)
+    server.script[2] = result(LATENTS=np.zeros((1, 1, 1, 1), np.float32))
+    done = cli("generate", "--url", server.url, *flags, *more)
+    assert done.returncode == 0, done.stderr
+    assert server.sent() == expected
 
 
 def test_a_quote_that_the_server_cannot_give(server: FakeServer, cli: Cli) -> None:

@@ -1,0 +1,340 @@
+"""The inputs of the server's models: written by `make fields` from stepvideo_serve/request/fields.py.
+
+What a caller does not give (or gives as None) is not sent, and the server decides: `Client.defaults` asks how.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Command = Literal["generate", "quote"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input: its name and datatype on the wire, and how many dimensions it has; the commands that take it; on the
+    command line its flag (none without), what stands for its value, the words to choose from, and its help."""
+
+    name: str
+    datatype: str
+    dimensions: int
+    commands: tuple[Command, ...]
+    flag: str
+    metavar: str
+    choices: tuple[str, ...]
+    required: bool
+    help: str
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of Client.generate.
+
+    negative_prompt: what the video must not show; not computed at a CFG_SCALE of 1 (the official text)
+    positive_suffix: added to the prompt by the server (the official text)
+    num_frames: length of the video in frames, a multiple of 17 (the server's default)
+    height: height of the video in pixels, a multiple of 16 (the server's default)
+    width: width of the video in pixels, a multiple of 16 (the server's default)
+    steps: denoising steps (the server's default)
+    cfg_scale: classifier-free guidance; at 1 the prompt alone is followed, at half the cost (the server's default)
+    time_shift: shift of the schedule: the higher, the more of the steps are spent near the noise (the server's
+        default)
+    motion_score: how much moves: 2 stable, 5 general, 10 to 20 intense (the server's default)
+    seed: decides everything random, and is returned: same seed, same video (random)
+    latents: float32 [latent frames, C, h, w], h = HEIGHT / 16, w = WIDTH / 16, within +-1000; the noise that
+        denoising starts from, for exact reproduction; drawn from SEED, if not given
+    encode_noise: float32 [1, C, h, w], h = HEIGHT / 16, w = WIDTH / 16, within +-1000; the noise of the encoded
+        image, for exact reproduction; drawn from SEED, if not given
+    output: what the result holds; the command line saves frames and latents as .npy (mp4)
+    preview_every: a JPEG comes with every N-th step; 0: none. No effect in ti2v_unary (0)
+    timeout_s: the server gives up after S seconds: at once when the queue and the pace of the ranks do not allow
+        them, else at a step
+    priority: who goes first: 1 high, 2 normal, 3 low (2)
+    request_id: a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or
+        result
+    """
+
+    negative_prompt: str | None
+    positive_suffix: str | None
+    num_frames: int | None
+    height: int | None
+    width: int | None
+    steps: int | None
+    cfg_scale: float | None
+    time_shift: float | None
+    motion_score: float | None
+    seed: int | None
+    latents: NDArray[np.float32] | None
+    encode_noise: NDArray[np.float32] | None
+    output: str | None
+    preview_every: int | None
+    timeout_s: float | None
+    priority: int | None
+    request_id: str | None
+
+
+class QuoteOptions(TypedDict, total=False):
+    """Keyword arguments of Client.quote.
+
+    num_frames: length of the video in frames, a multiple of 17 (the server's default)
+    height: height of the video in pixels, a multiple of 16 (the server's default)
+    width: width of the video in pixels, a multiple of 16 (the server's default)
+    steps: denoising steps (the server's default)
+    cfg_scale: classifier-free guidance; at 1 the prompt alone is followed, at half the cost (the server's default)
+    output: what the result holds; the command line saves frames and latents as .npy (mp4)
+    priority: who goes first: 1 high, 2 normal, 3 low (2)
+    prompt_tokens: tokens of a prompt with its suffix that is new to the server (320)
+    negative_tokens: tokens of a negative prompt that is new to the server; not given, it is the usual one
+    """
+
+    num_frames: int | None
+    height: int | None
+    width: int | None
+    steps: int | None
+    cfg_scale: float | None
+    output: str | None
+    priority: int | None
+    prompt_tokens: int | None
+    negative_tokens: int | None
+
+
+INPUTS: Final[dict[str, Input]] = {
+    "prompt": Input(
+        name="PROMPT",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate",),
+        flag="--prompt",
+        metavar="TEXT",
+        choices=(),
+        required=True,
+        help="what happens in the video, in Chinese or English; with POSITIVE_SUFFIX at most 320 tokens",
+    ),
+    "image": Input(
+        name="IMAGE",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate",),
+        flag="--image",
+        metavar="FILE",
+        choices=(),
+        required=True,
+        help=(
+            "the first frame; at most 64 megapixels and 16:1; transparency is flattened onto white, EXIF "
+            "orientation is applied, CMYK and animations are refused"
+        ),
+    ),
+    "negative_prompt": Input(
+        name="NEGATIVE_PROMPT",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate",),
+        flag="--negative-prompt",
+        metavar="TEXT",
+        choices=(),
+        required=False,
+        help="what the video must not show; not computed at a CFG_SCALE of 1 (the official text)",
+    ),
+    "positive_suffix": Input(
+        name="POSITIVE_SUFFIX",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate",),
+        flag="--positive-suffix",
+        metavar="TEXT",
+        choices=(),
+        required=False,
+        help="added to the prompt by the server (the official text)",
+    ),
+    "num_frames": Input(
+        name="NUM_FRAMES",
+        datatype="INT32",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--num-frames",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="length of the video in frames, a multiple of 17 (the server's default)",
+    ),
+    "height": Input(
+        name="HEIGHT",
+        datatype="INT32",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--height",
+        metavar="PX",
+        choices=(),
+        required=False,
+        help="height of the video in pixels, a multiple of 16 (the server's default)",
+    ),
+    "width": Input(
+        name="WIDTH",
+        datatype="INT32",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--width",
+        metavar="PX",
+        choices=(),
+        required=False,
+        help="width of the video in pixels, a multiple of 16 (the server's default)",
+    ),
+    "steps": Input(
+        name="STEPS",
+        datatype="INT32",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--infer-steps",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="denoising steps (the server's default)",
+    ),
+    "cfg_scale": Input(
+        name="CFG_SCALE",
+        datatype="FP32",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--cfg-scale",
+        metavar="X",
+        choices=(),
+        required=False,
+        help="classifier-free guidance; at 1 the prompt alone is followed, at half the cost (the server's default)",
+    ),
+    "time_shift": Input(
+        name="TIME_SHIFT",
+        datatype="FP32",
+        dimensions=1,
+        commands=("generate",),
+        flag="--time-shift",
+        metavar="X",
+        choices=(),
+        required=False,
+        help="shift of the schedule: the higher, the more of the steps are spent near the noise (the server's default)",
+    ),
+    "motion_score": Input(
+        name="MOTION_SCORE",
+        datatype="FP32",
+        dimensions=1,
+        commands=("generate",),
+        flag="--motion-score",
+        metavar="X",
+        choices=(),
+        required=False,
+        help="how much moves: 2 stable, 5 general, 10 to 20 intense (the server's default)",
+    ),
+    "seed": Input(
+        name="SEED",
+        datatype="INT64",
+        dimensions=1,
+        commands=("generate",),
+        flag="--seed",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="decides everything random, and is returned: same seed, same video (random)",
+    ),
+    "latents": Input(
+        name="LATENTS",
+        datatype="FP32",
+        dimensions=4,
+        commands=("generate",),
+        flag="",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="the noise that denoising starts from, for exact reproduction; drawn from SEED, if not given",
+    ),
+    "encode_noise": Input(
+        name="ENCODE_NOISE",
+        datatype="FP32",
+        dimensions=4,
+        commands=("generate",),
+        flag="",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="the noise of the encoded image, for exact reproduction; drawn from SEED, if not given",
+    ),
+    "output": Input(
+        name="OUTPUT",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--output",
+        metavar="N",
+        choices=("mp4", "frames", "latents"),
+        required=False,
+        help="what the result holds; the command line saves frames and latents as .npy (mp4)",
+    ),
+    "preview_every": Input(
+        name="PREVIEW_EVERY",
+        datatype="INT32",
+        dimensions=1,
+        commands=("generate",),
+        flag="--preview-every",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="a JPEG comes with every N-th step; 0: none. No effect in ti2v_unary (0)",
+    ),
+    "timeout_s": Input(
+        name="TIMEOUT_S",
+        datatype="FP32",
+        dimensions=1,
+        commands=("generate",),
+        flag="--timeout",
+        metavar="S",
+        choices=(),
+        required=False,
+        help=(
+            "the server gives up after S seconds: at once when the queue and the pace of the ranks do not allow "
+            "them, else at a step"
+        ),
+    ),
+    "priority": Input(
+        name="REQUEST_PRIORITY",
+        datatype="INT32",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--priority",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="who goes first: 1 high, 2 normal, 3 low (2)",
+    ),
+    "request_id": Input(
+        name="REQUEST_ID",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate",),
+        flag="--request-id",
+        metavar="ID",
+        choices=(),
+        required=False,
+        help="a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or result",
+    ),
+    "prompt_tokens": Input(
+        name="PROMPT_TOKENS",
+        datatype="INT32",
+        dimensions=1,
+        commands=("quote",),
+        flag="--prompt-tokens",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="tokens of a prompt with its suffix that is new to the server (320)",
+    ),
+    "negative_tokens": Input(
+        name="NEGATIVE_TOKENS",
+        datatype="INT32",
+        dimensions=1,
+        commands=("quote",),
+        flag="--negative-tokens",
+        metavar="N",
+        choices=(),
+        required=False,
+        help="tokens of a negative prompt that is new to the server; not given, it is the usual one",
+    ),
+}
