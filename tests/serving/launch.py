@@ -29,8 +29,13 @@ max_steps = 100000
 max_image_bytes = 2000000
 
 [defaults]
-height = 256
-width = 256
+num_frames = 17
+height = 64
+width = 96
+steps = 2
+
+[card]
+cfg_scale = [1.0, 9.0]
 
 [denoiser]
 max_queued = {max_queued}
