@@ -106,7 +106,9 @@ def test_values(tmp_path: Path) -> None:
         ),
         pytest.param(MODEL + "[video]\nfps = 0", "fps must be at least 1, got 0", id="no frames"),
         pytest.param(
-            MODEL + "[limits]\nmax_steps = 9", r"\[defaults\] .* \[limits\] .*steps must be from 1 to 9, got 50", id="fill"
+            MODEL + "[limits]\nmax_steps = 9",
+            r"\[defaults\] .* \[limits\] .*steps must be from 1 to 9, got 50",
+            id="fill",
         ),
         pytest.param(MODEL + "[defaults]\nheight = 65", r"\[defaults\] .*height .* multiple of 16, got 65", id="grid"),
         pytest.param(

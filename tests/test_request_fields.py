@@ -171,6 +171,24 @@ def test_a_field_at_its_bounds(field: Field, value: NDArray[Any], words: tuple[s
     np.testing.assert_array_equal(found.encode() if isinstance(found, str) else found, expected)
 
 
+def settings_cases() -> Iterator[Any]:
+    """The same for what the ranks get as JSON, which has no fp32 and no 32-bit integers."""
+    for case in cases():
+        field, value, words = case.values
+        if "ranks" in field.needs:
+            yield pytest.param(field, value[0].item(), words, id=case.id)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), list(settings_cases()))
+def test_a_setting_of_the_ranks_at_its_bounds(field: Field, value: Any, words: tuple[str, ...]) -> None:
+    if not words:
+        assert field.read_setting(value, LIMITS) == value
+        return
+    with pytest.raises(InvalidRequest, match=f"^{field.attribute} ") as refusal:
+        field.read_setting(value, LIMITS)
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
 @pytest.mark.parametrize("field", [field for field in FIELDS if isinstance(field.rule, Range)], ids=lambda f: f.name)
 def test_the_bounds_of_the_sentence_are_those_of_the_condition(field: Field) -> None:
     """Read from the sentence, sent, and taken; what lies beside them is refused in the same words."""
