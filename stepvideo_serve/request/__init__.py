@@ -8,7 +8,7 @@ parse     the inputs of `ti2v` -> GenerationRequest
 settings  the part of a request that the ranks get
 """
 
-from stepvideo_serve.request.field import Default, Field
+from stepvideo_serve.request.field import Default, Field, Setting
 from stepvideo_serve.request.fields import (
     DEFAULT_NEGATIVE_PROMPT,
     DEFAULT_POSITIVE_SUFFIX,
@@ -54,6 +54,7 @@ __all__ = [
     "GenerationRequest",
     "RequestDefaults",
     "RequestLimits",
+    "Setting",
     "card_warnings",
     "check_defaults",
     "check_names",
