@@ -7,6 +7,8 @@ import pytest
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig, VideoConfig
 from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.request import CheckpointCard, RequestDefaults, RequestLimits
+from toyworld.samples import CFG_SCALE, STEPS, TIME_SHIFT
+from toyworld.world import FRAMES, SIZE_PX
 
 MODEL = '[model]\ndir = "weights"\nengines_dir = "/engines"\n'
 
@@ -162,9 +164,24 @@ def test_the_committed_file_shows_every_key(root: Path) -> None:
 
 def test_the_committed_file_shows_the_defaults(root: Path, tmp_path: Path) -> None:
     config = ServeConfig.load(root / "serve.toml")
-    assert config.defaults == RequestDefaults(34, 64, 64, 20, 4.0, 7.0, 5.0)
-    assert config.card == CheckpointCard(((34, 64, 64),), (4.0, 4.0))
     own = {"model": config.model, "defaults": config.defaults, "card": config.card}
     assert config == replace(ServeConfig.load(written(tmp_path, MODEL)), **own)
     assert config.model.dir == root / "toyworld" / "checkpoint"
     assert config.model.engines_dir == root / "build" / "toyworld"
+
+
+def test_the_committed_file_says_what_the_toy_world_was_trained_and_evaluated_for(root: Path) -> None:
+    config = ServeConfig.load(root / "serve.toml")
+    assert config.defaults == RequestDefaults(FRAMES, SIZE_PX, SIZE_PX, STEPS, CFG_SCALE, TIME_SHIFT, 5.0)
+    assert config.card == CheckpointCard(((FRAMES, SIZE_PX, SIZE_PX),), (CFG_SCALE, CFG_SCALE))
+    card = (config.model.dir / "README.md").read_text(encoding="utf-8")
+    assert f"Video is {SIZE_PX}x{SIZE_PX} pixels, {FRAMES} frames" in card
+    assert f"{STEPS} steps, shift {TIME_SHIFT:g}, CFG {CFG_SCALE:g}" in " ".join(card.split())
+
+
+def test_the_containers_card_states_the_official_defaults(root: Path) -> None:
+    """They are all that is published of Step-Video-TI2V, with the size in portrait."""
+    card, official = ServeConfig.load(root / "docker" / "serve.toml").card, RequestDefaults()
+    size = (official.num_frames, official.height, official.width)
+    assert card.sizes == (size, (official.num_frames, official.width, official.height))
+    assert card.cfg_scale == (official.cfg_scale, official.cfg_scale)
