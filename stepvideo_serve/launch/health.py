@@ -6,9 +6,10 @@ Triton says "ready" for a model whose process has died (always before 26.03), so
 which costs no GPU time: `dit_denoiser` how its ranks are and when the most silent one gave its last sign of life,
 the others whether they answer.
 
-    ready   every model answers, and the ranks do: it may get requests. Also for a startup probe
+    ready   every model answers, the ranks do, and the server is not told to stop: it may get requests. Also for a
+            startup probe
     live    the server answers and no model's process is dead or stuck: false where only a restart helps. Ranks that
-            are being started anew, and models that are being loaded, are no reason
+            are being started anew, models that are being loaded, and requests that a stopping server ends are no reason
 
 Uses the standard library only, and the HTTP port of the server.
 """
@@ -24,6 +25,7 @@ from enum import Enum
 from typing import Any
 
 RANKS_MODEL = "dit_denoiser"
+PUBLIC_MODELS = ("ti2v", "ti2v_unary")
 LEVELS = ("ready", "live")
 SERVER = "the server"
 
@@ -122,6 +124,9 @@ def _problems(models: Mapping[str, Answer], level: str) -> list[str]:
     ranks = models[RANKS_MODEL]
     if level == "ready" and ranks.state is State.WELL and not ranks_are_well(ranks.report):
         problems.append(_about_ranks(ranks.report))
+    if level == "ready" and any(models[model].report.get("stopping") for model in PUBLIC_MODELS):
+        count = sum(int(models[model].report.get("unanswered", 0)) for model in PUBLIC_MODELS)
+        problems.append(f"{SERVER} is shutting down, and {count} requests are still to be answered")
     return problems
 
 
@@ -153,8 +158,10 @@ def _call(
 
 
 def _report(said: str) -> Mapping[str, Any]:
-    """REPORT among the outputs of a response, else nothing; a stream's events are none."""
-    outputs = [] if said.startswith("data: ") else json.loads(said).get("outputs", [])
+    """REPORT among the outputs of a response, or of a stream's first event; else nothing."""
+    if said.startswith("data: "):
+        return dict(json.loads(json.loads(said.partition("\n")[0].removeprefix("data: ")).get("REPORT", "{}")))
+    outputs = json.loads(said).get("outputs", [])
     return next((json.loads(output["data"][0]) for output in outputs if output["name"] == "REPORT"), {})
 
 

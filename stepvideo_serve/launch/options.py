@@ -130,7 +130,7 @@ def _read(what: str, path: Path) -> str:
 class ServerOptions:
     """How to start the server. A port of 0 means any free port; `log` None leaves the log on standard error.
 
-    exit_timeout_s is how long the server lets requests in flight finish when it is stopped.
+    exit_timeout_s is how long requests under way and waiting may take when the server is told to stop.
     allow_outdated lets a release with known vulnerabilities listen on other addresses than loopback.
     `security`: TLS, and who may use the calls of operators; with TLS, HTTP stays on loopback whatever `address` says.
     model_control lets whoever has the operator key load and unload models; otherwise nobody may.
@@ -163,7 +163,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int,
     add("--allow-outdated-server", action="store_true", help="let an old release listen beyond loopback")
     add_security_arguments(parser)
     add("--log", type=Path, help="a file for the server's log; default: standard error")
-    add("--exit-timeout", type=int, default=10, metavar="S", help="for requests in flight; %(default)s s")
+    add("--exit-timeout", type=int, default=10, metavar="S", help="for requests when told to stop; %(default)s")
     add("--ready-timeout", type=float, default=300.0, metavar="S", help="default: %(default)g s")
     add("--server-argument", action="append", default=[], metavar="--NAME=VALUE", help="passed on; may be repeated")
 

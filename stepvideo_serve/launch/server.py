@@ -6,6 +6,8 @@
 The server is the one of /opt/tritonserver (the production image) or of the nvidia-pytriton wheel. It runs the models
 in Python stubs of the running environment; they find the configuration file in STEPVIDEO_CONFIG. COMMAND finds the
 server in STEPVIDEO_GRPC_URL, STEPVIDEO_HTTP_URL and STEPVIDEO_METRICS_URL.
+
+A signal lets the requests end that were accepted (stopping.py); a second one stops the server at once, a third kills it.
 """
 
 import argparse
@@ -29,8 +31,10 @@ from typing import NoReturn, Self
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.install import check_exposure, link_stub, outdated, server_environment, server_home
 from stepvideo_serve.launch.options import ServerOptions, add_server_arguments, server_options
+from stepvideo_serve.launch.stopping import VARIABLE, StopFolder, unanswered, wait_until_answered
 
 SHARED_MEMORY = Path("/dev/shm")
+TRITON_EXIT_S = 10  # for its own end, once there is no request left
 EXIT_MARGIN_S = 5.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 30
@@ -51,6 +55,8 @@ class TritonServer:
         self.shm_prefix = f"stepvideo_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: subprocess.Popen[bytes] | None = None
         self._grpc_port = self._http_port = self._metrics_port = 0
+        self._stop_folder: StopFolder | None = None
+        self._may_have_requests = False
 
     @property
     def pid(self) -> int:
@@ -101,10 +107,11 @@ class TritonServer:
                 "metrics": (options.address, options.metrics_port),
             }
         )
+        self._stop_folder = StopFolder()
         with _log_target(options.log) as output:
             self._process = subprocess.Popen(
                 self._command(home),
-                env=server_environment(options.config),
+                env={**server_environment(options.config), VARIABLE: str(self._stop_folder.sign)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -121,6 +128,7 @@ class TritonServer:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self._answers():
+                self._may_have_requests = True
                 return
             try:
                 code = process.wait(POLL_S)
@@ -142,18 +150,37 @@ class TritonServer:
         grpc, http, metrics = self._grpc_port, self._http_port, self._metrics_port
         return TritonServer(replace(self.options, grpc_port=grpc, http_port=http, metrics_port=metrics))
 
-    def stop(self) -> None:
-        """Asks the server to finish, kills its process group when it does not, and removes its shared memory.
+    def drain(self) -> None:
+        """Has new requests refused, and waits until those under way and waiting are answered, `exit_timeout_s` at most.
 
-        Requests in flight get `exit_timeout_s`. Safe to call twice, and after a crash of the server.
+        Does nothing the second time, and where the server has exited or never was ready.
+        """
+        if self._stop_folder is None or not self._may_have_requests or not self.running():
+            return
+        self._may_have_requests = False  # also when a second signal cuts the waiting short
+        self._stop_folder.raise_sign()
+        limit_s = self.options.exit_timeout_s
+        if count := unanswered(self.http_url):
+            print(
+                f"stopping: {count} requests have up to {limit_s} s to end; a second signal stops at once.",
+                file=sys.stderr,
+                flush=True,
+            )
+            wait_until_answered(self.http_url, limit_s, self.running)
+
+    def stop(self) -> None:
+        """Asks the server to finish, kills its process group when it does not, and removes what it leaves.
+
+        Requests in flight fail: see `drain`. Safe to call twice, and after a crash of the server.
         """
         process, self._process = self._process, None
         if process is None:
+            self._remove_stop_folder()
             return
         try:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self.options.exit_timeout_s + EXIT_MARGIN_S)
+                process.wait(self._triton_exit_s() + EXIT_MARGIN_S)
         finally:  # also when a second Ctrl-C cuts the waiting short
             # Stubs outlive a server that crashed; the group is gone when there are none.
             with contextlib.suppress(ProcessLookupError):
@@ -161,15 +188,33 @@ class TritonServer:
             process.wait()
             for leftover in SHARED_MEMORY.glob(f"{self.shm_prefix}*"):
                 leftover.unlink(missing_ok=True)
+            self._remove_stop_folder()
+
+    def _remove_stop_folder(self) -> None:
+        folder, self._stop_folder = self._stop_folder, None
+        if folder is not None:
+            folder.remove()
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        """Stops the server; where the block was left because this process is to end, after `drain`."""
+        try:
+            if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+                self.drain()
+        finally:
+            self.stop()
+
+    def _triton_exit_s(self) -> int:
+        return min(self.options.exit_timeout_s, TRITON_EXIT_S)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -193,7 +238,7 @@ class TritonServer:
             *(MODEL_CONTROL if options.model_control else ("--model-control-mode=none",)),
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
-            f"--exit-timeout-secs={options.exit_timeout_s}",
+            f"--exit-timeout-secs={self._triton_exit_s()}",
             "--model-load-thread-count=2",  # more at once starve each other where cores are few
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--grpc-header-forward-pattern={FORWARDED_HEADERS}",
@@ -288,6 +333,7 @@ def _serve(server: TritonServer, ready_timeout_s: float) -> int:
             announce(server)  # a Ctrl-C may follow the line at once
             return server.wait()
         except KeyboardInterrupt:  # how it is meant to end
+            server.drain()
             return 0
 
 

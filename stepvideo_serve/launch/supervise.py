@@ -11,7 +11,7 @@ The ranks are started anew by `dit_denoiser`, and a request in flight goes on. W
     the server is needed anew too often             exit code 1, with the reason: whoever started this must decide
 
 The pause before a new start doubles from RESTART_PAUSE_S. Every act is a line on standard error. SIGTERM and Ctrl-C
-stop the server, give its requests the exit timeout, and leave nothing behind.
+let the requests end that were accepted, for the exit timeout at most, stop the server, and leave nothing behind.
 """
 
 import argparse

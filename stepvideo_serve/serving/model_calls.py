@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from stepvideo_serve.errors import RequestError, WorkerFailed
+from stepvideo_serve.errors import RequestError, ServiceUnavailable, WorkerFailed
+from stepvideo_serve.launch.stopping import shutting_down
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
 from stepvideo_serve.serving.mailbox import ENDED
 from stepvideo_serve.serving.observe.traces import UNKNOWN, Origin
@@ -26,6 +27,7 @@ CANCEL_AGAIN_S = 1.0
 SILENCE_S = 5.0  # how long a fetch may take before the run's process is asked whether it lives
 DOUBTS = 2  # times in a row that it lives and yet the fetch is not answered, until the run is given up
 ANSWER_S = 60.0  # how long a process may take to answer
+SERVER_IS_ENDING = ("Server not ready", "Server is stopping")  # Triton's words for any call from then on
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 T = TypeVar("T")
@@ -103,6 +105,9 @@ class _Reader:
             in_time(lambda: call(self._model, {"CANCEL_RUN": bytes_array(b"nobody")}, ()))
         except TimeoutError:
             reason = f"gave no answer for {ANSWER_S:g} s"
+        except ServiceUnavailable:
+            self._ended = True
+            raise
         except RequestError as error:
             reason = f"is gone ({error})"
         else:
@@ -173,9 +178,12 @@ def _read(response: Any) -> Outputs:
 
 
 def error_from_text(message: str) -> RequestError:
-    """The RequestError of a "CODE: sentence"; anything else was not sent by our models and is INTERNAL."""
+    """The RequestError of a "CODE: sentence". Anything else was not sent by our models: ServiceUnavailable from a server
+    that is ending, else WorkerFailed."""
     code, _, sentence = message.partition(": ")
     for kind in RequestError.__subclasses__():
         if kind.code == code:
             return kind(sentence)
+    if any(words in message for words in SERVER_IS_ENDING):
+        return shutting_down()
     return WorkerFailed(f"A model of this server failed: {message.splitlines()[0] if message else 'no message'}")

@@ -17,6 +17,7 @@ from stepvideo_serve.assembly.runners import latent_channels
 from stepvideo_serve.assembly.stages import describe
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import QueueFull, ServiceUnavailable
+from stepvideo_serve.launch.stopping import StopSign, shutting_down
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline.generate import Cancelled, Progress, Result, generate
 from stepvideo_serve.planning.quote import QuoteRequest, Server, quote
@@ -63,13 +64,18 @@ class PublicModel:
         kept = self._config.idempotency
         self._results = Results(kept.ttl_s, kept.max_mib << 20)
         self._max_accepted = 1 + self._config.denoiser.max_queued
-        self._accepted = 0
+        self._accepted = self._unanswered = 0
+        self._stop_sign = StopSign.from_environment()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(self._max_accepted, thread_name_prefix="request")
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             self._take(request)
+
+    def is_ready(self) -> bool:
+        """Asked by servers from 26.03 on: not once the server is told to stop."""
+        return not self._stop_sign.raised()
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -78,12 +84,13 @@ class PublicModel:
 
     def _take(self, request: Any) -> None:
         if is_probe(request):
-            state = {"accepted": self._accepted, "defaults": asdict(self._config.defaults)}
-            Sender(request, self.decoupled).finish({"REPORT": bytes_array(json.dumps(state).encode())})
+            Sender(request, self.decoupled).finish({"REPORT": bytes_array(json.dumps(self._state()).encode())})
             return
         watch = self._watches.begin(request)
         answer: Answer = Sender(request, self.decoupled, watch.end)
         try:
+            if self._stop_sign.raised():
+                raise shutting_down()
             inputs = read_inputs(request)
             parsed = parse_request(inputs, self._config.limits, self._latent_channels, self._config.defaults)
             watch.identify(parsed.request_id)
@@ -104,10 +111,18 @@ class PublicModel:
                     f"At most {self._max_accepted} requests may run or wait, {self._accepted} do: try again later."
                 )
             self._accepted += 1
+            self._unanswered += 1
 
     def _release(self) -> None:
         with self._lock:
             self._accepted -= 1
+
+    def _state(self) -> dict[str, Any]:
+        """What the launcher and whoever looks after the server's health ask for. `unanswered` counts a request for
+        longer than `accepted` does: until its result is sent."""
+        fixed = {"stopping": self._stop_sign.raised(), "defaults": asdict(self._config.defaults)}
+        with self._lock:
+            return {"accepted": self._accepted, "unanswered": self._unanswered, **fixed}
 
     def _run(self, parsed: GenerationRequest, answer: Answer, watch: RequestWatch) -> None:
         try:
@@ -118,6 +133,9 @@ class PublicModel:
             answer.finish(result_outputs(result))
         except Exception as error:  # as above
             answer.fail(error)
+        finally:
+            with self._lock:
+                self._unanswered -= 1
 
     def _result(self, parsed: GenerationRequest, answer: Answer, watch: RequestWatch) -> Result:
         with Heartbeat(answer, parsed.steps) as heartbeat:

@@ -20,6 +20,7 @@ import yaml
 from stepvideo_serve.__main__ import COMMANDS
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.launch.options import add_server_arguments
+from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.serving.observe.metric_families import FAMILIES
 from tests.docker.chart import VERSION, Helm, Manifest, Values, only
@@ -181,7 +182,8 @@ def test_probes_wait_for_the_engines(manifests: list[Manifest]) -> None:
     assert "--ready-timeout=3600" in server["args"]
     grace_s = only(manifests, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert "--exit-timeout=600" in server["args"]
-    assert grace_s > 600
+    _, pause_s = server["lifecycle"]["preStop"]["exec"]["command"]
+    assert grace_s >= int(pause_s) + 600 + TRITON_EXIT_S + EXIT_MARGIN_S
 
 
 def test_the_arguments_are_ones_that_the_server_takes(manifests: list[Manifest]) -> None:
@@ -309,7 +311,8 @@ def test_compose_builds_this_image(compose: dict[str, Any], docker: Path) -> Non
     context = (docker / build["context"]).resolve()
     assert (context / build["dockerfile"]) == docker / "Dockerfile"
     assert server_arguments(compose["services"]["stepvideo"]["command"]).exit_timeout == 600
-    assert int(compose["services"]["stepvideo"]["stop_grace_period"].removesuffix("s")) > 600
+    grace_s = int(compose["services"]["stepvideo"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s >= 600 + TRITON_EXIT_S + EXIT_MARGIN_S
 
 
 @pytest.mark.parametrize(

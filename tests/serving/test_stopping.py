@@ -1,0 +1,111 @@
+"""Requests of a real server that is told to stop: by SIGTERM to the container's entry point and to `serve`."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from stepvideo_serve.launch.health import check
+from stepvideo_serve.launch.server import EXIT_MARGIN_S, SHARED_MEMORY, TRITON_EXIT_S
+from tests.serving.calls import PATIENCE_S, Refused, Server, Values, until
+
+READY = re.compile(r"ready: gRPC (\S+), HTTP (\S+), ")
+PORTS = ("--grpc-port=0", "--http-port=0", "--metrics-port=0", "--ready-timeout=150")
+LONG_ENOUGH_S = 300
+SERVE = (sys.executable, "-m", "stepvideo_serve", "serve")
+
+
+@contextmanager
+def launched(
+    root: Path, folder: Path, config_text: str, *arguments: str, command: tuple[str, ...] = SERVE
+) -> Iterator[tuple[subprocess.Popen[str], Server]]:
+    """The launcher and its server, ready. `command` begins the command line."""
+    config = folder / "serve.toml"
+    config.write_text(config_text, encoding="utf-8")
+    env = {**os.environ, "STEPVIDEO_PYTHON": sys.executable, "STEPVIDEO_SUPERVISE": "1", "TMPDIR": str(folder)}
+    env["STEPVIDEO_CONFIG"] = str(config)
+    line = [*command, *([] if command != SERVE else [f"--config={config}"]), f"--log={folder / 'log'}", *PORTS]
+    with subprocess.Popen([*line, *arguments], cwd=root, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = READY.match(process.stdout.readline())
+            assert ready is not None, (folder / "log").read_text(encoding="utf-8")[-3000:]
+            [pid] = [child.pid for child in psutil.Process(process.pid).children() if child.name() == "tritonserver"]
+            yield process, Server(ready[1], ready[2], pid)
+        finally:
+            process.kill()
+
+
+def with_steps(values: Values, steps: int, seed: int) -> Values:
+    return {**values, "STEPS": np.array([steps], np.int32), "SEED": np.array([seed], np.int64)}
+
+
+def assert_nothing_left(folder: Path, process: subprocess.Popen[str]) -> None:
+    """No shared memory and no temporary folder of this launcher."""
+    assert not list(SHARED_MEMORY.glob(f"stepvideo_{process.pid}_*"))
+    assert not list(folder.glob("stepvideo_*"))
+
+
+def test_requests_under_way_and_waiting_end_and_new_ones_are_refused_at_once(
+    root: Path, config_text: str, small: Values, tmp_path: Path
+) -> None:
+    entry_point = (str(root / "docker" / "entrypoint.sh"),)
+    arguments = (f"--exit-timeout={LONG_ENOUGH_S}",)
+    with launched(root, tmp_path, config_text, *arguments, command=entry_point) as (process, server):
+        probe = server.grpc_call(with_steps({**small, "OUTPUT": b"mp4"}, 20, 3))
+        with server.open(with_steps(small, 300, 1)) as running, server.open(with_steps(small, 20, 2)) as waiting:
+            running.wait_for_step(10)
+            with probe as unary:
+                until(lambda: server.waiting() == 2, "the others to wait")
+                process.send_signal(signal.SIGTERM)
+                until(lambda: not check(server.http_url, "ready", 30.0).well, "the probe to turn false")
+                health = check(server.http_url, "ready", 30.0)
+                assert "the server is shutting down, and 3 requests are still to be answered" in health.sentence
+                assert check(server.http_url, "live", 30.0).well
+                for ask in (server.stream_result, server.grpc, server.http):
+                    began_s = time.monotonic()
+                    with pytest.raises(Refused, match="UNAVAILABLE: The server is shutting down: send") as refused:
+                        ask(small)
+                    assert time.monotonic() - began_s < PATIENCE_S / 10
+                    assert refused.value.status in (None, "UNAVAILABLE", "503")
+                assert running.collect().result["SEED"][0] == 1
+                assert waiting.collect().result["SEED"][0] == 2
+                assert unary.result(PATIENCE_S).outputs
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    assert_nothing_left(tmp_path, process)
+
+
+def test_what_is_not_done_in_time_is_unavailable_never_internal(
+    root: Path, config_text: str, long: Values, tmp_path: Path
+) -> None:
+    with launched(root, tmp_path, config_text, "--exit-timeout=2") as (process, server), server.open(long) as stream:
+        stream.wait_for_step(2)
+        began_s = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(Refused, match="None: UNAVAILABLE: The server is shutting down: send"):
+            stream.collect()
+        assert time.monotonic() - began_s > 2.0, "it had no time"
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    assert_nothing_left(tmp_path, process)
+
+
+def test_a_second_signal_stops_at_once(root: Path, config_text: str, long: Values, tmp_path: Path) -> None:
+    arguments = f"--exit-timeout={LONG_ENOUGH_S}"
+    with launched(root, tmp_path, config_text, arguments) as (process, server), server.open(long) as stream:
+        stream.wait_for_step(2)
+        process.send_signal(signal.SIGINT)
+        until(lambda: not check(server.http_url, "ready", 30.0).well, "the server to let go")
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(Refused, match="UNAVAILABLE: The server is shutting down"):
+            stream.collect()
+        assert process.wait(TRITON_EXIT_S + EXIT_MARGIN_S + PATIENCE_S / 10) == 130
+    assert_nothing_left(tmp_path, process)
