@@ -121,8 +121,9 @@ INPUTS: Final[dict[str, Input]] = {
         choices=(),
         required=True,
         help=(
-            "the first frame; at most 64 megapixels and 16:1; transparency is flattened onto white, EXIF "
-            "orientation is applied, CMYK and animations are refused"
+            "the first frame: the bytes of a PNG, JPEG or WebP file, not base64; at most 64 megapixels and 16:1; "
+            "transparency is flattened onto white, the orientation applied, colours converted from the file's "
+            "profile to sRGB; CMYK and animations are refused, other metadata is ignored"
         ),
     ),
     "negative_prompt": Input(

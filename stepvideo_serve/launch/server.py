@@ -7,7 +7,8 @@ The server is the one of /opt/tritonserver (the production image) or of the nvid
 in Python stubs of the running environment; they find the configuration file in STEPVIDEO_CONFIG. COMMAND finds the
 server in STEPVIDEO_GRPC_URL, STEPVIDEO_HTTP_URL and STEPVIDEO_METRICS_URL.
 
-A signal lets the requests end that were accepted (stopping.py); a second one stops the server at once, a third kills it.
+A signal lets the requests end that were accepted (stopping.py); a second one stops the server at once, a third kills
+it.
 """
 
 import argparse

@@ -24,7 +24,8 @@ from stepvideo_serve.sampling.denoise import needs_guidance, request_noise
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.text.states import TextStates
-from stepvideo_serve.video.image import decode_image, fit_image
+from stepvideo_serve.video.decoding_room import DecodingRoom
+from stepvideo_serve.video.image import FittedImage, fit_image_file
 from stepvideo_serve.video.mp4 import Mp4Encoder, crop_to_standard
 
 Frames = NDArray[np.uint8]
@@ -123,13 +124,15 @@ def generate(
     cancelled: Cancelled,
     gates: GatesConfig | None = None,
     around: Around = nullcontext,
+    decoding: DecodingRoom | None = None,
 ) -> Iterator[Progress | Result]:
     """Runs the request: a Progress per step, then the Result, which has passed the gates (None: those of a
-    configuration without [gates]). `around(name)` is entered with each stage. Raises a RequestError."""
+    configuration without [gates]). `around(name)` is entered with each stage; `decoding` bounds the memory of pictures
+    among requests that share it. Raises a RequestError."""
     watch = Stopwatch(request.timeout_s, around)
     height, width = request.height, request.width
-    with watch.stage("image"):
-        pixels = fit_image(decode_image(request.image), height, width)
+    image = _image(request, watch, cancelled, decoding or DecodingRoom())
+    pixels = image.pixels
     with watch.stage("text"):
         positive = stages.encode_text(request.positive_prompt)
         negative = stages.encode_text(request.negative_prompt) if needs_guidance(request.cfg_scale) else None
@@ -173,11 +176,23 @@ def generate(
         "height": height,
         "width": width,
         "steps": request.steps,
+        "image": image.report,
         **passed.report(),
         **stages.describe(),
     }
     wants_latents = request.output == OUTPUT_LATENTS
     yield Result(mp4, frames, latents.float().cpu().numpy() if wants_latents else None, request.seed, report)
+
+
+def _image(request: GenerationRequest, watch: Stopwatch, cancelled: Cancelled, room: DecodingRoom) -> FittedImage:
+    def wanted_still() -> None:
+        _check(cancelled)
+        watch.check("before the image was decoded")
+
+    with watch.stage("image"):
+        return fit_image_file(
+            request.image, request.height, request.width, lambda amount: room.hold(amount, wanted_still)
+        )
 
 
 def _noise(request: GenerationRequest, channels: int) -> tuple[Tensor, Tensor]:

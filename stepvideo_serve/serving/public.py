@@ -37,6 +37,7 @@ from stepvideo_serve.serving.model_calls import ANSWER_S, call, in_time
 from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestWatches
 from stepvideo_serve.serving.remote_stages import BlsStages, report_pace
 from stepvideo_serve.serving.stage_models import StageModel
+from stepvideo_serve.video.decoding_room import DecodingRoom
 from stepvideo_serve.video.preview import encode_jpeg
 
 HEARTBEAT_S = 15.0
@@ -63,6 +64,7 @@ class PublicModel:
             self._decoders = Layout.parse(self._config.denoiser.layout).world_size
         kept = self._config.idempotency
         self._results = Results(kept.ttl_s, kept.max_mib << 20)
+        self._decoding = DecodingRoom()
         self._max_accepted = 1 + self._config.denoiser.max_queued
         self._accepted = self._unanswered = 0
         self._stop_sign = StopSign.from_environment()
@@ -157,7 +159,8 @@ class PublicModel:
             request.priority,
             lambda: watch.origin,
         )
-        for event in generate(request, stages, self._config.video, cancelled, self._config.gates, watch.stage):
+        video, gates = self._config.video, self._config.gates
+        for event in generate(request, stages, video, cancelled, gates, watch.stage, self._decoding):
             if isinstance(event, Result):
                 report_pace(request, event.report["seconds"], stages, self._decoders)
                 event.report["warnings"] += self._card_warnings(request)

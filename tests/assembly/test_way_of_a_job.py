@@ -4,7 +4,7 @@ import inspect
 import queue
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ import torch
 from stepvideo_serve.assembly.denoiser_rank import DenoiserRank
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.dit.velocity import DiTVelocity, PreparedRequest
+from stepvideo_serve.parallel.channel import Channel
 from stepvideo_serve.parallel.layout import SINGLE
-from stepvideo_serve.parallel.rank_process import RankLoop
+from stepvideo_serve.parallel.rank_process import JobContext, RankLoop
+from stepvideo_serve.parallel.shared_memory import Arena
 from tests.mini import job_settings, normal
 from tests.serving.launch import EAGER
 
@@ -28,10 +30,10 @@ class OneJob(RankLoop):
     def __init__(self, tensors: dict[str, Any]) -> None:
         self._tensors = tensors
         self._inbox = queue.SimpleQueue()
-        self._inbox.put((NoContext(), {"params": PARAMS, "tensors": []}))
+        self._inbox.put((cast(JobContext, NoContext()), {"params": PARAMS, "tensors": []}))
         self._inbox.put(None)
-        self._jobs = self
-        self._channel = self
+        self._jobs = cast(Arena, self)
+        self._channel = cast(Channel, self)
 
     def read(self, entries: list[Any]) -> dict[str, Any]:
         assert entries == []
