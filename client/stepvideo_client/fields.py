@@ -122,8 +122,8 @@ INPUTS: Final[dict[str, Input]] = {
         required=True,
         help=(
             "the first frame: the bytes of a PNG, JPEG or WebP file, not base64; at most 64 megapixels and 16:1; "
-            "transparency is flattened onto white, the orientation applied, colours converted from the file's "
-            "profile to sRGB; CMYK and animations are refused, other metadata is ignored"
+            "transparency is flattened onto white, the orientation applied, colours converted from the profile to"
+            " sRGB; CMYK and animations are refused, other metadata is ignored"
         ),
     ),
     "negative_prompt": Input(

@@ -54,9 +54,9 @@ FIELDS: Final[tuple[Field, ...]] = (
         Default.REQUIRED,
         ImageFile(lambda limits: limits.max_image_bytes),
         ("request", "client"),
-        "the first frame: the bytes of a PNG, JPEG or WebP file, not base64; at most 64 megapixels and 16:1; transparency "
-        "is flattened onto white, the orientation applied, colours converted from the file's profile to sRGB; CMYK and "
-        "animations are refused, other metadata is ignored",
+        "the first frame: the bytes of a PNG, JPEG or WebP file, not base64; at most 64 megapixels and 16:1; "
+        "transparency is flattened onto white, the orientation applied, colours converted from the profile to sRGB; CMYK "
+        "and animations are refused, other metadata is ignored",
         metavar="FILE",
     ),
     Field(
