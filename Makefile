@@ -232,8 +232,8 @@ test-gpu: $(KERNELS_INSTALLED) ## the tests that need an NVIDIA GPU, after make 
 test-toyworld: $(INSTALLED) ## the tests of the toy world and its training
 	@$(PYTEST) $(QUICK) tests/toyworld $(PYTEST_ARGS)
 
-test-prices: $(INSTALLED) ## the gates of the price list: FP8 graphs made and priced, every layout against one rank
-	@$(PYTEST) -m 'not gpu' tests/toyworld/test_prices.py $(PYTEST_ARGS)
+test-prices: $(INSTALLED) ## gates of what things cost on the toy world: FP8 graphs, every layout, the presets of quality
+	@$(PYTEST) -m 'not gpu' tests/toyworld/test_prices.py tests/toyworld/test_preset_prices.py $(PYTEST_ARGS)
 
 # Every process measures itself, into build/coverage. A test that fails does not keep the table back.
 COVERAGE_OF ?= test test-kernels test-engines test-toyworld
