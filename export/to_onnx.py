@@ -115,7 +115,7 @@ class _Exporter:
             precision=precision,
             tools={name: version(name) for name in TOOLS},
             graphs={},
-            extra={"dit_config": asdict(checkpoint.dit_config)} | self._fp8_extra(),
+            extra={"dit_config": asdict(checkpoint.dit_config), "settings": checkpoint.settings} | self._fp8_extra(),
         )
         try:
             found = Manifest.load(out)

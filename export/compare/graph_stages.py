@@ -23,6 +23,7 @@ from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.text.states import TextStates
 from stepvideo_serve.vae.chunking import sample_posterior
 from stepvideo_serve.video.preview import LatentPreview
+from stepvideo_serve.weights.whole_file import is_hidden
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -102,7 +103,8 @@ def read_requests(
         raise ExportError(f"--limit must be at least 1 pair, got {limit}: correct it.")
     if not folder.is_dir():
         raise ExportError(f"--requests must be a folder of image and text pairs, found no folder {folder}.")
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)[:limit]
+    files = (path for path in folder.rglob("*") if not is_hidden(path))
+    images = sorted(path for path in files if path.suffix.lower() in IMAGES)[:limit]
     if not images:
         raise ExportError(f"--requests must hold pairs such as cat.png and cat.txt, found no image in {folder}.")
     if missing := [path for path in images if not path.with_suffix(".txt").is_file()]:

@@ -1,7 +1,7 @@
 """calibration.json: the largest magnitude of every tensor that may be quantised, and what it was measured on.
 
     {"format_version": 1,
-     "checkpoint": {"dit": SHA-256, "llm": SHA-256},       of the weight files
+     "checkpoint": {"dit": SHA-256, "llm": SHA-256, "tokenizers": SHA-256},
      "settings": {"steps": 8, "percentile": 99.99, ...},   how it was made
      "amax": {"transformer_blocks.0.attn1.wqkv": 4.1, ..., "transformer_blocks.0.attn1.core.q": 5.0, ...}}
 
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.checkpoint import TOKENIZERS, Checkpoint
 from stepvideo_serve.errors import ExportError
 
 FORMAT_VERSION = 1
-PARTS = ("dit", "llm")
+PARTS = ("dit", "llm", TOKENIZERS)  # the prompts' tokens decide what is measured
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Calibration:
         write_json(path, data)
 
     def require(self, checkpoint: Checkpoint) -> None:
-        """Raises ExportError unless it was measured on these very weights."""
+        """Raises ExportError unless it was measured on these very weights and tokenizers."""
         for part, found in self.checkpoint.items():
             expected = checkpoint.digest(part)
             if expected != found:
                 raise ExportError(
-                    f"The calibration must be of {checkpoint.folder} (weights of {part}: {expected[:12]}), "
+                    f"The calibration must be of {checkpoint.folder} ({part}: {expected[:12]}), "
                     f"found one of {found[:12]}: run python -m export.calibrate again."
                 )
 

@@ -10,10 +10,10 @@ tensors mapped in. The DiT can be had block by block and Step-LLM layer by layer
 so that nothing ever needs all of a network, and a rank reads its slices only.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -32,6 +32,8 @@ from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.model import VideoDecoder, VideoEncoder, VideoVAE
 from stepvideo_serve.weights.cuts import WHOLE, Cut, Shape, ShardPlan, TensorPart
 from stepvideo_serve.weights.files import NO_CUTS, WeightFiles, file_digest, open_weights
+from stepvideo_serve.weights.json_file import integer, read_json_object
+from stepvideo_serve.weights.whole_file import check_whole
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and most of the server's processes need no text encoder
     from transformers import BertConfig
@@ -41,6 +43,21 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and most of the serve
 
 M = TypeVar("M", bound=nn.Module)
 LLM_EMBED_PREFIX = "tok_embeddings."
+DIT_CONFIG = Path("transformer", "config.json")
+LLM_CONFIG = Path("step_llm", "config.json")
+CLIP_CONFIG = Path("hunyuan_clip", "clip_text_encoder", "config.json")
+STEP_TOKENIZER = Path("step_llm", "step1_chat_tokenizer.model")
+CLIP_TOKENIZER = Path("hunyuan_clip", "tokenizer")
+CLIP_TOKENIZER_FILES = (
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
+CONFIGS: Mapping[str, Path] = MappingProxyType({"dit": DIT_CONFIG, "llm": LLM_CONFIG, "clip": CLIP_CONFIG})
+TOKENIZERS = "tokenizers"
+PARTS = ("dit", "llm", "clip", "vae", TOKENIZERS)
 
 
 class Checkpoint:
@@ -54,17 +71,17 @@ class Checkpoint:
 
     @cached_property
     def dit_config(self) -> DiTConfig:
-        return DiTConfig.load(self.folder / "transformer" / "config.json")
+        return DiTConfig.load(self.folder / DIT_CONFIG)
 
     @cached_property
     def llm_config(self) -> StepLLMConfig:
-        return StepLLMConfig.load(self.folder / "step_llm" / "config.json")
+        return StepLLMConfig.load(self.folder / LLM_CONFIG)
 
     @cached_property
     def clip_config(self) -> "BertConfig":
         from stepvideo_serve.text.hunyuan_clip import load_clip_config
 
-        return load_clip_config(self.folder / "hunyuan_clip" / "clip_text_encoder" / "config.json")
+        return load_clip_config(self.folder / CLIP_CONFIG)
 
     @cached_property
     def vae_config(self) -> VAEConfig:
@@ -73,12 +90,16 @@ class Checkpoint:
     def step_tokenizer(self) -> "StepTokenizer":
         from stepvideo_serve.text.tokenizers import StepTokenizer
 
-        return StepTokenizer(self.folder / "step_llm" / "step1_chat_tokenizer.model")
+        values = read_json_object(self.folder / LLM_CONFIG)
+        # Embeddings are padded to a multiple of what the training liked; the tokenizer has the original count.
+        name = "orig_vocab_size" if "orig_vocab_size" in values else "padded_vocab_size"
+        return StepTokenizer(self.folder / STEP_TOKENIZER, integer(values, name, str(self.folder / LLM_CONFIG)))
 
     def clip_tokenizer(self) -> "ClipTokenizer":
         from stepvideo_serve.text.tokenizers import ClipTokenizer
 
-        return ClipTokenizer(self.folder / "hunyuan_clip" / "tokenizer")
+        config = self.clip_config
+        return ClipTokenizer(self.folder / CLIP_TOKENIZER, config.vocab_size, config.pad_token_id)
 
     def dit(self, dtype: torch.dtype = torch.float32) -> StepVideoDiT:
         return load_module(lambda: StepVideoDiT(self.dit_config), self._dit_files, dtype)
@@ -147,20 +168,46 @@ class Checkpoint:
         return load_module(lambda: VideoDecoder(self.vae_config), self._vae_files, dtype, prefix="decoder.")
 
     def digest(self, part: str, prefix: str = "") -> str:
-        """SHA-256 over the contents of the weight files that hold the keys of `part` ("dit", "llm", "clip", "vae")
-        starting with `prefix`. Files are hashed once."""
+        """SHA-256 over what decides the results of `part` (one of PARTS): the weight files that hold its keys starting
+        with `prefix`, and its configuration; of "tokenizers" their files. Files are hashed once."""
+        if part == TOKENIZERS:
+            return content_key(**{name: self.settings[name] for name in ("step_tokenizer", "clip_tokenizer")})
         files = {"dit": "_dit_files", "llm": "_llm_files", "clip": "_clip_files", "vae": "_vae_files"}
         table: WeightFiles = getattr(self, files[part])
         paths = sorted({path for key, path in table.file_of.items() if key.startswith(prefix)})
-        for path in paths:
-            if path not in self._digests:
-                self._digests[path] = file_digest(path)
-        return hashlib.sha256("".join(self._digests[path] for path in paths).encode()).hexdigest()
+        weights = [self._file_digest(path) for path in paths]
+        return content_key(weights=weights, config=self._config_digest(part) if part in CONFIGS else None)
 
     @property
     def identity(self) -> str:
-        """Of all weights together: what manifests call the checkpoint."""
-        return content_key(**{part: self.digest(part) for part in ("dit", "llm", "clip", "vae")})
+        """Of all parts together: what manifests call the checkpoint."""
+        return content_key(**{part: self.digest(part) for part in PARTS})
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Digests of what decides the results besides the weights, by name; cheap, so servers compare them with those
+        of the exported graphs. Raises CheckpointError when a file is absent or a pointer of Git LFS."""
+        clip = [self.folder / CLIP_TOKENIZER / name for name in CLIP_TOKENIZER_FILES]
+        clip = [path for path in clip if path.name == "vocab.txt" or path.is_file()]
+        return {
+            **{f"{part}_config": self._config_digest(part) for part in CONFIGS},
+            "step_tokenizer": self._file_digest(self.folder / STEP_TOKENIZER),
+            "clip_tokenizer": content_key(**{path.name: self._file_digest(path) for path in clip}),
+        }
+
+    def _config_digest(self, part: str) -> str:
+        """Of the values, whatever their order; notes of the tool that wrote the file do not count."""
+        values = read_json_object(self.folder / CONFIGS[part])
+        return content_key(**{k: v for k, v in values.items() if k[0] != "_" and k != "transformers_version"})
+
+    def _file_digest(self, path: Path) -> str:
+        if path not in self._digests:
+            check_whole(path)
+            try:
+                self._digests[path] = file_digest(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} must be a file of the checkpoint: {error.strerror}.") from None
+        return self._digests[path]
 
     @cached_property
     def _dit_files(self) -> WeightFiles:

@@ -50,14 +50,22 @@ def load_runners(config: ServeConfig, names: Collection[str], threads: int, part
 
 
 def open_manifest(config: ServeConfig) -> Manifest:
-    """The manifest of the engine directory, made for the configured checkpoint's dimensions and precision."""
+    """The manifest of the engine directory, made for the configured checkpoint's dimensions, configurations
+    and tokenizers, and the configured precision."""
     manifest = Manifest.load(config.model.engines_dir)
     manifest.require(precision=config.model.precision)
-    expected = asdict(Checkpoint(config.model.dir).dit_config)
+    checkpoint = Checkpoint(config.model.dir)
+    expected = asdict(checkpoint.dit_config)
     if manifest.extra.get("dit_config") != expected:
         raise EngineError(
             f"{config.model.engines_dir} must hold graphs of the model in {config.model.dir} ({expected}), "
             f"found {manifest.extra.get('dit_config')}: export the graphs again."
+        )
+    settings = manifest.extra.get("settings", {})
+    if other := [name for name, digest in checkpoint.settings.items() if settings.get(name) != digest]:
+        raise EngineError(
+            f"{config.model.engines_dir} must hold graphs of the model in {config.model.dir}, found those of another "
+            f"{' and '.join(other)}: restore these files of the model, or export the graphs again."
         )
     return manifest
 

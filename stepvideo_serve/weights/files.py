@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stepvideo_serve.errors import CheckpointError
 from stepvideo_serve.weights.cuts import Cut, Shape
+from stepvideo_serve.weights.whole_file import check_whole, is_hidden
 
 INDEX_SUFFIX = ".safetensors.index.json"
 STATE_DICT = "pytorch_model.bin"
@@ -133,6 +134,7 @@ class StateDictFile:
     @classmethod
     def open(cls, path: Path, rename: Rename) -> "StateDictFile":
         """Raises CheckpointError when the file is truncated or holds anything but tensors."""
+        check_whole(path)
         try:
             stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch raises several unrelated types for a bad file
@@ -175,13 +177,13 @@ def open_weights(folder: Path, rename: Rename, single: str | None = None) -> Wei
         return SafetensorsFiles.open([folder / single], rename)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} must be a folder of weights, found no such folder.")
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    indices = _visible(folder, f"*{INDEX_SUFFIX}")
     if len(indices) > 1:
         names = ", ".join(index.name for index in indices)
         raise CheckpointError(f"{folder} must hold one index of shards, found {names}: remove those of other variants.")
     if indices:
         return SafetensorsFiles.open(_shards(indices[0]), rename)
-    files = sorted(folder.glob("*.safetensors"))
+    files = _visible(folder, "*.safetensors")
     if files:
         return SafetensorsFiles.open(files, rename)
     state_dict = folder / STATE_DICT
@@ -190,10 +192,15 @@ def open_weights(folder: Path, rename: Rename, single: str | None = None) -> Wei
     raise CheckpointError(f"{folder} must hold safetensors files or {STATE_DICT}, found neither.")
 
 
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path))
+
+
 def open_safetensors(path: Path) -> safe_open:
     """A memory-mapped safetensors file, or CheckpointError naming it."""
     if not path.is_file():
         raise CheckpointError(f"{path} must be a safetensors file, found no such file.")
+    check_whole(path)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -213,6 +220,7 @@ def file_digest(path: Path) -> str:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, all in its own folder."""
+    check_whole(index)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})

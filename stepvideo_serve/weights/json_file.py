@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from stepvideo_serve.errors import CheckpointError
+from stepvideo_serve.weights.whole_file import check_whole
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises CheckpointError naming the file."""
+    check_whole(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

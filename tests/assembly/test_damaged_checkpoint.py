@@ -1,16 +1,23 @@
 """Each thing that can be wrong with a checkpoint is one CheckpointError that names the file and the key."""
 
+import io
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from torch import Tensor
 
+from export.tiny.tokenizers import CLIP_SPECIALS, sentences
 from stepvideo_serve.assembly.checkpoint import Checkpoint
-from stepvideo_serve.errors import CheckpointError
+from stepvideo_serve.assembly.runners import open_manifest
+from stepvideo_serve.config import ModelConfig, ServeConfig
+from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.errors import CheckpointError, EngineError
 from tests.assembly.edits import clip_as_state_dict, edit_json, linked_copy, replace_text, rewrite, truncate
 
 State = dict[str, Tensor]
@@ -20,6 +27,8 @@ DIT_INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 LLM_CONFIG = "step_llm/config.json"
 LLM_FILE = "step_llm/model.safetensors"
 STEP_MODEL = "step_llm/step1_chat_tokenizer.model"
+VOCABULARY = "hunyuan_clip/tokenizer/vocab.txt"
+CLIP_SETTINGS = "hunyuan_clip/tokenizer/tokenizer_config.json"
 CLIP_CONFIG = "hunyuan_clip/clip_text_encoder/config.json"
 CLIP_FILE = "hunyuan_clip/clip_text_encoder/model.safetensors"
 CLIP_STATE_DICT = "hunyuan_clip/clip_text_encoder/pytorch_model.bin"
@@ -99,6 +108,60 @@ def folder_gone(path: str) -> Callable[[Path], object]:
     return lambda folder: (folder / path).rename(folder.parent / "gone")
 
 
+def lines_of(change: Callable[[list[str]], object]) -> Callable[[Path], None]:
+    """Changes the lines of the CLIP's vocabulary."""
+
+    def do(folder: Path) -> None:
+        lines = (folder / VOCABULARY).read_text(encoding="utf-8").splitlines(keepends=True)
+        change(lines)
+        replace_text(folder / VOCABULARY, "".join(lines))
+
+    return do
+
+
+def other_sentencepiece_model(**options: Any) -> Callable[[Path], None]:
+    """A model that sentencepiece trains by its own rules, in the place of Step-1's."""
+
+    def do(folder: Path) -> None:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences()), model_writer=model, minloglevel=2, num_threads=1, **options
+        )
+        (folder / STEP_MODEL).unlink()
+        (folder / STEP_MODEL).write_bytes(model.getvalue())
+
+    return do
+
+
+def without_bytes(folder: Path) -> None:
+    other_sentencepiece_model(vocab_size=500, control_symbols=["<|EOT|>", "<|BOT|>"])(folder)
+    edit_json(folder / LLM_CONFIG, lambda config: config.update(orig_vocab_size=500))
+
+
+def other_tokenizer_json(folder: Path) -> None:
+    """A tokenizer.json of another vocabulary beside vocab.txt, which transformers would read instead."""
+    vocabulary = {piece: number for number, piece in enumerate([*CLIP_SPECIALS.values(), "cat", "dog"])}
+    model = {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]"}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    text = json.dumps({"version": "1.0", "added_tokens": [], **parts, "model": model})
+    replace_text(folder / "hunyuan_clip/tokenizer/tokenizer.json", text)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0\nsize 9\n"
+POINTED = {
+    DIT_CONFIG: "dit",
+    DIT_FILE_2: "dit",
+    DIT_INDEX: "dit",
+    LLM_CONFIG: "step_llm",
+    LLM_FILE: "step_llm",
+    STEP_MODEL: "step_tokenizer",
+    CLIP_CONFIG: "clip",
+    CLIP_FILE: "clip",
+    VOCABULARY: "clip_tokenizer",
+    CLIP_SETTINGS: "clip_tokenizer",
+    VAE_FILE: "vae_decoder",
+}
 UNKNOWN_SHARD = {"weight_map": {DIT_KEY: "diffusion_pytorch_model-00009-of-00009.safetensors"}}
 SHARD_ELSEWHERE = {"weight_map": {DIT_KEY: "../vae/vae_v2.safetensors"}}
 
@@ -179,7 +242,42 @@ DAMAGES = [
     Damage("vae-not-safetensors", "vae_decoder", instead(VAE_FILE, "<!DOCTYPE html>"), (VAE_FILE,)),
     Damage("step-tokenizer", "step_tokenizer", instead(STEP_MODEL, "no"), (STEP_MODEL,)),
     Damage("step-tokenizer-absent", "step_tokenizer", without(STEP_MODEL), (STEP_MODEL,)),
-    Damage("clip-tokenizer", "clip_tokenizer", without("hunyuan_clip/tokenizer/vocab.txt"), ("vocab.txt",)),
+    Damage(
+        "step-tokenizer-other-count",
+        "step_tokenizer",
+        other_sentencepiece_model(vocab_size=700, byte_fallback=True),
+        (STEP_MODEL, "760", "700"),
+    ),
+    Damage(
+        "step-tokenizer-other-pieces",
+        "step_tokenizer",
+        other_sentencepiece_model(vocab_size=760, byte_fallback=True),
+        (STEP_MODEL, "<|EOT|>", "piece 3"),
+    ),
+    Damage(
+        "step-tokenizer-no-bytes",
+        "step_tokenizer",
+        without_bytes,
+        (STEP_MODEL, "256", "bytes"),
+    ),
+    Damage("clip-tokenizer", "clip_tokenizer", without(VOCABULARY), ("vocab.txt",)),
+    Damage("clip-vocabulary-cut", "clip_tokenizer", lines_of(lambda lines: lines.pop()), (VOCABULARY, "lines")),
+    Damage("clip-vocabulary-longer", "clip_tokenizer", lines_of(lambda lines: lines.append("cat\n")), (VOCABULARY,)),
+    Damage(
+        "clip-vocabulary-shifted",
+        "clip_tokenizer",
+        lines_of(lambda lines: lines.insert(0, lines.pop())),
+        (VOCABULARY, "[PAD]", "shifted"),
+    ),
+    Damage(
+        "clip-vocabulary-no-mask",
+        "clip_tokenizer",
+        lines_of(lambda lines: lines.__setitem__(4, "mask\n")),
+        (VOCABULARY, "[MASK]"),
+    ),
+    Damage("clip-tokenizer-json", "clip_tokenizer", other_tokenizer_json, ("hunyuan_clip/tokenizer", "vocab.txt")),
+    Damage("clip-settings-broken", "clip_tokenizer", instead(CLIP_SETTINGS, "{"), (CLIP_SETTINGS,)),
+    *(Damage(f"pointer-{p}", part, instead(p, LFS_POINTER), (p, "git lfs pull")) for p, part in POINTED.items()),
 ]
 
 
@@ -213,3 +311,61 @@ def test_damage_to_one_part_leaves_the_others_usable(mini_checkpoint: Path, tmp_
 def test_a_block_that_does_not_exist(mini_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"transformer_blocks\.9\."):
         Checkpoint(mini_checkpoint).dit_block(9)
+
+
+def test_files_of_macos_are_no_weights(mini_checkpoint: Path, tmp_path: Path) -> None:
+    """macOS writes `._name` beside each file on foreign disks and in archives."""
+    folder = linked_copy(mini_checkpoint, tmp_path / "copy")
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    checkpoint, whole = Checkpoint(folder), Checkpoint(mini_checkpoint)
+    for part in ("dit", "step_llm", "clip", "vae_decoder", "step_tokenizer", "clip_tokenizer"):
+        getattr(checkpoint, part)()
+    assert checkpoint.identity == whole.identity
+
+
+def reworded(folder: Path) -> None:
+    """Two pieces change places: the count and the special pieces are as before."""
+    lines_of(lambda lines: lines.insert(200, lines.pop()))(folder)
+
+
+SETTINGS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "dit_config": ("dit", in_json(DIT_CONFIG, lambda c: c.update(caption_channels=[48, 33]))),
+    "llm_config": ("llm", in_json(LLM_CONFIG, lambda c: c.update(layernorm_epsilon=1e-6))),
+    "clip_config": ("clip", in_json(CLIP_CONFIG, lambda c: c.update(layer_norm_eps=1e-6))),
+    "step_tokenizer": ("tokenizers", lambda folder: other_sentencepiece_model(vocab_size=500)(folder)),
+    "clip_tokenizer": ("tokenizers", reworded),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_has_no_tensors_is_part_of_the_identity(name: str, mini_checkpoint: Path, tmp_path: Path) -> None:
+    part, change = SETTINGS[name]
+    folder = linked_copy(mini_checkpoint, tmp_path / "copy")
+    whole = Checkpoint(mini_checkpoint)
+    assert Checkpoint(folder).identity == whole.identity
+    change(folder)
+    changed = Checkpoint(folder)
+    assert [key for key in whole.settings if changed.settings[key] != whole.settings[key]] == [name]
+    if name != "dit_config":  # the weights do not fit this one
+        assert changed.identity != whole.identity
+        assert changed.digest(part) != whole.digest(part)
+
+
+def test_a_server_compares_them_with_its_graphs(mini_checkpoint: Path, tmp_path: Path) -> None:
+    """The manifest of the graphs names what they were exported with; an exchanged tokenizer is refused at the start."""
+    folder, engines = linked_copy(mini_checkpoint, tmp_path / "copy"), tmp_path / "engines"
+    engines.mkdir()
+    whole = Checkpoint(folder)
+    extra = {"dit_config": asdict(whole.dit_config), "settings": whole.settings}
+    Manifest(checkpoint=whole.identity, precision="fp32", tools={}, graphs={}, extra=extra).save(engines)
+    config = ServeConfig(ModelConfig(folder, engines))
+    open_manifest(config)
+    reworded(folder)
+    with pytest.raises(EngineError, match="found those of another clip_tokenizer: restore"):
+        open_manifest(config)
+    Manifest(
+        checkpoint=whole.identity, precision="fp32", tools={}, graphs={}, extra={"dit_config": extra["dit_config"]}
+    ).save(engines)
+    with pytest.raises(EngineError, match="export the graphs again"):
+        open_manifest(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.quantize.calibration import Calibration
+from export.quantize.calibration import PARTS, Calibration
 from export.tiny.config import llm_json
 from export.tiny_checkpoint import save_weights, write_checkpoint, write_json
 from stepvideo_serve.assembly.checkpoint import Checkpoint, meta_shapes
@@ -58,7 +58,7 @@ def write_calibration(checkpoint: Checkpoint, path: Path) -> None:
     names = all_names(checkpoint.dit_config, checkpoint.llm_config)
     amax = {name: AMAX for name in names if not name.endswith("core")}
     amax |= {f"{name}.{operand}": AMAX for name in names if name.endswith("core") for operand in "qkv"}
-    Calibration({part: checkpoint.digest(part) for part in ("dit", "llm")}, {}, amax).save(path)
+    Calibration({part: checkpoint.digest(part) for part in PARTS}, {}, amax).save(path)
 
 
 def _random(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:

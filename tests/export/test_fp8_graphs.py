@@ -14,7 +14,7 @@ from torch import Tensor
 
 from export.compare.fp16_copy import twin_spec, write_fp16_twin
 from export.graphs.recipe import Recipe
-from export.quantize.calibration import Calibration
+from export.quantize.calibration import PARTS, Calibration
 from export.quantize.fp8 import Fp8
 from export.quantize.weights import check_weights
 from export.tiny_checkpoint import write_checkpoint
@@ -40,7 +40,7 @@ def calibrate(checkpoint: Checkpoint, amax: float = 6.0) -> Calibration:
         if n.endswith("core")
         for operand in "qkv"
     ]
-    return Calibration({p: checkpoint.digest(p) for p in ("dit", "llm")}, {"steps": 1}, dict.fromkeys(names, amax))
+    return Calibration({p: checkpoint.digest(p) for p in PARTS}, {"steps": 1}, dict.fromkeys(names, amax))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.quantize.calibration import Calibration
+from export.quantize.calibration import PARTS, Calibration
 from export.quantize.fp8 import Fp8, quantize_module
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components, core_component, llm_part_components, part_components
@@ -31,7 +31,7 @@ def ones(checkpoint: Checkpoint) -> Calibration:
         for operand in "qkv"
     ]
     amax = {name: 2.0 if name.startswith("transformer_blocks.1.") else 1.0 for name in names}
-    return Calibration({part: checkpoint.digest(part) for part in ("dit", "llm")}, {}, amax)
+    return Calibration({part: checkpoint.digest(part) for part in PARTS}, {}, amax)
 
 
 def test_the_graphs_have_exactly_the_layers_of_the_list(checkpoint: Checkpoint) -> None:

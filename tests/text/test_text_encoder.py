@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
+from transformers import BertTokenizer
 
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import TEXT_GRAPHS, components
@@ -171,3 +173,23 @@ def test_clip_tokens_are_padded_or_cut_to_77(clip_tokenizer: ClipTokenizer, text
     assert ids[0, tokens - 1] == sep
     assert cls not in ids[0, 1:]
     assert 1 not in ids[0], "known words are not [UNK]"
+
+
+@pytest.mark.parametrize("piece", ["[SEP]", "[CLS]", "[PAD]", "[UNK]", "[MASK]"])
+def test_bracketed_names_are_tokens_for_the_clip_and_text_for_the_llm(
+    piece: str, checkpoint: Checkpoint, step_tokenizer: StepTokenizer, clip_tokenizer: ClipTokenizer
+) -> None:
+    """As in the official code: transformers' BertTokenizer knows these names wherever they stand, and a sentencepiece
+    model has no such pieces."""
+    vocabulary = (checkpoint.folder / "hunyuan_clip/tokenizer/vocab.txt").read_text(encoding="utf-8").split("\n")
+    ids = clip_tokenizer.encode(f"a boat {piece} a boat")[0][0].tolist()
+    assert ids[3] == vocabulary.index(piece)
+    official = BertTokenizer.from_pretrained(str(checkpoint.folder / "hunyuan_clip/tokenizer"), local_files_only=True)
+    given = official([f"a boat {piece} a boat"], padding="max_length", max_length=CLIP_TOKENS, truncation=True)
+    assert ids == given.input_ids[0]
+    lower = clip_tokenizer.encode(f"a boat {piece.lower()} a boat")[0][0].tolist()
+    assert vocabulary.index(piece) not in lower[3:6] or piece == "[UNK]", "in lower case it is text"
+    model = SentencePieceProcessor(model_file=str(checkpoint.folder / "step_llm/step1_chat_tokenizer.model"))
+    pieces = step_tokenizer.pieces(piece)
+    assert len(pieces) > 1
+    assert model.decode(pieces) == piece
