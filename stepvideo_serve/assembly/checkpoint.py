@@ -99,7 +99,7 @@ class Checkpoint:
         from stepvideo_serve.text.tokenizers import ClipTokenizer
 
         config = self.clip_config
-        return ClipTokenizer(self.folder / CLIP_TOKENIZER, config.vocab_size, config.pad_token_id)
+        return ClipTokenizer(self.folder / CLIP_TOKENIZER, config.vocab_size, config.pad_token_id or 0)
 
     def dit(self, dtype: torch.dtype = torch.float32) -> StepVideoDiT:
         return load_module(lambda: StepVideoDiT(self.dit_config), self._dit_files, dtype)

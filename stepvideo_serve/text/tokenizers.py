@@ -122,8 +122,9 @@ def _vocabulary(path: Path, count: int, padding: int) -> dict[str, int]:
     for piece in CLIP_PIECES:
         if pieces.count(piece) != 1:
             raise CheckpointError(f"{path} must have {piece} once, found it {pieces.count(piece)} times.")
-    if pieces[padding] != "[PAD]":
+    if (found := pieces.index("[PAD]")) != padding:
         raise CheckpointError(
-            f"{path} must have [PAD] at id {padding}, found {pieces[padding]!r} there: its lines are shifted."
+            f"{path} must have [PAD] at id {padding}, as the configuration of the CLIP text encoder says, found it at "
+            f"{found}: its lines are shifted, or it is of another checkpoint."
         )
     return {piece: number for number, piece in enumerate(pieces)}

@@ -140,8 +140,8 @@ def without_bytes(folder: Path) -> None:
 
 def other_tokenizer_json(folder: Path) -> None:
     """A tokenizer.json of another vocabulary beside vocab.txt, which transformers would read instead."""
-    vocabulary = {piece: number for number, piece in enumerate([*CLIP_SPECIALS.values(), "cat", "dog"])}
-    model = {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]"}
+    vocabulary: dict[str, int] = {piece: number for number, piece in enumerate([*CLIP_SPECIALS.values(), "cat", "dog"])}
+    model: dict[str, Any] = {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]"}
     model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
     text = json.dumps({"version": "1.0", "added_tokens": [], **parts, "model": model})

@@ -120,7 +120,8 @@ def test_another_checkpoint_is_refused(calibrated: Path, tmp_path: Path) -> None
         ('{"format_version": 9}', "format_version 1, found 9"),
         ('{"format_version": 1}', "must have the form of a calibration"),
         (
-            '{"format_version": 1, "checkpoint": {"dit": "a", "llm": "b"}, "settings": {}, "amax": {"x": -1}}',
+            '{"format_version": 1, "checkpoint": {"dit": "a", "llm": "b", "tokenizers": "c"}, "settings": {}, '
+            '"amax": {"x": -1}}',
             "finite magnitudes, found -1.0 for x",
         ),
     ],
