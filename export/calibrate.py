@@ -23,6 +23,7 @@ from export.quantize.calibration import Calibration
 from export.quantize.measure import measure
 from export.quantize.observers import AmaxObserver
 from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.errors import ExportError, RequestError, SetupError
 from stepvideo_serve.request import GenerationRequest
 
@@ -33,8 +34,7 @@ SHOWN = 5
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status; argparse itself leaves with 2."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or usable_cores())
     try:
         calibration = _calibrate(options)
     except (SetupError, RequestError) as error:

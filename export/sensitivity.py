@@ -23,6 +23,7 @@ from export.compare.graph_stages import read_requests
 from export.quantize.calibration import Calibration, write_json
 from export.quantize.sensitivity import GROUPINGS, Sensitivity, globs, measure_sensitivity
 from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.errors import RequestError, SetupError
 from stepvideo_serve.request import GenerationRequest
 
@@ -30,8 +31,7 @@ from stepvideo_serve.request import GenerationRequest
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status; argparse itself leaves with 2."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or usable_cores())
     try:
         checkpoint = Checkpoint(options.model_dir)
         calibration = Calibration.load(options.calibration)

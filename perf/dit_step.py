@@ -1,6 +1,6 @@
 """One guided DiT step of a compute-bound model, as a share of this machine's own matrix-multiply rate.
 
-    python -m perf.dit_step [--threads 2] [--repeats 5]
+    python -m perf.dit_step [--threads N] [--repeats 5]
 
 The model has width 1024, 8 heads, 4 layers; the video 1,944 tokens; fp32; two guidance branches of different text
 length. Each repeat multiplies large matrices for half a second before and after the step, so that both see the same
@@ -35,6 +35,7 @@ from stepvideo_serve.dit.graphs import (
 )
 from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.velocity import DiTVelocity
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
@@ -59,7 +60,7 @@ GOAL = 0.85
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.dit_step", description="DiT step against matrix multiply.")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

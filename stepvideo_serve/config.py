@@ -61,7 +61,7 @@ class EncoderConfig:
 class DenoiserConfig:
     """The group of ranks that runs the DiT.
 
-    threads               CPU threads per rank; 0 = all cores
+    threads               CPU threads per rank; 0 = the cores that the process may use, divided by the ranks
     max_queued            runs that may wait behind the one under way before QueueFull
     start_timeout_s       from the start of the ranks until all are ready
     heartbeat_s           how often each rank gives a sign of life; one that is stopped is lost after two
@@ -96,7 +96,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The VAE decoder. `threads`: CPU threads; 0 = all cores."""
+    """The VAE decoder. `threads`: CPU threads; 0 = the cores that the process may use; ranks that decode share them."""
 
     threads: int = 0
 
@@ -110,7 +110,7 @@ class VideoConfig:
 
     fps             frames per second
     crop            crop 544x992 to 540x960 and 992x544 to 960x540
-    ffmpeg_threads  threads of the encoder and of the filters each; 0 = ffmpeg's choice. The bytes depend on it
+    ffmpeg_threads  threads of the encoder and of the filters each; 0 = all cores. The bytes depend on it
     """
 
     fps: int = 25

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import DecoderConfig, DenoiserConfig, ModelConfig, ServeConfig
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.pipeline.generate import Result, Stages, generate
 from stepvideo_serve.request import GenerationRequest, parse_request
 from toyworld.world import FRAMES, SIZE_PX, Scene, render
@@ -86,8 +87,7 @@ def make_request(
 
 def local_stages(config: ServeConfig) -> LocalStages:
     """The pipeline's stages in this process."""
-    if config.decoder.threads:
-        torch.set_num_threads(config.decoder.threads)
+    torch.set_num_threads(config.decoder.threads or usable_cores())
     return LocalStages(config)
 
 

@@ -9,6 +9,7 @@ import torch
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import DTYPES, components
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
@@ -27,12 +28,18 @@ from stepvideo_serve.text.segments import ShardedStepLLM, llm_graph_names
 from stepvideo_serve.weights.cuts import TensorPart
 
 
-def load_runners(config: ServeConfig, names: Collection[str], threads: int, part: str = "") -> dict[str, EngineRunner]:
-    """The named graphs on the configured backend; `part`: the folder of a tensor-parallel rank that the engine
-    directory is. Raises ConfigError or EngineError when the engine directory does not fit."""
+def load_runners(
+    config: ServeConfig, names: Collection[str], threads: int, part: str = "", share: int = 1
+) -> dict[str, EngineRunner]:
+    """The named graphs on the configured backend. Raises ConfigError or EngineError when the engine directory does not
+    fit.
+
+    threads  CPU threads of an operator; 0 = the cores that this process may use, divided by `share`
+    part     the folder of a tensor-parallel rank that the engine directory is
+    """
     model = config.model
     if model.backend == "eager":
-        torch.set_num_threads(threads or torch.get_num_threads())
+        torch.set_num_threads(threads or max(usable_cores() // share, 1))
         torch.backends.cudnn.allow_tf32 = False  # torch's default on GPUs: convolutions with ten bits of mantissa
         table = components(Checkpoint(model.dir), model.precision)
         return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
@@ -40,8 +47,9 @@ def load_runners(config: ServeConfig, names: Collection[str], threads: int, part
         manifest = open_manifest(config)
         manifest.verify(model.engines_dir, names)
         entries = {name: manifest.graph(name) for name in names}
+        cores = threads or max(usable_cores() // share, 1)
         return {
-            name: OrtRunner(entry.spec, model.engines_dir / entry.file, threads, engine_id=f"{name}@{entry.key[:12]}")
+            name: OrtRunner(entry.spec, model.engines_dir / entry.file, cores, engine_id=f"{name}@{entry.key[:12]}")
             for name, entry in entries.items()
         }
     from stepvideo_serve.assembly.engines import load_engines  # for GPUs only
@@ -89,11 +97,13 @@ def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> 
     common, own = sharded_graph_names(dit_config, layout.tp, layout.sp)
     threads, model = config.denoiser.threads, config.model
     if not own:
-        return load_runners(config, common, threads)
+        return load_runners(config, common, threads, share=layout.world_size)
     if model.backend != "eager":
         part = part_folder(layout, tp_index)
         local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
-        return {**load_runners(config, common, threads), **load_runners(local, own, threads, part)}
+        share = layout.world_size
+        whole = load_runners(config, common, threads, share=share)
+        return {**whole, **load_runners(local, own, threads, part, share)}
     table = components(checkpoint, model.precision)
     table |= part_components(checkpoint, model.precision, TensorPart(tp_index, layout.tp), sequence=layout.sp > 1)
     core = core_component(model.precision, dit_config.num_heads // (layout.tp * layout.sp))
@@ -117,5 +127,5 @@ def build_sharded_llm(config: ServeConfig, layout: Layout, ranks: Collectives) -
     else:
         part = part_folder(layout, ranks.tp_index)
         local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
-        graphs = load_runners(local, names, config.denoiser.threads, part)
+        graphs = load_runners(local, names, config.denoiser.threads, part, layout.world_size)
     return ShardedStepLLM(graphs, llm_config, ranks)

@@ -176,7 +176,7 @@ class ShardedDecoder:
     """The VAE decoder on every rank: chunks are dealt out in rounds, the leader blends them in order."""
 
     def __init__(self, config: ServeConfig, ranks: Collectives, rank: int, world_size: int) -> None:
-        self._graph = load_runners(config, ("vae_decoder",), config.decoder.threads)["vae_decoder"]
+        self._graph = load_runners(config, ("vae_decoder",), config.decoder.threads, share=world_size)["vae_decoder"]
         self._dtype = compute_dtype(config)
         self._ranks, self._rank, self._world_size = ranks, rank, world_size
 

@@ -11,13 +11,13 @@ Measured with onnxruntime 1.31 on two cores, transformer blocks of width 256 cal
 """
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError
@@ -115,7 +115,7 @@ def _session_options(ort: Any, threads: int | None) -> Any:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # An explicit count, because 0 would also pin the threads of every session and process to the same cores.
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.use_env_allocators", "1")

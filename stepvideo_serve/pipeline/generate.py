@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepvideo_serve.config import GatesConfig, VideoConfig
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
 from stepvideo_serve.pipeline.output_checks import Gates
 from stepvideo_serve.request import OUTPUT_FRAMES, OUTPUT_LATENTS, GenerationRequest, rank_settings
@@ -222,7 +223,9 @@ def _decode(
     if request.output == OUTPUT_FRAMES:
         return None, np.concatenate(list(chunks))
     first = next(chunks)
-    with Mp4Encoder(first.shape[1], first.shape[2], fps=video.fps, threads=video.ffmpeg_threads) as encoder:
+    with Mp4Encoder(
+        first.shape[1], first.shape[2], fps=video.fps, threads=video.ffmpeg_threads or usable_cores()
+    ) as encoder:
         with watch.stage("mp4"):
             encoder.write(first)
         for chunk in chunks:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepvideo_serve.config import GateMode, GatesConfig, VideoConfig
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.errors import BadOutput, StepVideoError
 from stepvideo_serve.video.mp4 import crop_to_standard, to_uint8
 from stepvideo_serve.video.probe import Mp4Facts, probe_mp4
@@ -107,7 +108,7 @@ class Gates:
             return
         expected = Mp4Facts(self._count, *self._size, fps=float(self._video.fps))
         try:
-            found = probe_mp4(data, self._video.ffmpeg_threads)
+            found = probe_mp4(data, self._video.ffmpeg_threads or usable_cores())
         except StepVideoError as error:
             self._fail("mp4", mode, str(error))
             return

@@ -17,6 +17,7 @@ import numpy as np
 
 from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
 from stepvideo_serve.dit.config import DiTConfig
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import ResultEvent, StepEvent
@@ -64,7 +65,7 @@ class DenoiserModel(QueuedModel):
                 first_step_timeout_s=config.denoiser.first_step_timeout_s,
                 step_slack_s=config.denoiser.step_slack_s,
                 arena_bytes=config.denoiser.arena_mib << 20,
-                threads_per_rank=config.denoiser.threads or max((os.cpu_count() or 1) // ranks, 1),
+                threads_per_rank=config.denoiser.threads or max(usable_cores() // ranks, 1),
             )
             self._group.start()
         self._heartbeat_s = config.denoiser.heartbeat_s

@@ -32,7 +32,7 @@ class Mp4Facts:
 def probe_mp4(data: bytes, threads: int = DEFAULT_THREADS) -> Mp4Facts:
     """Decodes the first video stream, from a pipe, as a browser would while it loads.
 
-    threads: of the decoder; 0 = ffmpeg's choice. Raises StepVideoError when the file is damaged, has no video, or
+    threads: of the decoder. Raises StepVideoError when the file is damaged, has no video, or
     ffmpeg cannot be run.
     """
     strict = ["-xerror", "-err_detect", "explode", "-threads", str(threads)]

@@ -7,13 +7,13 @@ built. Ends with status 1 and one sentence when a kernel does not compile or its
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from stepvideo_kernels.compile.build import compile_all
 from stepvideo_kernels.kernel_spec import SMS, FullSize
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.errors import SetupError
 
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--heads", type=int, default=FullSize.heads, help="heads of the DiT: adaLN binaries have its width"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at the same time")
+    parser.add_argument("--jobs", type=int, default=usable_cores(), help="compilers at the same time")
     return parser
 
 
