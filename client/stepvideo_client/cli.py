@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import io
 import json
 import sys
 import time
@@ -22,7 +23,14 @@ from stepvideo_client.errors import (
 )
 from stepvideo_client.events import Result
 from stepvideo_client.fields import INPUTS, Command, Input, Options, QuoteOptions
-from stepvideo_client.output import check_target, save_bytes, save_json, save_result
+from stepvideo_client.output import (
+    STANDARD_OUTPUT,
+    check_target,
+    is_written_in_place,
+    save_bytes,
+    save_json,
+    save_result,
+)
 from stepvideo_client.progress import Progress
 
 ARRAYS = ("frames", "latents")  # values of OUTPUT whose results are saved as .npy
@@ -33,6 +41,7 @@ EXIT_BAD_INPUT = 2
 EXIT_UNREACHABLE = 3
 EXIT_STALLED = 4
 EXIT_CANCELLED = 130
+VIDEO_SUFFIXES = (".mp4", ".m4v", "")
 
 EXIT_CODES = """exit codes:
   0    done
@@ -45,6 +54,9 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be one that the console can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = _run(_parser().parse_args(arguments))
     # A failed call is part of a reference cycle with its error. It must go while gRPC's threads run: at exit they stop
     # where they are, perhaps with the call's lock in their hands, and the collector would wait for it for ever.
@@ -119,7 +131,9 @@ def _generate(args: argparse.Namespace) -> None:
         save_json(report_path, {**result.report, "seed": result.seed, **about})
     if not args.quiet:
         amount = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-        print(f"{args.out}: {amount}, seed {result.seed}, {wall_s:.1f} s")
+        to_pipe = STANDARD_OUTPUT in (args.out, report_path)
+        console = sys.stderr if to_pipe else sys.stdout
+        print(f"{args.out}: {amount}, seed {result.seed}, {wall_s:.1f} s", file=console)
 
 
 def _stream(client: Client, args: argparse.Namespace, prompt: str, options: Options) -> Result:
@@ -145,8 +159,9 @@ def _check_outputs(args: argparse.Namespace) -> Path | None:
     """Refuses, before the server is asked, outputs that could not be written. Returns where the report goes."""
     check_target(args.out, "--out")
     is_array = args.output in ARRAYS
-    if is_array != (args.out.suffix == ".npy"):
-        wanted = "a name ending in .npy" if is_array else "a video's name such as video.mp4"
+    fitting = (".npy",) if is_array else VIDEO_SUFFIXES
+    if args.out.suffix.lower() not in fitting and not is_written_in_place(args.out):
+        wanted = "a name ending in .npy" if is_array else "a video's name such as video.mp4, because it is an mp4"
         raise InvalidInput(f"--out must be {wanted} for this --output, got {str(args.out)!r}.")
     if (args.preview_every is None) != (args.preview_dir is None):
         raise InvalidInput("--preview-every and --preview-dir go together: give both or neither.")
@@ -156,6 +171,8 @@ def _check_outputs(args: argparse.Namespace) -> Path | None:
         check_target(args.preview_dir / "step_0001.jpg", "A preview")
     if args.json is None:
         return None
+    if args.json == "" and is_written_in_place(args.out):
+        raise InvalidInput(f"--json needs a FILE, because --out {str(args.out)!r} is no file to put it beside.")
     report_path: Path = args.out.with_suffix(".json") if args.json == "" else Path(args.json)
     check_target(report_path, "--json")
     if report_path == args.out:
@@ -226,7 +243,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="where the video goes (here, by the image's name); its folder must exist",
+        help="where the video goes (here, by the image's name), in a folder that exists; - is standard output",
     )
     add("--camera", choices=tuple(MOVEMENTS), help="a camera movement, added to the prompt")
     add("--preview-dir", type=Path, metavar="FOLDER", help="where the previews of --preview-every go")
@@ -259,7 +276,7 @@ def _type_of(option: str, field: Input) -> type[Path] | type[str] | type[int] | 
 
 def _add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("connection")
-    group.add_argument("--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC endpoint (127.0.0.1:8001)")
+    group.add_argument("--url", default="127.0.0.1:8001", metavar="HOST[:PORT]", help="gRPC endpoint (127.0.0.1:8001)")
     group.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="sent with every call")
     group.add_argument("--tls", action="store_true", help="encrypt; implied by the three files")
     group.add_argument("--root-certificates", type=Path, metavar="PEM")

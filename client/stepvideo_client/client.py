@@ -11,6 +11,7 @@ from typing import Any, Self, Unpack
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from stepvideo_client.address import host_port, is_loopback, joined, proxy_for
 from stepvideo_client.errors import (
     ClientError,
     InvalidInput,
@@ -46,7 +47,9 @@ _CHANNEL_OPTIONS = (
 class Client:
     """A connection to a stepvideo-serve server; may be shared by threads, with many generations at once.
 
-    url: host:port of the gRPC endpoint, without a scheme. idle_timeout_s: a generation fails with StreamStalled
+    url: host:port of the gRPC endpoint, without a scheme; without a port, 8001; an IPv6 address as [::1]:8001. Calls to
+    loopback never go through a proxy, others through that of the environment (http_proxy, https_proxy, grpc_proxy).
+    idle_timeout_s: a generation fails with StreamStalled
     when nothing at all was received for that long (None: never). A server that is well says something at least every
     15 s, however slow its steps are: silence means that the model's process or the connection is lost. headers: sent
     with every call, for instance for a gateway. TLS is used when `tls` is true or any of the PEM files is given:
@@ -68,21 +71,22 @@ class Client:
         private_key: str | os.PathLike[str] | None = None,
         certificate_chain: str | os.PathLike[str] | None = None,
     ) -> None:
-        if "://" in url:
-            raise InvalidInput(f"The url must be host:port without a scheme, got {url!r}.")
+        self._host, port = host_port(url)
         if idle_timeout_s is not None and not idle_timeout_s > 0:
             raise InvalidInput(f"The idle timeout must be more than 0 seconds, got {idle_timeout_s}.")
-        self.url = url
+        self.url = joined(self._host, port)
         self._idle_timeout_s = idle_timeout_s
         # gRPC metadata keys are lower case.
         self._metadata = tuple((name.lower(), value) for name, value in (headers or {}).items())
+        straight = (("grpc.enable_http_proxy", 0),) if is_loopback(self._host) else ()
+        channel_options = (*_CHANNEL_OPTIONS, *straight)
         if tls or root_certificates or private_key or certificate_chain:
             credentials = grpc.ssl_channel_credentials(
                 _pem(root_certificates), _pem(private_key), _pem(certificate_chain)
             )
-            self._channel = grpc.secure_channel(url, credentials, options=_CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(self.url, credentials, options=channel_options)
         else:
-            self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(self.url, options=channel_options)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(
@@ -153,7 +157,9 @@ class Client:
             if reason is None:
                 return
             if end - time.monotonic() <= _POLL_S:
-                raise ServerNotReady(f"The server at {self.url} is not ready after {timeout_s:g} s: {reason}.")
+                raise ServerNotReady(
+                    f"The server at {self.url} is not ready after {timeout_s:g} s{self._by_way_of()}: {reason}."
+                )
             time.sleep(_POLL_S)
 
     def close(self) -> None:
@@ -217,8 +223,13 @@ class Client:
         """The typed error of a failed call (a grpc.Call, which the RpcError that it raises is too)."""
         failure = request_error(call.details() or "", call.code().name)
         if call.code() is grpc.StatusCode.UNAVAILABLE and not self._is_live():
-            return ServerUnreachable(f"The server at {self.url} cannot be reached: {failure}.")
+            return ServerUnreachable(f"The server at {self.url} cannot be reached{self._by_way_of()}: {failure}.")
         return failure
+
+    def _by_way_of(self) -> str:
+        """What an error about the connection must add: the address in gRPC's own words is the proxy's."""
+        proxy = proxy_for(self._host)
+        return f" through the proxy of the environment, {proxy} (no_proxy={self._host} avoids it)" if proxy else ""
 
     def _is_live(self) -> bool:
         """Whether something at the other end answers gRPC calls."""

@@ -1,7 +1,13 @@
-"""Files that a generation leaves: checked before the server is asked, written whole or not at all."""
+"""Files that a generation leaves: checked before the server is asked, written whole or not at all.
 
+What is there and is no regular file (a device, a pipe, a socket's end) is written to, never replaced; a link is
+followed; "-" is standard output.
+"""
+
+import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,16 +17,29 @@ import numpy as np
 from stepvideo_client.errors import InvalidInput
 from stepvideo_client.events import Result
 
+STANDARD_OUTPUT = Path("-")
+
 
 def check_target(path: Path, what: str) -> None:
     """Raises InvalidInput unless a file `path` can be written; `what` names it in the message."""
+    if path == STANDARD_OUTPUT:
+        return
     if path.is_dir():
         raise InvalidInput(f"{what} must be a file, and {str(path)!r} is a folder.")
-    folder = path.parent
+    if is_written_in_place(path):
+        if not os.access(path, os.W_OK):
+            raise InvalidInput(f"{what} must be writable, and {str(path)!r} is not.")
+        return
+    folder = _target(path).parent
     if not folder.is_dir():
         raise InvalidInput(f"{what} must be in a folder that exists, and {str(folder)!r} does not: create it first.")
     if not os.access(folder, os.W_OK):
         raise InvalidInput(f"{what} must be in a folder that can be written to, and {str(folder)!r} cannot.")
+
+
+def is_written_in_place(path: Path) -> bool:
+    """Whether `path` is there and must stay what it is: no regular file, or a name of this process's open files."""
+    return path == STANDARD_OUTPUT or (path.exists() and (not path.is_file() or path.parts[:2] == ("/", "dev")))
 
 
 def save_result(path: Path, result: Result) -> int:
@@ -44,13 +63,35 @@ def save_json(path: Path, value: dict[str, Any]) -> int:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> int:
-    """Writes a temporary file beside `path` and renames it, so that nobody sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Writes a temporary file beside the target and renames it, so that nobody sees half a file."""
+    if is_written_in_place(path):
+        return _write_in_place(path, write)
+    target = _target(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
             write(file)
             size = file.tell()
-        temporary.replace(path)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return size
+
+
+def _write_in_place(path: Path, write: Callable[[BinaryIO], object]) -> int:
+    whole = io.BytesIO()  # a pipe has no position, which numpy asks for
+    write(whole)
+    content = whole.getvalue()
+    if path == STANDARD_OUTPUT:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        with path.open("wb") as file:
+            file.write(content)
+    return len(content)
+
+
+def _target(path: Path) -> Path:
+    """Where a link leads to."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path

@@ -55,8 +55,8 @@ FIELDS: Final[tuple[Field, ...]] = (
         ImageFile(lambda limits: limits.max_image_bytes),
         ("request", "client"),
         "the first frame: the bytes of a PNG, JPEG or WebP file, not base64; at most 64 megapixels and 16:1; "
-        "transparency is flattened onto white, the orientation applied, colours converted from the profile to sRGB; CMYK "
-        "and animations are refused, other metadata is ignored",
+        "transparency is flattened onto white, the orientation applied, colours converted from the profile to sRGB; "
+        "CMYK and animations are refused, other metadata is ignored",
         metavar="FILE",
     ),
     Field(

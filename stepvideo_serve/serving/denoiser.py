@@ -199,7 +199,7 @@ def _json_object(inputs: Arrays, name: str) -> dict[str, Any]:
     try:
         found = json.loads(inputs[name].flat[0])
     except (KeyError, ValueError, TypeError) as error:
-        raise InvalidRequest(f"{name} must be JSON, got: {error}; call the model ti2v instead.") from None
+        raise InvalidRequest(f"{name} must be a JSON object, got: {error}; call the model ti2v instead.") from None
     if not isinstance(found, dict):
         raise InvalidRequest(f"{name} must be a JSON object, got {type(found).__name__}: correct it.")
     return found

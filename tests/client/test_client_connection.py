@@ -15,6 +15,7 @@ from stepvideo_client import (
     ServerUnreachable,
     ServiceUnavailable,
 )
+from stepvideo_client.address import proxy_for
 from tests.client.fake_server import MP4, FakeServer, abort, hang, result, step
 
 NOBODY = "127.0.0.1:1"  # a privileged port that nothing listens on
@@ -109,3 +110,29 @@ def test_a_large_result_arrives_whole(server: FakeServer) -> None:
         got = client.generate_unary(b"png", "", output="frames").frames
     assert got is not None
     assert np.array_equal(got, frames)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_loopback_is_reached_without_the_proxy_of_the_environment(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, f"http://{NOBODY}")
+    for variable in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    port = server.url.rpartition(":")[2]
+    for url in (server.url, f"localhost:{port}"):
+        with Client(url) as client:
+            assert client.generate_unary(b"png", "a cat").video == MP4
+
+
+def test_an_error_about_the_connection_names_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://{NOBODY}")
+    said = r"video\.example\.org:8001 .*through the proxy of the environment, http_proxy=http://127\.0\.0\.1:1 "
+    with Client("video.example.org") as client:
+        with pytest.raises(ServerUnreachable, match=said):
+            client.generate_unary(b"png", "")
+        with pytest.raises(ServerNotReady, match=said):
+            client.wait_ready(0.5)
+    assert proxy_for("video.example.org", {"http_proxy": "p", "no_proxy": "localhost,.example.org"}) is None

@@ -69,7 +69,7 @@ MALFORMED: dict[str, tuple[str, Values, str]] = {
         {**RUN, "SETTINGS": settings(cfg_scale=float("nan"))},
         "INVALID_ARGUMENT: cfg_scale must be",
     ),
-    "settings-no-json": ("dit_denoiser", {**RUN, "SETTINGS": b"{"}, "INVALID_ARGUMENT: SETTINGS must be JSON"),
+    "settings-no-json": ("dit_denoiser", {**RUN, "SETTINGS": b"{"}, "INVALID_ARGUMENT: SETTINGS must be a JSON"),
     "settings-no-object": ("dit_denoiser", {**RUN, "SETTINGS": b"[1]"}, "INVALID_ARGUMENT: SETTINGS must be a JSON"),
     "settings-unknown": ("dit_denoiser", {**RUN, "SETTINGS": settings(more=1)}, "INVALID_ARGUMENT: Settings must be"),
     "no-time": ("dit_denoiser", {**RUN, "TIMEOUT_S": np.array([-1], np.float32)}, "DEADLINE_EXCEEDED: "),
