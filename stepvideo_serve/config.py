@@ -5,6 +5,8 @@ its annotation says what may stand there, and a field without a default is requi
 field `presets`. serve.toml at the top of the repository describes each key.
 """
 
+import contextlib
+import hashlib
 import os
 import sys
 import tomllib
@@ -19,6 +21,8 @@ from stepvideo_serve.request import CheckpointCard, RequestDefaults, RequestLimi
 from stepvideo_serve.request.presets import Preset, shipped_presets, with_exact
 
 ENVIRONMENT_VARIABLE = "STEPVIDEO_CONFIG"
+LINKS_VARIABLE = "STEPVIDEO_LINKS"
+"""Names a folder for links with names in ASCII; the launcher of a server sets the variable."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,7 @@ class ServeConfig:
             raise ConfigError(f"The configuration must be a TOML file, {path}: {error.strerror}.") from error
         except ValueError as error:
             raise ConfigError(f"{path} must be TOML in UTF-8, found: {error}.") from error
+        path = Path(_name_of(path))
         hints = get_type_hints(cls)
         _check_keys("the file", table, set(hints), set(), path)
         presets = _presets(table.pop("presets"), path) if "presets" in table else shipped_presets()
@@ -315,10 +320,36 @@ def _value(where: str, kind: Any, value: Any, path: Path) -> Any:
     elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     elif kind is Path and isinstance(value, str) and value:
-        return path.absolute().parent / value
+        return _reachable(path.absolute().parent / value, where)
     elif kind in (bool, int, str) and type(value) is kind:
         return value
     raise ConfigError(f"{where} in {path} must be {_expected(kind)}, got {value!r}: correct it.")
+
+
+def _name_of(path: Path) -> str:
+    """The path's text, without the stand-ins that an ASCII file system encoding puts for other bytes."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+def _reachable(path: Path, where: str) -> Path:
+    """The path, or a link to it with a name in ASCII where this Python cannot name the path itself.
+
+    The Python of Triton's stubs is such a one: its file system encoding is ASCII, whatever the locale says.
+    """
+    name = _name_of(path)
+    if name.isascii() or sys.getfilesystemencoding() == "utf-8":
+        return Path(name)
+    folder = os.environ.get(LINKS_VARIABLE)
+    if not folder:
+        raise ConfigError(
+            f"{where} must be a path in ASCII, because this Python's file system encoding is "
+            f"{sys.getfilesystemencoding()}, got {name}: start the server with python -m stepvideo_serve."
+        )
+    target = name.encode("utf-8", "surrogateescape")
+    link = Path(folder) / hashlib.sha256(target).hexdigest()[:16]
+    with contextlib.suppress(FileExistsError):  # another model's process was faster
+        os.symlink(target, os.fsencode(link))
+    return link
 
 
 def _expected(kind: Any) -> str:

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 pytest_plugins = ["tests.server_deaths"]
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # for tests that import onnxruntime themselves
 
 ROOT = Path(__file__).resolve().parents[1]
 

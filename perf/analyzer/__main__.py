@@ -26,6 +26,7 @@ from typing import Any
 from perf.analyzer.report import read_export, write_report
 from perf.analyzer.wheel import Wheel
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch.address import host_port
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer
 
@@ -102,6 +103,7 @@ class Analyzer:
         ]
         searched = os.environ.get("LD_LIBRARY_PATH")
         environment = {**os.environ, "LD_LIBRARY_PATH": f"{self.libraries}{os.pathsep}{searched or ''}".rstrip(":")}
+        environment["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), host_port(url, 8001)[0])))
         with log.open("wb") as output:
             try:
                 code = subprocess.run(

@@ -21,7 +21,7 @@ CANCELLED = "CANCELLED"
 REFUSED_BY_TRITON = "REFUSED_BY_TRITON"
 STUCK = "STUCK"
 # gRPC shares connections between channels to one server: closing one would close nothing.
-OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
 CODES = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", CANCELLED, "INTERNAL")
 
 

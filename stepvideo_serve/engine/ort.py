@@ -93,6 +93,7 @@ class OrtRunner(EngineRunner):
 
 
 def _onnxruntime(spec: EngineSpec) -> Any:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: its wheel reports to its maker otherwise
     try:
         import onnxruntime
     except ImportError as error:

@@ -24,6 +24,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch.address import host_port
+
+HTTP_PORT = 8000
 RANKS_MODEL = "dit_denoiser"
 PUBLIC_MODELS = ("ti2v", "ti2v_unary")
 LEVELS = ("ready", "live")
@@ -81,7 +85,8 @@ def questions() -> dict[str, tuple[str, dict[str, object]]]:
 
 
 def check(url: str, level: str = "ready", timeout_s: float = 5.0) -> Health:
-    """Asks the server at `url` (HOST:PORT of HTTP); takes timeout_s, about, at most."""
+    """Asks the server at `url` (HOST:PORT of HTTP); takes timeout_s, about, at most. Raises SetupError for a url that
+    is none."""
     status, said = _call(url, "GET", f"/v2/health/{level}", None, timeout_s)
     if status is None or (status != http.HTTPStatus.OK and level == "live"):
         return Health(False, f"not {level}: {SERVER} at {url} does not answer ({said or status}).", {})
@@ -146,7 +151,7 @@ def _call(
     url: str, method: str, path: str, body: Mapping[str, object] | None, timeout_s: float
 ) -> tuple[int | None, str]:
     """Status and text; None and the reason where nothing came."""
-    connection = http.client.HTTPConnection(url, timeout=timeout_s)
+    connection = http.client.HTTPConnection(*host_port(url, HTTP_PORT), timeout=timeout_s)
     try:
         connection.request(method, path, None if body is None else json.dumps(body))
         response = connection.getresponse()
@@ -177,10 +182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m stepvideo_serve health", description="Asks a running server whether it is well."
     )
-    parser.add_argument("--url", default="127.0.0.1:8000", metavar="HOST:PORT", help="of HTTP; default: %(default)s")
+    parser.add_argument("--url", default="127.0.0.1:8000", metavar="HOST[:PORT]", help="of HTTP; default: %(default)s")
     parser.add_argument("--level", choices=LEVELS, default="ready", help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="per question; default: %(default)g s")
     arguments = parser.parse_args(argv)
-    health = check(arguments.url, arguments.level, arguments.timeout)
+    try:
+        health = check(arguments.url, arguments.level, arguments.timeout)
+    except SetupError as error:
+        parser.error(str(error))
     print(health.sentence, file=sys.stdout if health.well else sys.stderr)
     return 0 if health.well else 1

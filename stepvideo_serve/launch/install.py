@@ -11,6 +11,7 @@ import os
 import site
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from stepvideo_serve.errors import SetupError
@@ -57,6 +58,26 @@ def is_loopback(address: str) -> bool:
     except ValueError:
         return address == "localhost"
 
+
+def check_ascii(model_repository: Path) -> None:
+    """Raises SetupError for paths that the Python of Triton's stubs cannot name: their file system encoding is ASCII,
+    whatever the locale says. The configuration and what it names may be anywhere (config.py)."""
+    places = {
+        "model repository": model_repository.absolute(),
+        "package stepvideo_serve": Path(__file__).absolute().parents[2],
+        "Python environment": Path(sys.prefix),
+        "folder for temporary files": Path(tempfile.gettempdir()),
+    }
+    for what, path in places.items():
+        if not str(path).isascii():
+            raise SetupError(
+                f"The {what} must be at a path of ASCII characters, because Triton's Python reads no others, "
+                f"got {path}: {'set TMPDIR to another' if 'temporary' in what else 'move it'}."
+            )
+
+
+QUIET = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+"""What keeps the libraries of the server from calling their makers (SECURITY.md)."""
 
 IMAGE_SERVER = Path("/opt/tritonserver")
 STUB = "triton_python_backend_stub"
@@ -109,6 +130,7 @@ def server_environment(config: Path | None) -> dict[str, str]:
     root = Path(__file__).absolute().parents[2]
     if root not in map(Path, site.getsitepackages()):
         _prepend(environment, "PYTHONPATH", str(root))
+    environment |= QUIET | {"PYTHONUTF8": "1"}  # of the ranks: the stubs ignore it
     if config is not None:
         environment["STEPVIDEO_CONFIG"] = str(config.absolute())
     return environment

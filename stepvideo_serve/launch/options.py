@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch.address import ip_of
 from stepvideo_serve.launch.install import is_loopback
 
 LOOPBACK = "127.0.0.1"
@@ -131,6 +132,7 @@ class ServerOptions:
     """How to start the server. A port of 0 means any free port; `log` None leaves the log on standard error.
 
     exit_timeout_s is how long requests under way and waiting may take when the server is told to stop.
+    address: an IP address or a name; a name becomes its IP address. Raises SetupError.
     allow_outdated lets a release with known vulnerabilities listen on other addresses than loopback.
     `security`: TLS, and who may use the calls of operators; with TLS, HTTP stays on loopback whatever `address` says.
     model_control lets whoever has the operator key load and unload models; otherwise nobody may.
@@ -149,6 +151,9 @@ class ServerOptions:
     security: ServerSecurity = field(default_factory=ServerSecurity)
     model_control: bool = False
     server_arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", ip_of(self.address))
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int, int]) -> None:

@@ -7,8 +7,7 @@ The server is the one of /opt/tritonserver (the production image) or of the nvid
 in Python stubs of the running environment; they find the configuration file in STEPVIDEO_CONFIG. COMMAND finds the
 server in STEPVIDEO_GRPC_URL, STEPVIDEO_HTTP_URL and STEPVIDEO_METRICS_URL.
 
-A signal lets the requests end that were accepted (stopping.py); a second one stops the server at once, a third kills
-it.
+A signal lets the requests end that were accepted (stopping.py); a second one stops at once, a third kills the server.
 """
 
 import argparse
@@ -30,9 +29,17 @@ from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.launch.install import check_exposure, link_stub, outdated, server_environment, server_home
+from stepvideo_serve.launch.address import family_of, for_grpc, for_http, from_here, joined
+from stepvideo_serve.launch.install import (
+    check_ascii,
+    check_exposure,
+    link_stub,
+    outdated,
+    server_environment,
+    server_home,
+)
 from stepvideo_serve.launch.options import ServerOptions, add_server_arguments, server_options
-from stepvideo_serve.launch.stopping import VARIABLE, StopFolder, unanswered, wait_until_answered
+from stepvideo_serve.launch.stopping import LauncherFolder, unanswered, wait_until_answered
 
 SHARED_MEMORY = Path("/dev/shm")
 TRITON_EXIT_S = 10  # for its own end, once there is no request left
@@ -56,7 +63,7 @@ class TritonServer:
         self.shm_prefix = f"stepvideo_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: subprocess.Popen[bytes] | None = None
         self._grpc_port = self._http_port = self._metrics_port = 0
-        self._stop_folder: StopFolder | None = None
+        self._folder: LauncherFolder | None = None
         self._may_have_requests = False
 
     @property
@@ -66,7 +73,7 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """HOST:PORT, as tritonclient.grpc takes it."""
-        return f"{_client_host(self.options.address)}:{self._grpc_port}"
+        return joined(from_here(self.options.address), self._grpc_port)
 
     @property
     def http_address(self) -> str:
@@ -76,12 +83,16 @@ class TritonServer:
     @property
     def http_url(self) -> str:
         """HOST:PORT, as tritonclient.http takes it."""
-        return f"{_client_host(self.http_address)}:{self._http_port}"
+        return joined(from_here(self.http_address), self._http_port)
 
     @property
     def metrics_url(self) -> str:
         """The address to scrape, with scheme and path."""
-        return f"http://{_client_host(self.options.address)}:{self._metrics_port}/metrics"
+        return f"http://{self._metrics_place}/metrics"
+
+    @property
+    def _metrics_place(self) -> str:
+        return joined(from_here(self.options.address), self._metrics_port)
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -98,6 +109,7 @@ class TritonServer:
         for what, path in (("model repository", options.model_repository), ("configuration", options.config)):
             if path is not None and not path.exists():
                 raise SetupError(f"The {what} must exist, but there is nothing at {path}: correct the path.")
+        check_ascii(options.model_repository)
         home = server_home()
         check_exposure(home, options.address, options.allow_outdated)
         link_stub(home)
@@ -108,11 +120,11 @@ class TritonServer:
                 "metrics": (options.address, options.metrics_port),
             }
         )
-        self._stop_folder = StopFolder()
+        self._folder = LauncherFolder()
         with _log_target(options.log) as output:
             self._process = subprocess.Popen(
                 self._command(home),
-                env={**server_environment(options.config), VARIABLE: str(self._stop_folder.sign)},
+                env={**server_environment(options.config), **self._folder.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -156,10 +168,10 @@ class TritonServer:
 
         Does nothing the second time, and where the server has exited or never was ready.
         """
-        if self._stop_folder is None or not self._may_have_requests or not self.running():
+        if self._folder is None or not self._may_have_requests or not self.running():
             return
         self._may_have_requests = False  # also when a second signal cuts the waiting short
-        self._stop_folder.raise_sign()
+        self._folder.raise_sign()
         limit_s = self.options.exit_timeout_s
         if count := unanswered(self.http_url):
             print(
@@ -176,7 +188,7 @@ class TritonServer:
         """
         process, self._process = self._process, None
         if process is None:
-            self._remove_stop_folder()
+            self._remove_folder()
             return
         try:
             process.terminate()
@@ -189,10 +201,10 @@ class TritonServer:
             process.wait()
             for leftover in SHARED_MEMORY.glob(f"{self.shm_prefix}*"):
                 leftover.unlink(missing_ok=True)
-            self._remove_stop_folder()
+            self._remove_folder()
 
-    def _remove_stop_folder(self) -> None:
-        folder, self._stop_folder = self._stop_folder, None
+    def _remove_folder(self) -> None:
+        folder, self._folder = self._folder, None
         if folder is not None:
             folder.remove()
 
@@ -229,11 +241,11 @@ class TritonServer:
             f"--model-repository={options.model_repository.absolute()}",
             f"--backend-directory={home / 'backends'}",
             f"--cache-directory={home / 'caches'}",
-            f"--grpc-address={options.address}",
+            f"--grpc-address={for_grpc(options.address)}",
             f"--grpc-port={self._grpc_port}",
-            f"--http-address={self.http_address}",
+            f"--http-address={for_http(self.http_address)}",
             f"--http-port={self._http_port}",
-            f"--metrics-address={options.address}",
+            f"--metrics-address={for_http(options.address)}",
             f"--metrics-port={self._metrics_port}",
             "--disable-auto-complete-config",
             *(MODEL_CONTROL if options.model_control else ("--model-control-mode=none",)),
@@ -250,8 +262,7 @@ class TritonServer:
 
     def _answers(self) -> bool:
         """Whether all models are ready. The metrics port is the last that the server opens."""
-        http_url, metrics = self.http_url, f"{_client_host(self.options.address)}:{self._metrics_port}"
-        for url, path in ((http_url, "/v2/health/ready"), (metrics, "/metrics")):
+        for url, path in ((self.http_url, "/v2/health/ready"), (self._metrics_place, "/metrics")):
             connection = http.client.HTTPConnection(url, timeout=5.0)
             try:
                 connection.request("GET", path)
@@ -278,14 +289,14 @@ def _choose_ports(places: dict[str, tuple[str, int]]) -> list[int]:
     chosen = []
     with contextlib.ExitStack() as held:  # all at once, so that the free ones differ
         for name, (address, port) in places.items():
-            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            probe = held.enter_context(socket.socket(family_of(address), socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the waiting sockets of a past server are fine
             try:
                 probe.bind((address, port))
                 probe.listen(1)  # two probes may bind to one port, but not listen
             except OSError as error:
                 raise SetupError(
-                    f"The {name} port must be free, but {address}:{port} cannot be used ({error.strerror}): "
+                    f"The {name} port must be free, but {joined(address, port)} cannot be used ({error.strerror}): "
                     f"choose another with --{name.lower()}-port, or 0 for any."
                 ) from None
             chosen.append(probe.getsockname()[1])
@@ -314,10 +325,6 @@ def _log_target(log: Path | None) -> Iterator[int | None]:
         yield file.fileno()
 
 
-def _client_host(address: str) -> str:
-    return "127.0.0.1" if address == "0.0.0.0" else address
-
-
 def announce(server: TritonServer) -> None:
     """Says where a server that is ready is, and what is open that should not be."""
     if (sentence := outdated(server_home())) is not None:
@@ -342,10 +349,18 @@ def _run(server: TritonServer, ready_timeout_s: float, command: Sequence[str]) -
     with server:
         server.wait_ready(ready_timeout_s)
         try:
-            code = subprocess.run(command, env={**os.environ, **server.addresses}, check=False).returncode
+            code = subprocess.run(command, env=_environment_of_command(server), check=False).returncode
         except OSError as error:
             raise SetupError(f"COMMAND must be a program, but {command[0]} is not one: {error.strerror}.") from None
         return code if code >= 0 else 128 - code
+
+
+def _environment_of_command(server: TritonServer) -> dict[str, str]:
+    """This process's, the server's addresses, and no proxy on the way there."""
+    environment = {**os.environ, **server.addresses}
+    for name in ("no_proxy", "NO_PROXY"):  # programs look at one or the other
+        environment[name] = ",".join(filter(None, (os.environ.get(name), from_here(server.options.address))))
+    return environment
 
 
 def raise_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001

@@ -16,6 +16,7 @@ from stepvideo_serve.errors import ServiceUnavailable, SetupError
 from stepvideo_serve.launch.health import PUBLIC_MODELS, State, ask
 
 VARIABLE = "STEPVIDEO_STOP_SIGN"
+LINKS_VARIABLE = "STEPVIDEO_LINKS"  # where models put links with names in ASCII: config.py
 LOOK_S = 0.1
 ANSWER_S = 5.0
 
@@ -42,17 +43,23 @@ class StopSign:
         return self._path is not None and self._path.exists()
 
 
-class StopFolder:
-    """The launcher's side: the folder with the sign, made at once. Raises SetupError."""
+class LauncherFolder:
+    """The launcher's side: a folder of its own with the sign, made at once; the models may put links into the folder.
+    Raises SetupError."""
 
     def __init__(self) -> None:
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="stepvideo_"))  # nobody else may enter it
+            self.path = Path(tempfile.mkdtemp(prefix="stepvideo_"))  # nobody else may enter it
         except OSError as error:
             raise SetupError(
                 f"A folder for temporary files must be writable, found none ({error.strerror}): set TMPDIR to one."
             ) from None
-        self.sign = self._folder / "stop"
+        self.sign = self.path / "stop"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the server's processes are told about the folder."""
+        return {VARIABLE: str(self.sign), LINKS_VARIABLE: str(self.path)}
 
     def raise_sign(self) -> None:
         """From now on the public models refuse new requests."""
@@ -60,7 +67,7 @@ class StopFolder:
 
     def remove(self) -> None:
         """Removes the folder; harmless when it is gone."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def unanswered(http_url: str) -> int:

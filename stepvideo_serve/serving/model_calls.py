@@ -178,8 +178,8 @@ def _read(response: Any) -> Outputs:
 
 
 def error_from_text(message: str) -> RequestError:
-    """The RequestError of a "CODE: sentence". Anything else was not sent by our models: it is ServiceUnavailable from a
-    server that is ending, else WorkerFailed."""
+    """The RequestError of a "CODE: sentence". Anything else was not sent by our models: ServiceUnavailable where the
+    server is ending, else WorkerFailed."""
     code, _, sentence = message.partition(": ")
     for kind in RequestError.__subclasses__():
         if kind.code == code:

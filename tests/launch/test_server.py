@@ -145,6 +145,13 @@ def test_a_missing_configuration_is_refused(options: ServerOptions, tmp_path: Pa
         TritonServer(ServerOptions(options.model_repository, config=missing)).start()
 
 
+def test_a_place_that_tritons_python_cannot_name_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    elsewhere = TritonServer(ServerOptions(model_repository(tmp_path / "模型", MODEL), log=tmp_path / "log"))
+    with pytest.raises(SetupError, match=r"model repository must be at a path of ASCII characters.*模型"):
+        elsewhere.start()
+    assert not (tmp_path / "log").exists()
+
+
 def test_a_server_that_was_not_started_has_no_pid(options: ServerOptions) -> None:
     with pytest.raises(SetupError, match="call start"):
         TritonServer(options).pid  # noqa: B018
@@ -219,6 +226,18 @@ def test_run_gives_the_command_the_addresses_and_returns_its_code(options: Serve
     assert done.returncode == 7, done.stderr
     ports = [int(url.removeprefix("127.0.0.1:")) for url in done.stdout.split()]
     assert len(set(ports)) == 2
+
+
+def test_run_keeps_proxies_from_the_way_to_the_server(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "example.org")
+    script = (
+        "import os, urllib.request as u; u.urlopen('http://' + os.environ['STEPVIDEO_HTTP_URL'] + '/v2/health/live')"
+    )
+    done = subprocess.run(
+        launch(options, "run", "--", sys.executable, "-c", script), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_run_reports_what_it_could_not_start_in_one_sentence(
