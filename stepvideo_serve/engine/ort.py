@@ -11,6 +11,7 @@ Measured with onnxruntime 1.31 on two cores, transformer blocks of width 256 cal
 """
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
