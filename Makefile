@@ -17,7 +17,7 @@ IMAGE ?= build/first_image.png
 PROMPT ?= 红色圆形向右移动。
 SEED ?= 7
 OUT ?= out/demo.mp4
-BENCH_RUNS ?= 3
+BENCH_RUNS ?= 10
 # ONNX Runtime reports to its maker otherwise (SECURITY.md).
 export ORT_DISABLE_TELEMETRY := 1
 export IMAGE PROMPT FRAMES HEIGHT WIDTH STEPS CFG_SCALE MOTION_SCORE SEED OUT
