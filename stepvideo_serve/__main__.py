@@ -12,6 +12,7 @@ COMMANDS = {
     "run": ("launch.server", "run_main", "run the server as long as a command runs"),
     "supervise": ("launch.supervise", "main", "run the server, and revive what dies"),
     "health": ("launch.health", "main", "ask a running server whether it is well"),
+    "generate": ("assembly.generate_command", "main", "make one video in this process, without a server"),
     "layouts": ("planning.layouts", "main", "predict what each layout of N GPUs takes"),
 }
 """Command -> module below stepvideo_serve, function, and what the command does."""

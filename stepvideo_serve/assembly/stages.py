@@ -102,16 +102,35 @@ class FrameDecoder:
         return (to_uint8(frames) for frames in decode_chunks(latents, chunk))
 
 
+Watched = Callable[[str, Graph], Graph]
+"""The name of one of the DiT's graphs and the graph -> what is called in its place."""
+
+
+def unwatched(name: str, graph: Graph) -> Graph:  # noqa: ARG001
+    """The graph itself."""
+    return graph
+
+
 class Denoiser:
     """One rank's part of the denoising loop, or all of it; every rank of a layout runs the same jobs in the same
-    order. Raises ConfigError, EngineError or CheckpointError when configuration, graphs and layout do not fit."""
+    order. `watched` is asked once for each graph of the DiT, by whoever looks at their calls.
 
-    def __init__(self, config: ServeConfig, layout: Layout = SINGLE, ranks: Communicator | None = None) -> None:
+    Raises ConfigError, EngineError or CheckpointError when configuration, graphs and layout do not fit.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        layout: Layout = SINGLE,
+        ranks: Communicator | None = None,
+        watched: Watched = unwatched,
+    ) -> None:
         dit_config = Checkpoint(config.model.dir).dit_config
         self._ranks = ranks or OneRank()
         self._runners = load_sharded_runners(config, layout, self._ranks.tp_index)
         dtype, device = compute_dtype(config), config.model.device
-        self._dit = DiTVelocity(self._runners, dit_config, dtype, device, self._ranks)
+        graphs = {name: watched(name, runner) for name, runner in self._runners.items()}
+        self._dit = DiTVelocity(graphs, dit_config, dtype, device, self._ranks)
         self._preview = load_preview(config, dit_config.in_channels)
 
     def run(self, job: DenoiseJob) -> Iterator[StepDone]:
@@ -143,14 +162,14 @@ def describe(config: ServeConfig) -> dict[str, Any]:
 
 
 class LocalStages:
-    """All stages in this process: the yardstick for the served pipeline."""
+    """All stages in this process: the yardstick for the served pipeline. `watched` as for the Denoiser."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, watched: Watched = unwatched) -> None:
         self._config = config
         self.latent_channels = latent_channels(config)
         self._text = build_text_encoder(config)
         self._image = ImageEncoder(config)
-        self._denoiser = Denoiser(config)
+        self._denoiser = Denoiser(config, watched=watched)
         self._frames = FrameDecoder(config)
 
     def encode_text(self, prompt: str) -> TextStates:

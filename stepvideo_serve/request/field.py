@@ -58,6 +58,11 @@ class Field:
     flag: str = ""
     metavar: str = "N"
 
+    @property
+    def option(self) -> str:
+        """The option's name on the command line, of those that a "client" needs."""
+        return self.flag or f"--{self.attribute.replace('_', '-')}"
+
     def default_in(self, defaults: RequestDefaults) -> Any:
         """The value that stands in for an absent input. Not for those that are required or random."""
         return getattr(defaults, self.attribute) if self.default is Default.CONFIGURED else self.default

@@ -178,13 +178,12 @@ def _typed_dict(name: str, method: str, fields: Sequence[Field]) -> str:
 def _client_entry(field: Field) -> str:
     commands = [name for need, name in (("request", "generate"), ("quote", "quote")) if need in field.needs]
     choices = field.rule.options if isinstance(field.rule, Choice) else ()
-    flag = field.flag or f"--{field.attribute.replace('_', '-')}"
     arguments = {
         "name": _quoted(field.name),
         "datatype": _quoted(field.dtype),
         "dimensions": "4" if isinstance(field.rule, Noise) else "1",
         "commands": _tuple(commands),
-        "flag": _quoted(flag if "client" in field.needs else ""),
+        "flag": _quoted(field.option if "client" in field.needs else ""),
         "metavar": _quoted(field.metavar),
         "choices": _tuple(choices),
         "required": str(field.default is Default.REQUIRED),

@@ -1,0 +1,60 @@
+"""Files that a command leaves: checked before the work, written whole or not at all.
+
+A symbolic link is followed. What exists and is no regular file (a device, a pipe) is written to, never replaced.
+"""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepvideo_serve.errors import InvalidRequest
+
+
+def is_special(path: Path) -> bool:
+    """Whether the path exists and is neither a regular file nor a folder."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_target(path: Path, option: str) -> None:
+    """InvalidRequest unless a file can be written at the path; `option` names the path in the sentence."""
+    if path.is_dir():
+        raise InvalidRequest(f"{option} must be a file, got the folder {path}: name a file in that folder.")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise InvalidRequest(f"{option} must be in a folder that exists, got {path}: create {folder} first.")
+    if not os.access(path if is_special(path) else folder, os.W_OK):
+        raise InvalidRequest(f"{option} must be where this user may write, got {path}: choose another place.")
+
+
+def write_file(path: Path, content: bytes | NDArray[Any]) -> int:
+    """Writes the bytes as they are, an array as .npy, and returns how many bytes were written. Raises OSError."""
+    pieces = [memoryview(content)] if isinstance(content, bytes) else _npy(content)
+    if is_special(path):
+        with path.open("wb") as file:
+            file.writelines(pieces)
+    else:
+        _write_whole(Path(os.path.realpath(path)), pieces)
+    return sum(piece.nbytes for piece in pieces)
+
+
+def _npy(array: NDArray[Any]) -> list[memoryview]:
+    """Header and values of an .npy file."""
+    header = io.BytesIO()
+    contiguous = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(contiguous))
+    return [memoryview(header.getvalue()), memoryview(contiguous).cast("B")]
+
+
+def _write_whole(target: Path, pieces: list[memoryview]) -> None:
+    """Writes a temporary file beside the target and renames it, so that nobody sees half a file."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
