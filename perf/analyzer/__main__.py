@@ -5,8 +5,8 @@
 
 Every load is one run of perf_analyzer with a CSV, an export (JSON) and a log of its own in --out; then
 perf.analyzer.report makes report.md, report.json and report.png of all exports there. A load whose run fails is
-reported and leaves no export; the exit code is then 1. The program comes out of a pinned wheel, into
-build/perf_analyzer.
+reported and leaves no export; the exit code is then 1. A load whose export breaks off is measured again, which is said.
+The program comes out of a pinned wheel, into build/perf_analyzer.
 """
 
 import argparse
@@ -37,6 +37,12 @@ LIBRARIES = {
     "libb64.so.0d": "libb64-*.so.0d",
     "libcudart.so.12": "libcudart-*.so.12*",
 }  # as it asks: as they are called
+# perf_analyzer reads a number of every output that a response lacks (a progress response has no LATENTS) from memory
+# that was allocated for nothing. Where that memory held the C library's pointer to the next free piece, shifted as its
+# caches of free pieces shift pointers, some addresses were a NaN as FP32; the program's JSON writer stops at a NaN, and
+# the export breaks off. Without those caches the number is part of an arena's address, or freed memory: finite.
+TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.perturb=1"
+ATTEMPTS = 3
 STREAMED = "ti2v"
 ANALYZER_S = 6 * 3600.0
 
@@ -60,6 +66,10 @@ class Load:
         if self.kind == "concurrency":
             return [*arguments, f"--concurrency-range={only}"]
         return [*arguments, f"--request-rate-range={only}", "--request-distribution=poisson"]
+
+
+class BrokenExport(SetupError):
+    """perf_analyzer ended well, and what it has written cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,19 @@ class Analyzer:
     def run(self, load: Load, url: str, data: Path, requests: int, out: Path, extra: Sequence[str]) -> str | None:
         """Measures one load into `out`; None, or a sentence that says why there is no result.
 
-        perf_analyzer gives up when a single request fails, so that no row mixes successes with refusals.
+        perf_analyzer gives up when a single request fails, so that no row mixes successes with refusals. An export
+        that breaks off says nothing about the server: then the load is measured again, up to ATTEMPTS times in all.
         """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self._run_once(load, url, data, requests, out, extra)
+            except BrokenExport as error:
+                reason = str(error)
+                print(f"  attempt {attempt} of {ATTEMPTS}: {reason}", file=sys.stderr)
+        return reason
+
+    def _run_once(self, load: Load, url: str, data: Path, requests: int, out: Path, extra: Sequence[str]) -> str | None:
+        """As run. Raises BrokenExport."""
         export, log = out / f"{load.name}.export.json", out / f"{load.name}.log"
         partial = export.with_suffix(".partial")
         for path in (export, partial):  # it does not write over a file
@@ -102,8 +123,13 @@ class Analyzer:
             *("-f", str(out / f"{load.name}.csv"), f"--profile-export-file={partial}", *extra),
         ]
         searched = os.environ.get("LD_LIBRARY_PATH")
-        environment = {**os.environ, "LD_LIBRARY_PATH": f"{self.libraries}{os.pathsep}{searched or ''}".rstrip(":")}
-        environment["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), host_port(url, 8001)[0])))
+        given = os.environ.get("GLIBC_TUNABLES")
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": f"{self.libraries}{os.pathsep}{searched or ''}".rstrip(":"),
+            "GLIBC_TUNABLES": f"{given}:{TUNABLES}" if given else TUNABLES,
+            "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy"), host_port(url, 8001)[0]))),
+        }
         with log.open("wb") as output:
             try:
                 code = subprocess.run(
@@ -113,10 +139,10 @@ class Analyzer:
                 return f"it did not end in {ANALYZER_S / 3600:g} hours"
         if code == 0 and partial.is_file():
             try:
-                read_export(partial)  # once in a while it ends well and has written a part only
+                read_export(partial)
             except SetupError as error:
                 partial.unlink()
-                return f"{error} (exit code 0, log {log})"
+                raise BrokenExport(f"{error} (exit code 0, log {log})") from None
             partial.replace(export)
             return None
         partial.unlink(missing_ok=True)

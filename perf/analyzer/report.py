@@ -61,8 +61,8 @@ def read_export(path: Path) -> list[Sample]:
     """The finished requests of an export. Raises SetupError for a file that is none, or has none.
 
     The file has the bytes of pictures and videos between its quotation marks, so it is not UTF-8, and its texts have
-    control characters (strict=False); outputs that a response lacks hold whatever was in memory. REPORT is text, and
-    only the result has it.
+    control characters (strict=False); numbers of outputs that a response lacks are whatever was in memory. REPORT
+    is text, and only the result has it.
     """
     try:
         experiments = json.loads(path.read_bytes().decode("latin-1"), strict=False)["experiments"]

@@ -2,15 +2,20 @@
 
 import base64
 import json
+import shutil
 import struct
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from perf.analyzer.__main__ import WHEEL, Analyzer, Load, expand, loads, main
+from perf.analyzer.__main__ import ATTEMPTS, WHEEL, Analyzer, Load, expand, loads, main
 from perf.analyzer.report import NAME, read_folder
 from perf.analyzer.wheel import Wheel
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch.options import ServerOptions
+from stepvideo_serve.launch.server import TritonServer
 from tests.serving.conftest import config_text, engines
 from tests.serving.launch import Engines
 
@@ -82,19 +87,63 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.export.json")), "a row of an earlier run would pass for this one's"
 
 
-def test_an_export_that_breaks_off_is_no_result(tmp_path: Path) -> None:
-    """As was seen of the real one: it ended with exit code 0 and had written whole pages only."""
-    program = tmp_path / "program"
+def breaks_off(folder: Path, times: int) -> Analyzer:
+    """A stand-in for the program that ends with exit code 0 and writes whole pages only, as the real one does when a
+    number is a NaN; after so many `times` it writes all."""
+    program = folder / "program"
+    whole = Path(__file__).with_name("stream.export")
     program.write_text(
-        '#!/bin/sh\nfor one; do case "$one" in --profile-export-file=*) printf \'{"experiments":[{"requests":[{"a\' '
-        '> "${one#*=}";; esac; done\n'
+        '#!/bin/sh\nfor one; do case "$one" in --profile-export-file=*) target="${one#*=}";; esac; done\n'
+        f'echo >> "{folder}/count"\n'
+        f'if [ "$(wc -l < "{folder}/count")" -gt {times} ]; then cp "{whole}" "$target"\n'
+        'else printf \'{"experiments":[{"requests":[{"a\' > "$target"; fi\n'
     )
     program.chmod(0o755)
-    analyzer = Analyzer(program, tmp_path)
+    return Analyzer(program, folder)
+
+
+def test_an_export_that_breaks_off_is_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load = Load("ti2v", "rate", 1.0)
+    analyzer = breaks_off(tmp_path, ATTEMPTS - 1)
+    assert analyzer.run(load, "127.0.0.1:9", tmp_path / "data", 1, tmp_path, []) is None
+    assert len((tmp_path / "count").read_text()) == ATTEMPTS
+    assert capsys.readouterr().err.count("cannot be read as one: Unterminated string") == ATTEMPTS - 1
+    assert [row.requests for row in read_folder(tmp_path)] == [3]
+
+
+def test_an_export_that_always_breaks_off_is_no_result(tmp_path: Path) -> None:
+    analyzer = breaks_off(tmp_path, 1000)
     reason = analyzer.run(Load("ti2v", "rate", 1.0), "127.0.0.1:9", tmp_path / "data", 1, tmp_path, [])
     assert reason is not None
     assert "must be an export of perf_analyzer, but cannot be read as one: Unterminated string" in reason
+    assert len((tmp_path / "count").read_text()) == ATTEMPTS
     assert not list(tmp_path.glob("*.export*"))
+
+
+@pytest.mark.slow
+def test_no_address_breaks_an_export_off(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real program, at the addresses that it has without randomisation: there most exports broke off. The server
+    is the real one, with a model of ti2v's signature that answers at once."""
+    for model in ("ti2v", "ti2v_unary"):
+        (tmp_path / "models" / model / "1").mkdir(parents=True)
+        shutil.copy(root / "model_repository" / model / "config.pbtxt", tmp_path / "models" / model)
+        shutil.copy(Path(__file__).with_name("answers_at_once.py"), tmp_path / "models" / model / "1" / "model.py")
+    program = tmp_path / "program"
+    analyzer = Analyzer.install(root / "build/perf_analyzer")
+    program.write_text(f'#!/bin/sh\nexec setarch -R "{analyzer.program}" "$@"\n')
+    program.chmod(0o755)
+    if subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs permission to switch off the randomisation of addresses")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(expand(root / "perf/inputs/small.json")))
+    monkeypatch.setattr("perf.analyzer.__main__.ATTEMPTS", 1)
+    with TritonServer(ServerOptions(tmp_path / "models", log=tmp_path / "server.log")) as server:
+        server.wait_ready()
+        for model in ("ti2v", "ti2v_unary"):
+            for _ in range(10):
+                load = Load(model, "concurrency", 2.0)
+                one = replace(analyzer, program=program)
+                assert one.run(load, server.grpc_url, data, 6, tmp_path, []) is None
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path) -> None:
