@@ -32,29 +32,28 @@ def check_target(path: Path, option: str) -> None:
 
 def write_file(path: Path, content: bytes | NDArray[Any]) -> int:
     """Writes the bytes as they are, an array as .npy, and returns how many bytes were written. Raises OSError."""
-    pieces = [memoryview(content)] if isinstance(content, bytes) else _npy(content)
+    data = content if isinstance(content, bytes) else _npy(content)
     if is_special(path):
         with path.open("wb") as file:
-            file.writelines(pieces)
+            file.write(data)
     else:
-        _write_whole(Path(os.path.realpath(path)), pieces)
-    return sum(piece.nbytes for piece in pieces)
+        _write_whole(Path(os.path.realpath(path)), data)
+    return len(data)
 
 
-def _npy(array: NDArray[Any]) -> list[memoryview]:
-    """Header and values of an .npy file."""
-    header = io.BytesIO()
-    contiguous = np.ascontiguousarray(array)
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(contiguous))
-    return [memoryview(header.getvalue()), memoryview(contiguous).cast("B")]
+def _npy(array: NDArray[Any]) -> bytes:
+    """The .npy file of an array, made in memory: a pipe takes no writes in place."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
-def _write_whole(target: Path, pieces: list[memoryview]) -> None:
+def _write_whole(target: Path, data: bytes) -> None:
     """Writes a temporary file beside the target and renames it, so that nobody sees half a file."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            file.writelines(pieces)
+            file.write(data)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
