@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import psutil
@@ -20,6 +21,7 @@ from stepvideo_serve.launch.server import TritonServer
 PLUGIN: Final = "server deaths"
 GRACE_S: Final = 2.0  # a client sees the end of a connection before the parent sees the end of the process
 POLL_S: Final = 0.05
+LOG_TAIL_LINES: Final = 30
 
 WatchServer = Callable[[TritonServer], AbstractContextManager[None]]
 Setup = tuple[pytest.FixtureDef[Any], pytest.FixtureRequest]
@@ -40,8 +42,17 @@ class Held:
         code = self.server.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         owner = "a test" if self.setup is None else f"fixture {self.setup[0].argname}"
-        self.death = f"The server of {owner} died ({how}): {self.server.log_tail()}"
+        self.death = f"The server of {owner} died ({how}): {log_tail(self.server.options.log)}"
         return True
+
+
+def log_tail(log: Path | None) -> str:
+    """The last lines of a server's log, and where they are."""
+    if log is None:
+        return "see its log above."
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    told = [line for line in lines if line and line[0] not in "+|"]  # without the server's wide tables
+    return "\n".join([f"the end of {log} says", *told[-LOG_TAIL_LINES:]])
 
 
 @dataclass(eq=False)

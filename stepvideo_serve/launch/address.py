@@ -1,5 +1,6 @@
 """The one reading of network addresses: of what listens, what asks, and what is told where a server is."""
 
+import contextlib
 import ipaddress
 import socket
 
@@ -53,7 +54,7 @@ def ip_of(name: str) -> str:
     return found.get(socket.AF_INET) or found[socket.AF_INET6]
 
 
-def family_of(ip: str) -> socket.AddressFamily:
+def _family_of(ip: str) -> socket.AddressFamily:
     """Of an IP address."""
     return socket.AF_INET6 if _is_ipv6(ip) else socket.AF_INET
 
@@ -71,6 +72,25 @@ def for_grpc(ip: str) -> str:
 def for_http(ip: str) -> str:
     """As Triton's options for HTTP and metrics take the address: without the prefix it listens on 255.255.255.255."""
     return f"ipv6:{ip}" if _is_ipv6(ip) else ip
+
+
+def choose_ports(places: dict[str, tuple[str, int]]) -> list[int]:
+    """The port for each name's address and port; 0 becomes a free port. SetupError for a port that is in use."""
+    chosen = []
+    with contextlib.ExitStack() as held:  # all at once, so that the free ones differ
+        for name, (address, port) in places.items():
+            probe = held.enter_context(socket.socket(_family_of(address), socket.SOCK_STREAM))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the waiting sockets of a past server are fine
+            try:
+                probe.bind((address, port))
+                probe.listen(1)  # two probes may bind to one port, but not listen
+            except OSError as error:
+                raise SetupError(
+                    f"The {name} port must be free, but {joined(address, port)} cannot be used ({error.strerror}): "
+                    f"choose another with --{name.lower()}-port, or 0 for any."
+                ) from None
+            chosen.append(probe.getsockname()[1])
+    return chosen
 
 
 def _is_ipv6(text: str) -> bool:

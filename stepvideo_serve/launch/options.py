@@ -167,7 +167,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int,
         add(f"--{port_name}-port", type=int, default=port, help="0: any free; default: %(default)s")
     add("--allow-outdated-server", action="store_true", help="let an old release listen beyond loopback")
     add_security_arguments(parser)
-    add("--log", type=Path, help="a file for the server's log; default: standard error")
+    add("--log", type=Path, help="a file to append the server's log to; default: standard error")
     add("--exit-timeout", type=int, default=10, metavar="S", help="for requests when told to stop; %(default)s")
     add("--ready-timeout", type=float, default=300.0, metavar="S", help="default: %(default)g s")
     add("--server-argument", action="append", default=[], metavar="--NAME=VALUE", help="passed on; may be repeated")

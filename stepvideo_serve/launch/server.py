@@ -17,11 +17,10 @@ import http.client
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.launch.address import family_of, for_grpc, for_http, from_here, joined
+from stepvideo_serve.launch.address import choose_ports, for_grpc, for_http, from_here, joined
 from stepvideo_serve.launch.install import (
     check_ascii,
     check_exposure,
@@ -39,15 +38,23 @@ from stepvideo_serve.launch.install import (
     server_home,
 )
 from stepvideo_serve.launch.options import ServerOptions, add_server_arguments, server_options
+from stepvideo_serve.launch.server_log import ServerLog
 from stepvideo_serve.launch.stopping import LauncherFolder, unanswered, wait_until_answered
 
 SHARED_MEMORY = Path("/dev/shm")
 TRITON_EXIT_S = 10  # for its own end, once there is no request left
 EXIT_MARGIN_S = 5.0
 POLL_S = 0.1
-LOG_TAIL_LINES = 30
 PR_SET_PDEATHSIG = 1
 MODEL_CONTROL = ("--model-control-mode=explicit", "--load-model=*")
+# A unary call says nothing for minutes: callers may ping every 5 s (the least that Go sends is 10 s) with or without a
+# call, and the server pings every minute, which keeps NAT and load balancers from forgetting the connection.
+LONG_CALLS = (
+    "--grpc-http2-min-recv-ping-interval-without-data=5000",
+    "--grpc-http2-max-pings-without-data=0",
+    "--grpc-keepalive-permit-without-calls=1",
+    "--grpc-keepalive-time=60000",
+)
 FORWARDED_HEADERS = "(?i)^traceparent$"  # of a call, to the models as parameters of its requests
 
 
@@ -64,6 +71,7 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._grpc_port = self._http_port = self._metrics_port = 0
         self._folder: LauncherFolder | None = None
+        self._log: ServerLog | None = None
         self._may_have_requests = False
 
     @property
@@ -113,7 +121,7 @@ class TritonServer:
         home = server_home()
         check_exposure(home, options.address, options.allow_outdated)
         link_stub(home)
-        self._grpc_port, self._http_port, self._metrics_port = _choose_ports(
+        self._grpc_port, self._http_port, self._metrics_port = choose_ports(
             {
                 "gRPC": (options.address, options.grpc_port),
                 "HTTP": (self.http_address, options.http_port),
@@ -121,21 +129,23 @@ class TritonServer:
             }
         )
         self._folder = LauncherFolder()
-        with _log_target(options.log) as output:
-            self._process = subprocess.Popen(
-                self._command(home),
-                env={**server_environment(options.config), **self._folder.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                process_group=0,
-                preexec_fn=_die_with_parent(),
-            )
+        self._log = ServerLog(options.log)
+        self._process = subprocess.Popen(
+            self._command(home),
+            env={**server_environment(options.config), **self._folder.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log.write_end,
+            stderr=self._log.write_end,
+            process_group=0,
+            restore_signals=False,  # a log that is not read any more must not end the server: SIGPIPE stays ignored
+            preexec_fn=_die_with_parent(),
+        )
+        self._log.started()
 
     def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Returns when every model is loaded and every port answers.
 
-        Raises SetupError with the end of the log as soon as the process exits, or when the time is over.
+        Raises SetupError with the reason as soon as the process exits, or when the time is over.
         """
         process = self._started()
         deadline = time.monotonic() + timeout_s
@@ -147,8 +157,11 @@ class TritonServer:
                 code = process.wait(POLL_S)
             except subprocess.TimeoutExpired:
                 continue
-            raise SetupError(f"The server must become ready, but it exited with code {code}: {self.log_tail()}")
-        raise SetupError(f"The server must become ready in {timeout_s:g} s, but it did not: {self.log_tail()}")
+            raise SetupError(self._log.reason() if self._log else f"The server must start, its code is {code}.")
+        pending = self._log.still_loading() if self._log else ""
+        raise SetupError(
+            f"The server must become ready in {timeout_s:g} s, but it did not, {pending}: raise --ready-timeout."
+        )
 
     def wait(self) -> int:
         """Blocks until the server exits by itself; the exit code."""
@@ -188,7 +201,7 @@ class TritonServer:
         """
         process, self._process = self._process, None
         if process is None:
-            self._remove_folder()
+            self._let_go()
             return
         try:
             process.terminate()
@@ -201,12 +214,15 @@ class TritonServer:
             process.wait()
             for leftover in SHARED_MEMORY.glob(f"{self.shm_prefix}*"):
                 leftover.unlink(missing_ok=True)
-            self._remove_folder()
+            self._let_go()
 
-    def _remove_folder(self) -> None:
+    def _let_go(self) -> None:
         folder, self._folder = self._folder, None
         if folder is not None:
             folder.remove()
+        log, self._log = self._log, None
+        if log is not None:
+            log.close()
 
     def __enter__(self) -> Self:
         try:
@@ -256,6 +272,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--grpc-header-forward-pattern={FORWARDED_HEADERS}",
             f"--http-header-forward-pattern={FORWARDED_HEADERS}",
+            *LONG_CALLS,
             *options.security.server_arguments(),
             *options.server_arguments,
         ]
@@ -274,34 +291,6 @@ class TritonServer:
                 connection.close()
         return True
 
-    def log_tail(self) -> str:
-        """The last lines of its log, and where that is."""
-        log = self.options.log
-        if log is None:
-            return "see its log above."
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line for line in lines if line and line[0] not in "+|"]  # without the server's wide tables
-        return "\n".join([f"the end of {log} says", *told[-LOG_TAIL_LINES:]])
-
-
-def _choose_ports(places: dict[str, tuple[str, int]]) -> list[int]:
-    """The port for each name's address and port; 0 becomes a free port. SetupError for a port that is in use."""
-    chosen = []
-    with contextlib.ExitStack() as held:  # all at once, so that the free ones differ
-        for name, (address, port) in places.items():
-            probe = held.enter_context(socket.socket(family_of(address), socket.SOCK_STREAM))
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the waiting sockets of a past server are fine
-            try:
-                probe.bind((address, port))
-                probe.listen(1)  # two probes may bind to one port, but not listen
-            except OSError as error:
-                raise SetupError(
-                    f"The {name} port must be free, but {joined(address, port)} cannot be used ({error.strerror}): "
-                    f"choose another with --{name.lower()}-port, or 0 for any."
-                ) from None
-            chosen.append(probe.getsockname()[1])
-    return chosen
-
 
 def _die_with_parent() -> Callable[[], None]:
     """What the child does between fork and exec; the library is loaded here, because a fork must not allocate much."""
@@ -313,16 +302,6 @@ def _die_with_parent() -> Callable[[], None]:
             os._exit(1)
 
     return ask_for_signal
-
-
-@contextlib.contextmanager
-def _log_target(log: Path | None) -> Iterator[int | None]:
-    if log is None:
-        yield None
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
-        yield file.fileno()
 
 
 def announce(server: TritonServer) -> None:
