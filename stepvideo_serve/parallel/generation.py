@@ -234,6 +234,14 @@ class Ranks:
         """Copies of the tensors of a message of the leader."""
         return self._results.read(entries)
 
+    def may_be_stopping(self) -> bool:
+        """Whether ranks that were told to stop, at the first call or before, may still be in a step that they must end
+        before they can; see StepClock."""
+        if self._steps is None:
+            return False
+        self._steps.told_to_stop()
+        return self._steps.may_be_stopping()
+
     def stop(self, grace_s: float) -> None:
         """End all processes, politely if there is a grace period, reap them and close every file.
 

@@ -9,7 +9,8 @@ What goes wrong ends in bounded time:
     a rank dies                    WorkerFailed at once
     a rank is stopped              WorkerFailed after two heartbeats; one that is only silent, after ten
     a rank is stuck in a step      WorkerFailed step_slack_s after the longest step so far, or first_step_timeout_s
-    a cancel is not obeyed         RequestCancelled after cancel_grace_s
+    a cancel is not obeyed         RequestCancelled once a whole step has passed behind the one under way, if that is
+                                   later than cancel_grace_s; a step that was cancelled has the time of any other
     the parent dies                the kernel kills the ranks (rank_process.py)
 In all these cases but the first the processes of the generation are killed, unless all have ended the job, and the
 ranks are started anew at once, whether or not a job waits for them. When that fails REBUILD_ATTEMPTS times in a row
@@ -61,7 +62,8 @@ class RankGroup:
     step_slack_s      how much longer than the longest step so far a later one may take
     arena_bytes       shared memory in each direction, for all tensors of one message; only what is used costs memory
     threads_per_rank  OMP_NUM_THREADS, MKL_NUM_THREADS and OPENBLAS_NUM_THREADS of the ranks; None leaves them alone
-    cancel_grace_s    how long the ranks may take to stop (at least one step) before they are killed
+    cancel_grace_s    how long the ranks may take to stop before they are killed; longer while the step in which they
+                      were told lasts, which may take as long as any other
     python            the interpreter, by default what `default_python` finds
     env               additions to the environment, which the ranks otherwise inherit, as they do stdout and stderr
     """
@@ -294,7 +296,10 @@ class RankGroup:
                 self._release(job)
                 job.events.put(job.outcome())
         job = self._job
-        if job is not None and (overdue := job.overdue(time.monotonic())) is not None:
+        if job is None:
+            return
+        stopping = job.cancelled and ranks.may_be_stopping()
+        if (overdue := job.overdue(time.monotonic(), stopping)) is not None:
             raise RanksLostError(overdue)
 
     def _fail(self, failure: RequestError, last: bool) -> None:

@@ -39,7 +39,9 @@ Event = StepEvent | ResultEvent
 class Job:
     """What the group knows of a job. Its thread tells what the ranks say; any thread may cancel.
 
-    `tell_ranks` asks all ranks to end the job; it may be called on any thread and must not fail.
+    `cancel_grace_s` is the least time that ranks have to obey a cancel; one that is still in the step under way has
+    until the end of that step. `tell_ranks` asks all ranks to end the job; it may be called on any thread and must not
+    fail.
     """
 
     def __init__(self, job_id: int, size: int, cancel_grace_s: float, tell_ranks: Callable[[], None]) -> None:
@@ -51,18 +53,23 @@ class Job:
         self._cancel_grace_s = cancel_grace_s
         self._tell_ranks = tell_ranks
         self._lock = threading.RLock()  # reentrant: a Run may be finalised, and cancel, at any point
-        self._stop_by_s: float | None = None  # time.monotonic() by which all ranks must have ended the job
+        self._told = False  # the ranks have been asked to end the job
+        self._cancel_heeded_by_s = float("inf")  # time.monotonic() by which a cancel must be obeyed, but for a step
+        self._follow_by_s = float("inf")  # and by which the others must have followed a rank that raised
         self._result: ResultEvent | None = None
         self._error: RequestError | None = None
 
     def cancel(self) -> None:
         """Ask the ranks to end the job; does nothing when they have been asked."""
-        self.cancelled = True
-        self._stop(self._cancel_grace_s)
+        with self._lock:
+            if not self.cancelled:
+                self.cancelled = True
+                self._cancel_heeded_by_s = time.monotonic() + self._cancel_grace_s
+        self._tell()
 
     def reported(self, event: StepEvent) -> None:
         """The leader reports; what comes after a stop is not news any more."""
-        if self._stop_by_s is None:
+        if not self._told:
             self.events.put(event)
 
     def done(self, rank: int, result: ResultEvent | None) -> None:
@@ -75,16 +82,18 @@ class Job:
         self._running.discard(rank)
         self._error = self._error or error
         if self._running:
-            self._stop(ERROR_GRACE_S)
+            self._follow_by_s = min(self._follow_by_s, time.monotonic() + ERROR_GRACE_S)
+            self._tell()
 
     @property
     def ended(self) -> bool:
         """Whether all ranks have ended the job."""
         return not self._running
 
-    def overdue(self, now_s: float) -> str | None:
-        """Who has not ended the job in time after a stop, as a clause; None when all is well."""
-        if self._stop_by_s is None or now_s <= self._stop_by_s:
+    def overdue(self, now_s: float, stopping: bool = False) -> str | None:
+        """Who has not ended the job in time after a stop, as a clause; None when all is well. `stopping`: the ranks may
+        still be in the step in which they were told, so that a cancel has time."""
+        if now_s <= self._follow_by_s and (stopping or now_s <= self._cancel_heeded_by_s):
             return None
         who = ", ".join(map(str, sorted(self._running)))
         return f"rank {who} did not stop in time" + (f" after: {self._error}" if self._error else "")
@@ -110,11 +119,10 @@ class Job:
             return self._error
         return WorkerFailed(f"The request failed because {clause}: send it again.")
 
-    def _stop(self, grace_s: float) -> None:
+    def _tell(self) -> None:
         with self._lock:
-            first = self._stop_by_s is None
-            self._stop_by_s = min(self._stop_by_s or float("inf"), time.monotonic() + grace_s)
-            if first:
+            if not self._told:
+                self._told = True
                 self._tell_ranks()
 
 
@@ -150,7 +158,8 @@ class Run(Iterator[Event]):
             self._job.cancel()
 
     def close(self) -> None:
-        """Cancel the run if it has not ended, and wait for its end, for cancel_grace_s at most."""
+        """Cancel the run if it has not ended, and wait for its end: until the step under way has ended, or for
+        cancel_grace_s where that is longer."""
         self.cancel()
         try:
             for _ in self:

@@ -45,6 +45,7 @@ class StepClock:
         self._marked_s = dict.fromkeys(range(size), now_s)  # of the ranks that still run
         self._steps = [0] * size
         self._longest_s = 0.0
+        self._steps_when_told: list[int] | None = None
 
     def mark(self, rank: int, now_s: float) -> None:
         if rank in self._marked_s:
@@ -59,6 +60,18 @@ class StepClock:
     def excuse(self, pause_s: float) -> None:
         for rank in self._marked_s:
             self._marked_s[rank] += pause_s
+
+    def told_to_stop(self) -> None:
+        """The ranks have been told to end the job; more calls do nothing."""
+        self._steps_when_told = self._steps_when_told or self._steps.copy()
+
+    def may_be_stopping(self) -> bool:
+        """Whether the ranks that were told to stop are still in the step in which they were told, or in the next one,
+        which they may have begun at that moment; and whether `stuck` watches over that step."""
+        told = self._steps_when_told or self._steps
+        unwatched = self._first_step_timeout_s is None
+        running = [rank for rank in self._marked_s if self._steps[rank] > 0 or not unwatched]
+        return running == list(self._marked_s) and all(self._steps[rank] <= told[rank] + 1 for rank in running)
 
     def stuck(self, now_s: float) -> str | None:
         """Who is stuck, as a clause; None when all is well."""

@@ -162,6 +162,17 @@ class TurnPace:
         self._pace.note(self._tensors, took_s if self._prepared and undisturbed else seconds)
         self._prepared = True
 
+    def step_left_s(self) -> float | None:
+        """Until the step under way will have ended; None where that is not known, as in a step that takes longer than
+        was expected."""
+        step_s = self._pace.step_seconds(self._tensors)
+        if step_s is None:
+            return None
+        if not self._prepared:
+            step_s += self._pace.ledger.seconds("prepare", self._pace.tokens(self._tensors)) or 0.0
+        left_s = self._last_s + step_s - time.monotonic()
+        return left_s if left_s >= 0.0 else None
+
 
 def step_flops(config: DiTConfig, tokens: int, texts: Sequence[int]) -> float:
     """Matrix products and attentions of all blocks; `texts`: tokens of each guidance branch's text."""

@@ -161,8 +161,8 @@ class RunQueue:
     `serve` answers the run, errors included, and returns True; or, because of `run.gives_way`, it stops at a step and
     returns False. A run whose time is over while it waits is answered then. To end or park the one under way, its
     `cancelled` or `parked` is set and then `interrupt` called, which may find that it has not begun: `serve` looks at
-    both once it has. `seconds_of(run)`: how long a run will still take, None where that is not known.
-    `listener` is told what happens.
+    both once it has. `seconds_of(run)`: how long a run will still take; `stop_seconds_of(run)`: how long the one under
+    way, told to stop, needs for that; None where that is not known. `listener` is told what happens.
     """
 
     def __init__(
@@ -172,9 +172,11 @@ class RunQueue:
         interrupt: Callable[[], None],
         seconds_of: Callable[[QueuedRun], float | None],
         listener: QueueListener | None = None,
+        stop_seconds_of: Callable[[QueuedRun], float | None] = lambda _: 0.0,
     ) -> None:
         self._listener = listener or QueueListener()
-        self._rules, self._serve, self._interrupt, self._seconds_of = rules, serve, interrupt, seconds_of
+        self._rules, self._serve, self._interrupt = rules, serve, interrupt
+        self._seconds_of, self._stop_seconds_of = seconds_of, stop_seconds_of
         self._waiting: dict[str, QueuedRun] = {}
         self._expiries: dict[str, threading.Timer] = {}
         self._running: QueuedRun | None = None
@@ -280,9 +282,10 @@ class RunQueue:
         """Until a run with this claim begins, as far as is known now."""
         running = self._running
         ahead = [other for other in self._waiting.values() if self._order(Claim.of(other)) < self._order(claim)]
-        if running is not None and not running.cancelled.is_set() and not self._must_give_way(running, claim):
-            ahead.append(running)  # one that was cancelled ends at its next step
         seconds = [self._seconds_of(other) for other in ahead]
+        if running is not None:
+            stops = running.cancelled.is_set() or self._must_give_way(running, claim)
+            seconds.append((self._stop_seconds_of if stops else self._seconds_of)(running))
         known = [value for value in seconds if value is not None]
         return sum(known) if len(known) == len(seconds) else None
 

@@ -70,6 +70,7 @@ class DenoiserModel(QueuedModel):
             self._group.start()
         self._heartbeat_s = config.denoiser.heartbeat_s
         self._pace = Pace(DiTConfig.load(config.model.dir / "transformer" / "config.json"))  # without torch
+        self._turn_pace: TurnPace | None = None  # of the run that is or was the last under way
         rules = QueueRules(config.denoiser.max_queued, config.denoiser.max_parks, config.denoiser.aging_s)
         metrics = Metrics()
         self._beats = Heartbeats(metrics, "dit_denoiser")
@@ -81,7 +82,7 @@ class DenoiserModel(QueuedModel):
             config.telemetry.steps_per_span,
             config.denoiser.peak_tflops * 1e12 * ranks,
         )
-        self.queue = RunQueue(rules, self._serve, self._group.cancel, self._seconds_of, self._watch)
+        self.queue = RunQueue(rules, self._serve, self._group.cancel, self._seconds_of, self._watch, self._stop_seconds)
 
     def is_ready(self) -> bool:
         """Asked by servers from 26.03 on: not while ranks that were lost are started anew, nor when one is silent."""
@@ -143,7 +144,7 @@ class DenoiserModel(QueuedModel):
 
     def _serve(self, run: QueuedRun) -> bool:
         job = run.terms.job
-        pace = TurnPace(self._pace, job.tensors)
+        pace = self._turn_pace = TurnPace(self._pace, job.tensors)
         with Turn(self._watch, run) as turn:
             try:
                 with closing(run_on(self._group, run, self._max_resumes, turn.resumed)) as events:
@@ -176,6 +177,13 @@ class DenoiserModel(QueuedModel):
             return 0.0
         step_s = self._pace.step_seconds(job.tensors)
         return None if step_s is None else float(job.steps_left * step_s)
+
+    def _stop_seconds(self, run: QueuedRun) -> float | None:
+        """Until the step under way has ended, at which a run that was cancelled or must give way stops."""
+        pace = self._turn_pace
+        if run.terms.job.kind != "denoise":
+            return 0.0
+        return None if pace is None else pace.step_left_s()
 
     def _outputs(self, kind: str, event: StepEvent | ResultEvent) -> dict[str, Any]:
         """What the caller gets to see of an event."""

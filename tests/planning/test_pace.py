@@ -1,13 +1,14 @@
 """The ledger of measured rates, by its own arithmetic; nothing here runs a server."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 
 from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.planning.model_size import PUBLISHED
-from stepvideo_serve.planning.pace import SIZES_KEPT, WORK, Ledger, Pace, Rate
+from stepvideo_serve.planning.pace import SIZES_KEPT, WORK, Ledger, Pace, Rate, TurnPace
 
 SMALL = DiTConfig(2, 3, 8, 8, 1, 16, 16)
 
@@ -109,6 +110,26 @@ def test_a_run_takes_what_its_flops_take() -> None:
     assert ratio > 2.0
     assert pace.step_seconds(states(6, True)) == pytest.approx(0.5 * ratio)
     assert pace.step_flops(states(3, False)) * 2 == pace.step_flops(states(3, True))
+
+
+def test_how_long_the_step_under_way_still_takes() -> None:
+    pace = Pace(SMALL)
+    turn = TurnPace(pace, states(3, True))
+    assert turn.step_left_s() is None, "nothing is known"
+    turn.step(10.0)
+    left_s = turn.step_left_s()
+    assert left_s is not None
+    assert 9.0 < left_s <= 10.0
+    pace.ledger.note("prepare", pace.tokens(states(3, True)), 5.0)
+    beginning_s = TurnPace(pace, states(3, True)).step_left_s()
+    assert beginning_s is not None
+    assert left_s < beginning_s <= 15.0, "its first step is prepared first"
+
+    fast = Pace(SMALL)
+    fast.note(states(3, True), 0.01)
+    late = TurnPace(fast, states(3, True))
+    time.sleep(0.05)
+    assert late.step_left_s() is None, "longer than any before: nobody knows how long"
 
 
 def test_flops_of_the_published_model() -> None:

@@ -17,8 +17,10 @@ from stepvideo_serve.errors import (
 from stepvideo_serve.scheduling.run_queue import (
     HIGH,
     LOW,
+    NORMAL,
     URGENT,
     QueuedRun,
+    QueueRules,
     RunQueue,
 )
 from tests.scheduling.queue_doubles import Mailbox, Ranks, new_queue, new_run
@@ -245,6 +247,43 @@ def test_what_cannot_be_parked_again_is_waited_for_in_the_estimate(ranks: Ranks)
     assert high.place() == (1, 10.0)
     ranks.turn.release()
     ranks.turn.release()
+    runs.close()
+
+
+def test_those_that_wait_for_a_cancelled_step_hear_how_long_it_takes() -> None:
+    class SlowToStop(Ranks):
+        def interrupt(self) -> None:
+            """The step under way goes on until the test lets it go."""
+
+    ranks, left = SlowToStop(), [60.0, 30.0, None]
+    runs = RunQueue(
+        QueueRules(None, 1), ranks.serve, ranks.interrupt, ranks.seconds_of, stop_seconds_of=lambda _: left[0]
+    )
+    put_new(runs, "running", seconds=500.0, parkable=True)
+    assert ranks.next_started() == "running"
+    _, next_one = put_new(runs, "next", seconds=1.0, parkable=True)
+    assert next_one.place() == (1, 500.0)
+    runs.cancel("running")
+    assert next_one.place() == (1, 60.0)
+    left.pop(0)
+    _, last = put_new(runs, "last", seconds=1.0, parkable=True)
+    assert (next_one.place(), last.place()) == ((1, 30.0), (2, 31.0))
+    left.pop(0)
+    assert runs.forecast(NORMAL) == (2, None), "not nothing, but unknown"
+    for _ in range(3):
+        ranks.turn.release()
+    runs.close()
+
+
+def test_those_ahead_of_a_run_that_gives_way_wait_for_its_step() -> None:
+    ranks = Ranks()
+    runs = RunQueue(QueueRules(None, 1), ranks.serve, lambda: None, ranks.seconds_of, stop_seconds_of=lambda _: 40.0)
+    put_new(runs, "running", seconds=500.0, parkable=True)
+    assert ranks.next_started() == "running"
+    _, high = put_new(runs, "high", priority=HIGH, seconds=1.0, parkable=True)
+    assert high.place() == (1, 40.0)
+    for _ in range(3):
+        ranks.turn.release()
     runs.close()
 
 
