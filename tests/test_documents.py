@@ -2,8 +2,12 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,16 +41,43 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def cited_tests(root: Path, text: str) -> int:
+    """How many tests the text names; all of them exist."""
+    tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    for path, name in tests:
+        tree = ast.parse((root / path).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"
+    return len(tests)
+
+
 def test_every_protection_cites_a_test_that_exists(root: Path, security: str) -> None:
     cited = 0
     for threat, _, shown_by in rows(section(security, "What is enforced, and the test that shows it")):
-        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", shown_by)
-        assert tests, threat
-        for path, name in tests:
-            tree = ast.parse((root / path).read_text(encoding="utf-8"))
-            assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"
-            cited += 1
+        here = cited_tests(root, shown_by)
+        assert here, threat
+        cited += here
     assert cited > 20
+
+
+def test_every_promise_cites_a_test_that_exists_or_says_why_none_can(root: Path) -> None:
+    text = (root / "docs" / "promises.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    found = [row for title in titles for row in rows(section(text, title))]
+    for promise, asked_by in found:
+        by_reference = re.match(r"nothing: \w|rows of \[|\[faults", asked_by)
+        assert cited_tests(root, asked_by) or by_reference, promise
+    assert len(found) > 40
+
+
+def test_the_command_that_checks_a_configuration_works(root: Path, operations: str, tmp_path: Path) -> None:
+    found = re.search(r'`python -c "(from pathlib [^`]+)"`', operations)
+    assert found is not None
+    (tmp_path / "serve.toml").write_text((root / "serve.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    check = partial(subprocess.run, [sys.executable, "-c", found[1]], cwd=tmp_path, env=env, capture_output=True)
+    assert check(check=False).returncode == 0
+    (tmp_path / "serve.toml").write_text("[model]\nspeed = 11\n", encoding="utf-8")
+    assert b"speed" in check(check=False).stderr
 
 
 def test_the_lowest_release_and_its_advisories(security: str) -> None:
@@ -107,7 +138,7 @@ def test_the_operator_headers(operations: str) -> None:
     assert f"`{OPERATOR_HEADER}`" in operations
 
 
-@pytest.mark.parametrize("name", ["SECURITY.md", "docs/operations.md"])
+@pytest.mark.parametrize("name", ["SECURITY.md", "docs/operations.md", "docs/promises.md"])
 def test_links_and_paths_lead_somewhere(root: Path, name: str) -> None:
     path = root / name
     text = path.read_text(encoding="utf-8")

@@ -54,7 +54,12 @@ class PublicModel:
     A request is validated before it is accepted, so a bad one is answered at once however busy the server is.
     """
 
+<<<<<<< HEAD
     decoupled: bool
+=======
+    sender: type[Sender]
+    stop_sign: StopSign
+>>>>>>> 9d349e2 (What is promised to operators stands in one table with the test that asks it)
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
@@ -67,7 +72,7 @@ class PublicModel:
         self._decoding = DecodingRoom()
         self._max_accepted = 1 + self._config.denoiser.max_queued
         self._accepted = self._unanswered = 0
-        self._stop_sign = StopSign.from_environment()
+        self.stop_sign = StopSign.from_environment()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(self._max_accepted, thread_name_prefix="request")
 
@@ -77,7 +82,7 @@ class PublicModel:
 
     def is_ready(self) -> bool:
         """Asked by servers from 26.03 on: not once the server is told to stop."""
-        return not self._stop_sign.raised()
+        return not self.stop_sign.raised()
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -91,7 +96,7 @@ class PublicModel:
         watch = self._watches.begin(request)
         answer: Answer = Sender(request, self.decoupled, watch.end)
         try:
-            if self._stop_sign.raised():
+            if self.stop_sign.raised():
                 raise shutting_down()
             inputs = read_inputs(request)
             parsed = parse_request(inputs, self._config.limits, self._latent_channels, self._config.defaults)
@@ -122,7 +127,11 @@ class PublicModel:
     def _state(self) -> dict[str, Any]:
         """What the launcher and whoever looks after the server's health ask for. `unanswered` counts a request for
         longer than `accepted` does: until its result is sent."""
+<<<<<<< HEAD
         fixed = {"stopping": self._stop_sign.raised(), "defaults": asdict(self._config.defaults)}
+=======
+        stopping = self.stop_sign.raised()
+>>>>>>> 9d349e2 (What is promised to operators stands in one table with the test that asks it)
         with self._lock:
             return {"accepted": self._accepted, "unanswered": self._unanswered, **fixed}
 

@@ -109,3 +109,32 @@ def test_a_second_signal_stops_at_once(root: Path, config_text: str, long: Value
             stream.collect()
         assert process.wait(TRITON_EXIT_S + EXIT_MARGIN_S + PATIENCE_S / 10) == 130
     assert_nothing_left(tmp_path, process)
+
+
+# Triton gives its models a module of its own; what is asked here does not use it.
+ASK_THE_MODELS = """
+import os, sys, types
+sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+from stepvideo_serve.launch.stopping import LauncherFolder, StopSign
+from stepvideo_serve.serving.public import StreamingModel, UnaryModel
+
+folder = LauncherFolder()
+os.environ.update(folder.environment)
+models = [StreamingModel(), UnaryModel()]
+for model in models:
+    model.stop_sign = StopSign.from_environment()
+print([model.is_ready() for model in models])
+folder.raise_sign()
+print([model.is_ready() for model in models])
+folder.remove()
+"""
+
+
+def test_the_public_models_are_not_ready_once_the_sign_is_raised(root: Path, tmp_path: Path) -> None:
+    """What servers from 26.03 on ask; the server of the wheel does not."""
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_THE_MODELS], cwd=root, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["[True, True]", "[False, False]"], done.stderr
+    assert not list(tmp_path.iterdir())
