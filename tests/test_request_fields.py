@@ -19,7 +19,7 @@ from stepvideo_serve.request import GenerationRequest, RequestDefaults, RequestL
 from stepvideo_serve.request.field import Default, Field
 from stepvideo_serve.request.fields import FIELDS, fields_for
 from stepvideo_serve.request.parse import field_value
-from stepvideo_serve.request.rules import Choice, Identifier, ImageFile, Multiple, Noise, Range, Rule, Text
+from stepvideo_serve.request.rules import Choice, Identifier, ImageFile, Multiple, Noise, Quality, Range, Rule, Text
 
 CHANNELS = 4
 SIZE = {"NUM_FRAMES": 34, "HEIGHT": 64, "WIDTH": 96}
@@ -122,6 +122,23 @@ def of_choice(field: Field) -> Cases:
     yield "far outside", b"\xff" * 1000, field.rule.options
 
 
+def of_quality(field: Field) -> Cases:
+    assert isinstance(field.rule, Quality)
+    most = field.rule.most(LIMITS)
+    yield "inside, a name", b"balanced-2", ()
+    yield "just inside, a name", b"x" * 32, ()
+    yield "inside, a mask", b"mask:1101", ()
+    yield "just inside, a mask", b"mask:" + b"1" * most, ()
+    words = ("a preset's name", f"1 to {most} digits")
+    yield "just outside, a name", b"x" * 33, words
+    yield "just outside, a mask", b"mask:" + b"1" * (most + 1), words
+    yield "no digits", b"mask:", words
+    yield "other digits", b"mask:1201", words
+    yield "upper case", b"Balanced", words
+    yield "empty", b"", words
+    yield "far outside", b"\xff" * 1000, words
+
+
 def of_noise(field: Field) -> Cases:
     assert isinstance(field.rule, Noise)
     shape, largest = field.rule.shape(LATENT_SHAPE), np.float32(field.rule.largest)
@@ -140,6 +157,7 @@ CASES: dict[type[Rule], Callable[[Field], Cases]] = {
     Identifier: of_identifier,
     Choice: of_choice,
     Noise: of_noise,
+    Quality: of_quality,
 }
 
 
@@ -176,7 +194,8 @@ def settings_cases() -> Iterator[Any]:
     for case in cases():
         field, value, words = case.values
         if "ranks" in field.needs:
-            yield pytest.param(field, value[0].item(), words, id=case.id)
+            setting = value[0].decode("latin-1") if field.dtype == "BYTES" else value[0].item()
+            yield pytest.param(field, setting, words, id=case.id)
 
 
 @pytest.mark.parametrize(("field", "value", "words"), list(settings_cases()))

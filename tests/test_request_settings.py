@@ -15,7 +15,14 @@ from stepvideo_serve.request.fields import fields_for
 
 LIMITS = RequestLimits()
 NAMES = [field.attribute for field in fields_for("ranks")]
-DEFAULTS = {"steps": 50, "cfg_scale": 9.0, "time_shift": 7.0, "motion_score": 5.0, "preview_every": 0}
+DEFAULTS = {
+    "steps": 50,
+    "cfg_scale": 9.0,
+    "time_shift": 7.0,
+    "motion_score": 5.0,
+    "quality": "exact",
+    "preview_every": 0,
+}
 
 
 def parsed(**numbers: int | float) -> GenerationRequest:
@@ -28,14 +35,14 @@ def parsed(**numbers: int | float) -> GenerationRequest:
 def test_the_settings_are_those_of_the_request() -> None:
     assert rank_settings(parsed()) == DEFAULTS
     given = rank_settings(parsed(STEPS=3, CFG_SCALE=2.5, TIME_SHIFT=0.1, MOTION_SCORE=20.0, PREVIEW_EVERY=2))
-    assert list(given.values()) == [3, 2.5, float(np.float32(0.1)), 20.0, 2]
+    assert list(given.values()) == [3, 2.5, float(np.float32(0.1)), 20.0, "exact", 2]
 
 
 def test_they_survive_the_way_as_json() -> None:
     sent = rank_settings(parsed(STEPS=3, CFG_SCALE=1.1, TIME_SHIFT=0.1, MOTION_SCORE=100.0))
     received = checked_settings(json.loads(json.dumps(sent)), LIMITS)
     assert received == sent
-    assert [type(value) for value in received.values()] == [int, float, float, float, int]
+    assert [type(value) for value in received.values()] == [int, float, float, float, str, int]
 
 
 def test_a_whole_number_is_a_number() -> None:
@@ -55,6 +62,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"cfg_scale": False}, "cfg_scale must be a number, got False"),
     ({"cfg_scale": [10**5000]}, "cfg_scale must be a number, got list: send a number"),
     ({"time_shift": 0.0999}, "time_shift must be from 0.1 to 100, got 0.0999"),
+    ({"quality": 1}, "quality must be text, got 1: send text"),
+    ({"quality": "mask:12"}, "quality must be a preset's name .*, got b?'mask:12'"),
     ({"motion_score": {}}, "motion_score must be a number, got dict"),
     ({"preview_every": -1}, "preview_every must be from 0 to 200, got -1"),
     ({"seed": 7}, "Settings must be steps, .*, got 'seed': leave it out"),

@@ -33,19 +33,13 @@ class RankStages:
 
     def __init__(self, local: LocalStages, group: RankGroup) -> None:
         self._local, self._group = local, group
-        self.latent_channels = local.latent_channels
+        self.latent_channels, self.presets = local.latent_channels, local.presets
         self.encode_text, self.encode_image = local.encode_text, local.encode_image
         self.decode, self.describe = local.decode, local.describe
 
     def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone]:  # noqa: ARG002  # nobody cancels
-        tensors = {"latents": job.latents, "condition": job.condition}
-        texts = {"positive": job.positive, "negative": job.negative}
-        for branch, text in texts.items():
-            if text is not None:
-                tensors |= {f"{branch}_llm": text.llm, f"{branch}_clip": text.clip}
-        names = ("steps", "cfg_scale", "time_shift", "motion_score", "preview_every", "timeout_s")
-        params = {"kind": "denoise", **{name: getattr(job, name) for name in names}}
-        for event in self._group.run(params, {name: tensor.numpy() for name, tensor in tensors.items()}):
+        params, tensors = job.message()
+        for event in self._group.run({**params, "timeout_s": job.timeout_s}, tensors):
             if isinstance(event, ResultEvent):
                 yield StepDone(job.steps, job.steps, 0.0, None, torch.from_numpy(event.tensors["latents"]))
             elif isinstance(event, StepEvent) and event.params["step"] < job.steps:
@@ -76,7 +70,7 @@ class GraphStages:
     def __init__(self, local: LocalStages, text: TextEncoder, dit: DiTVelocity) -> None:
         self._text, self._dit = text, dit
         self._preview = LatentPreview(torch.eye(3, local.latent_channels), torch.zeros(3))
-        self.latent_channels = local.latent_channels
+        self.latent_channels, self.presets = local.latent_channels, local.presets
         self.encode_image, self.decode, self.describe = local.encode_image, local.decode, local.describe
 
     def encode_text(self, prompt: str) -> TextStates:

@@ -22,7 +22,8 @@ class StepEvent:
 
     `preview` is a JPEG of this step, where one was asked for and due. A server that wants to say only that it is
     alive repeats a step (step 0: none is done yet). While the request waits, `queue_position` is its place (1: next)
-    and `start_in_s` the estimated seconds until it begins or goes on, where the server knows.
+    and `start_in_s` the estimated seconds until it begins or goes on, where the server knows. `evaluations` counts
+    those of the model so far, fewer than the steps where `quality` says so (None from a server that does not tell).
     """
 
     step: int
@@ -31,6 +32,7 @@ class StepEvent:
     preview: bytes | None = None
     queue_position: int | None = None
     start_in_s: float | None = None
+    evaluations: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,7 @@ def _step_event(outputs: InferResult, names: set[str]) -> StepEvent:
         preview=_scalar(outputs, "PREVIEW", bytes) if "PREVIEW" in names else None,
         queue_position=_scalar(outputs, "QUEUE_POSITION", int) if "QUEUE_POSITION" in names else None,
         start_in_s=_scalar(outputs, "START_IN_S", float) if "START_IN_S" in names else None,
+        evaluations=_scalar(outputs, "EVALUATIONS", int) if "EVALUATIONS" in names else None,
     )
 
 

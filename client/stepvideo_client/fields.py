@@ -41,6 +41,8 @@ class Options(TypedDict, total=False):
     time_shift: shift of the schedule: the higher, the more of the steps are spent near the noise (the server's
         default)
     motion_score: how much moves: 2 stable, 5 general, 10 to 20 intense (the server's default)
+    quality: which steps evaluate the model, while the others forecast: a preset of the server (exact: all do), or
+        mask: and a digit per step, as REPORT gives it (exact)
     seed: decides everything random, and is returned: same seed, same video (random)
     latents: float32 [latent frames, C, h, w], h = HEIGHT / 16, w = WIDTH / 16, within +-1000; the noise that
         denoising starts from, for exact reproduction; drawn from SEED, if not given
@@ -64,6 +66,7 @@ class Options(TypedDict, total=False):
     cfg_scale: float | None
     time_shift: float | None
     motion_score: float | None
+    quality: str | None
     seed: int | None
     latents: NDArray[np.float32] | None
     encode_noise: NDArray[np.float32] | None
@@ -82,6 +85,10 @@ class QuoteOptions(TypedDict, total=False):
     width: width of the video in pixels, a multiple of 16 (the server's default)
     steps: denoising steps (the server's default)
     cfg_scale: classifier-free guidance; at 1 the prompt alone is followed, at half the cost (the server's default)
+    time_shift: shift of the schedule: the higher, the more of the steps are spent near the noise (the server's
+        default)
+    quality: which steps evaluate the model, while the others forecast: a preset of the server (exact: all do), or
+        mask: and a digit per step, as REPORT gives it (exact)
     output: what the result holds; the command line saves frames and latents as .npy (mp4)
     priority: who goes first: 1 high, 2 normal, 3 low (2)
     prompt_tokens: tokens of a prompt with its suffix that is new to the server (320)
@@ -93,6 +100,8 @@ class QuoteOptions(TypedDict, total=False):
     width: int | None
     steps: int | None
     cfg_scale: float | None
+    time_shift: float | None
+    quality: str | None
     output: str | None
     priority: int | None
     prompt_tokens: int | None
@@ -207,7 +216,7 @@ INPUTS: Final[dict[str, Input]] = {
         name="TIME_SHIFT",
         datatype="FP32",
         dimensions=1,
-        commands=("generate",),
+        commands=("generate", "quote"),
         flag="--time-shift",
         metavar="X",
         choices=(),
@@ -224,6 +233,20 @@ INPUTS: Final[dict[str, Input]] = {
         choices=(),
         required=False,
         help="how much moves: 2 stable, 5 general, 10 to 20 intense (the server's default)",
+    ),
+    "quality": Input(
+        name="QUALITY",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate", "quote"),
+        flag="--quality",
+        metavar="PRESET",
+        choices=(),
+        required=False,
+        help=(
+            "which steps evaluate the model, while the others forecast: a preset of the server (exact: all do), "
+            "or mask: and a digit per step, as REPORT gives it (exact)"
+        ),
     ),
     "seed": Input(
         name="SEED",

@@ -18,6 +18,7 @@ from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.pipeline.generate import Cancelled, Frames
 from stepvideo_serve.request import OUTPUT_LATENTS, GenerationRequest, RequestLimits, parse_request
+from stepvideo_serve.request.presets import shipped_presets
 from stepvideo_serve.sampling.denoise import needs_guidance
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone, run_job
 from stepvideo_serve.text.states import TextStates
@@ -38,7 +39,7 @@ class GraphStages:
         self, checkpoint: Checkpoint, open_graph: Open, texts: Mapping[str, TextStates], dtype: torch.dtype
     ) -> None:
         config = checkpoint.dit_config
-        self.latent_channels = config.in_channels
+        self.latent_channels, self.presets = config.in_channels, shipped_presets()
         self._texts, self._dtype = texts, dtype
         self._image = open_graph("vae_encoder")
         graphs = {name: open_graph(name) for name in dit_graph_names(config.num_layers)}

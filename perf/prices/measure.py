@@ -79,7 +79,7 @@ class PriceStages:
 
     def __init__(self, config: ServeConfig, texts: Mapping[str, TextStates]) -> None:
         self.config = config
-        self.latent_channels = latent_channels(config)
+        self.latent_channels, self.presets = latent_channels(config), config.presets
         self.preset = EXACT_PRESET
         self.last: StepDone | None = None
         self._texts = texts

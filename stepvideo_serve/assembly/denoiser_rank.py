@@ -36,7 +36,7 @@ class DenoiserRank:
     """One rank: denoises, and decodes its share of the chunks. Jobs are told apart by params["kind"]."""
 
     def __init__(self, config: ServeConfig, layout: Layout, rank: int) -> None:
-        self._layout = layout
+        self._layout, self._presets = layout, config.presets
         self._collectives = Collectives(layout, rank) if layout.world_size > 1 else None
         self._denoiser = Denoiser(config, layout, self._collectives)
         self._decoder: ShardedDecoder | None = None
@@ -68,18 +68,19 @@ class DenoiserRank:
                     return self._decode(tensors, context, go_on)
                 if params["kind"] == "text":
                     return {}, {"llm_states": self._encode(tensors["input_ids"])}
-                result = self._denoise(DenoiseJob.from_message(params, tensors), context, go_on)
+                result = self._denoise(DenoiseJob.from_message(params, tensors, self._presets), context, go_on)
             return {"settings": params["settings"], "rank_seconds": self._rank_seconds()}, result
         except EngineError as error:  # shapes that no graph takes: every rank finds them at the same place
             raise InvalidRequest(f"The tensors must fit the graphs, they do not: {error}") from None
 
     def _denoise(self, job: DenoiseJob, context: JobContext, go_on: GoOn) -> TensorMap:
-        """Reports step, total_steps, seconds and latents after each step, with a preview where one is due and with the
-        state of a loop that forecasts; returns the latents."""
+        """Reports step, total_steps, seconds, evaluated, guided, evaluations and latents after each step, with a
+        preview where one is due and with the state of a loop that forecasts; returns the latents."""
         latents, reported = job.latents, set[str]()
         for done in self._denoiser.run(job):
             latents = latents if done.latents is None else done.latents
-            report: dict[str, Any] = {"step": done.step, "total_steps": done.total_steps, "seconds": done.seconds}
+            told = ("step", "total_steps", "seconds", "evaluated", "guided", "evaluations")
+            report: dict[str, Any] = {name: getattr(done, name) for name in told}
             tensors = {"latents": latents.numpy()} | ({} if done.preview is None else {"preview": done.preview})
             if done.state is not None and done.state.history.velocities:
                 velocities = done.state.tensors()

@@ -178,7 +178,7 @@ class ProfiledStages:
 
     def __init__(self, config: ServeConfig, trace: Path) -> None:
         self._stages, self._trace = LocalStages(config, ranged), trace
-        self.latent_channels = self._stages.latent_channels
+        self.latent_channels, self.presets = self._stages.latent_channels, self._stages.presets
         self.profiled_step: int | None = None
         """Whose trace was written."""
 

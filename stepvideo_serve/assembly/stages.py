@@ -166,7 +166,7 @@ class LocalStages:
 
     def __init__(self, config: ServeConfig, watched: Watched = unwatched) -> None:
         self._config = config
-        self.latent_channels = latent_channels(config)
+        self.latent_channels, self.presets = latent_channels(config), config.presets
         self._text = build_text_encoder(config)
         self._image = ImageEncoder(config)
         self._denoiser = Denoiser(config, watched=watched)

@@ -6,7 +6,7 @@ seed   -> noise ───────┘
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +20,10 @@ from stepvideo_serve.config import GatesConfig, VideoConfig
 from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
 from stepvideo_serve.pipeline.output_checks import Gates
-from stepvideo_serve.request import OUTPUT_FRAMES, OUTPUT_LATENTS, GenerationRequest, rank_settings
+from stepvideo_serve.request import OUTPUT_FRAMES, OUTPUT_LATENTS, GenerationRequest, chosen_preset, rank_settings
+from stepvideo_serve.request.presets import EVALUATED, FORECAST, Preset, preset_name
 from stepvideo_serve.sampling.denoise import needs_guidance, request_noise
+from stepvideo_serve.sampling.evaluation import guided_share
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.text.states import TextStates
@@ -35,9 +37,15 @@ Around = Callable[[str], AbstractContextManager[object]]
 
 
 class Stages(Protocol):
-    """What a request passes through. Each may raise a RequestError. `latent_channels` is the C of the shapes."""
+    """What a request passes through. Each may raise a RequestError. `latent_channels` is the C of the shapes, `presets`
+    are those that a request's QUALITY may name."""
 
     latent_channels: int
+
+    @property
+    def presets(self) -> Mapping[str, Preset]:
+        """Of quality, by name."""
+        ...
 
     def encode_text(self, prompt: str) -> TextStates:
         """States of one prompt."""
@@ -63,13 +71,15 @@ class Stages(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """A step is done, or the request waits; `elapsed_s` counts from the acceptance of the request."""
+    """A step is done, or the request waits; `elapsed_s` counts from the acceptance of the request, `evaluations` those
+    of the DiT so far."""
 
     step: int
     total_steps: int
     elapsed_s: float
     preview: NDArray[np.uint8] | None
     waiting: Waiting | None = None
+    evaluations: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,23 +154,29 @@ def generate(
         condition = stages.encode_image(pixels, encode_noise)
     _check(cancelled)
 
+    settings = rank_settings(request)
     job = DenoiseJob(
         latents=latents,
         condition=condition,
         positive=positive,
         negative=negative,
-        settings=rank_settings(request),
+        settings=settings,
         timeout_s=watch.remaining_s(),
+        preset=chosen_preset(settings, stages.presets),
     )
     step_seconds: list[float] = []
+    mask = ""
     with watch.stage("denoise"):
         for done in stages.denoise(job, cancelled):
             if isinstance(done, Waiting):
-                yield Progress(len(step_seconds), request.steps, watch.elapsed_s(), None, done)
+                at, count = len(step_seconds), mask.count(EVALUATED)
+                yield Progress(at, request.steps, watch.elapsed_s(), None, done, count)
                 continue
             latents = latents if done.latents is None else done.latents
             step_seconds.append(round(done.seconds, 6))
-            yield Progress(done.step, done.total_steps, watch.elapsed_s(), done.preview)
+            mask += EVALUATED if done.evaluated else FORECAST
+            elapsed_s, count = watch.elapsed_s(), mask.count(EVALUATED)
+            yield Progress(done.step, done.total_steps, elapsed_s, done.preview, evaluations=count)
             if done.step < done.total_steps:
                 watch.check(f"after step {done.step} of {done.total_steps}")
     _check(cancelled)
@@ -177,12 +193,24 @@ def generate(
         "height": height,
         "width": width,
         "steps": request.steps,
+        "quality": _quality_report(job, mask),
         "image": image.report,
         **passed.report(),
         **stages.describe(),
     }
     wants_latents = request.output == OUTPUT_LATENTS
     yield Result(mp4, frames, latents.float().cpu().numpy() if wants_latents else None, request.seed, report)
+
+
+def _quality_report(job: DenoiseJob, mask: str) -> dict[str, Any]:
+    """What a request's QUALITY meant and did; `mask` repeats the run."""
+    return {
+        "preset": preset_name(str(job.settings["quality"])),
+        **job.preset.parameters(),
+        "mask": mask,
+        "evaluations": mask.count(EVALUATED),
+        "guided_share": round(guided_share(job.plan(), mask), 6),
+    }
 
 
 def _image(request: GenerationRequest, watch: Stopwatch, cancelled: Cancelled, room: DecodingRoom) -> FittedImage:

@@ -26,6 +26,7 @@ from stepvideo_serve.request import (
     OUTPUT_MP4,
     GenerationRequest,
     check_names,
+    check_quality,
     field_value,
     fields_for,
     parse_request,
@@ -61,6 +62,7 @@ class QuoteRequest:
         nobody = {name: np.array([value], np.object_) for name, value in (("PROMPT", b""), ("IMAGE", b"none"))}
         shared = {name: array for name, array in inputs.items() if name in INPUT_NAMES}
         request = parse_request({**nobody, **shared}, config.limits, latent_channels, config.defaults)
+        check_quality(request, config.presets)
         own = [field for field in fields_for("quote") if field.name not in INPUT_NAMES]
         values = {field.attribute: field_value(field, inputs, config.limits, config.defaults) for field in own}
         return cls(request, **values)

@@ -4,6 +4,7 @@ limits    what the server accepts, what it fills in, what the checkpoint's card 
 rules     range, grid, choice, text, image, noise, identifier: each checks a value and says what it accepts
 field     Field: one input
 fields    FIELDS, the table of all inputs; a new input begins there
+presets   presets of quality, and which one a request means
 parse     the inputs of `ti2v` -> GenerationRequest
 settings  the part of a request that the ranks get
 """
@@ -30,10 +31,11 @@ from stepvideo_serve.request.parse import (
     card_warnings,
     check_defaults,
     check_names,
+    check_quality,
     field_value,
     parse_request,
 )
-from stepvideo_serve.request.settings import checked_settings, rank_settings
+from stepvideo_serve.request.settings import checked_settings, chosen_preset, rank_settings
 
 __all__ = [
     "DEFAULT_NEGATIVE_PROMPT",
@@ -58,7 +60,9 @@ __all__ = [
     "card_warnings",
     "check_defaults",
     "check_names",
+    "check_quality",
     "checked_settings",
+    "chosen_preset",
     "field_value",
     "fields_for",
     "parse_request",

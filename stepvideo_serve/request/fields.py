@@ -9,7 +9,8 @@ from typing import Final
 
 from stepvideo_serve.geometry import FRAMES_PER_CHUNK, PIXELS_PER_LATENT
 from stepvideo_serve.request.field import Default, Field, Need
-from stepvideo_serve.request.rules import Choice, Identifier, ImageFile, Multiple, Noise, Range, Text
+from stepvideo_serve.request.presets import EXACT, MAX_MASK
+from stepvideo_serve.request.rules import Choice, Identifier, ImageFile, Multiple, Noise, Quality, Range, Text
 
 # The texts of the official script: the suffix joins the prompt, the negative prompt is the unconditional branch.
 DEFAULT_POSITIVE_SUFFIX: Final = (
@@ -134,7 +135,7 @@ FIELDS: Final[tuple[Field, ...]] = (
         "FP32",
         Default.CONFIGURED,
         Range(lambda limits: limits.time_shift),
-        ("request", "ranks", "client"),
+        ("request", "quote", "ranks", "client"),
         "shift of the schedule: the higher, the more of the steps are spent near the noise",
         metavar="X",
     ),
@@ -147,6 +148,17 @@ FIELDS: Final[tuple[Field, ...]] = (
         ("request", "ranks", "client"),
         "how much moves: 2 stable, 5 general, 10 to 20 intense",
         metavar="X",
+    ),
+    Field(
+        "QUALITY",
+        "quality",
+        "BYTES",
+        EXACT,
+        Quality(lambda limits: min(limits.max_steps, MAX_MASK)),
+        ("request", "quote", "ranks", "client"),
+        "which steps evaluate the model, while the others forecast: a preset of the server (exact: all do), or mask: "
+        "and a digit per step, as REPORT gives it",
+        metavar="PRESET",
     ),
     Field(
         "SEED",

@@ -21,6 +21,7 @@ from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.request.field import Default, Field
 from stepvideo_serve.request.fields import MAX_SEED, fields_for
 from stepvideo_serve.request.limits import CheckpointCard, RequestDefaults, RequestLimits
+from stepvideo_serve.request.presets import Preset, preset_of
 from stepvideo_serve.request.rules import Noise, as_fp32, exact, shortened
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -49,6 +50,7 @@ class GenerationRequest:
     cfg_scale: float
     time_shift: float
     motion_score: float
+    quality: str
     seed: int
     latents: NDArray[np.float32] | None
     encode_noise: NDArray[np.float32] | None
@@ -122,6 +124,12 @@ def check_defaults(defaults: RequestDefaults, limits: RequestLimits) -> None:
         if field.default is Default.CONFIGURED:
             field.rule.check(field.attribute, field.default_in(defaults), limits)
     check_tokens(VideoGeometry(*(getattr(defaults, size) for size in SIZES)), limits)
+
+
+def check_quality(request: GenerationRequest, presets: Mapping[str, Preset]) -> Preset:
+    """The preset that the request's QUALITY means. Raises InvalidRequest where it means none, or one that does not hold
+    for the request."""
+    return preset_of(request.quality, presets, request.steps, request.cfg_scale, request.time_shift)
 
 
 def card_warnings(request: GenerationRequest, card: CheckpointCard) -> list[str]:

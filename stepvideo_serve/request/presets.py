@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
-from stepvideo_serve.errors import ConfigError
+import numpy as np
+
+from stepvideo_serve.errors import ConfigError, InvalidRequest
 
 EVALUATED: Final = "1"
 FORECAST: Final = "0"
@@ -19,7 +21,10 @@ LEAST_STEPS: Final = 10
 """With fewer STEPS than these every step is evaluated, whatever the preset."""
 MAX_MASK: Final = 10_000
 
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+MASK: Final = "mask:"
+"""What a QUALITY that is a mask begins with."""
+
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 Rule = Literal["exact", "adaptive", "fixed"]
 OF_RULE: Final[Mapping[str, tuple[str, ...]]] = {
@@ -127,6 +132,48 @@ def mask_fault(mask: str, steps: int) -> str | None:
     return None
 
 
+def preset_of(quality: str, presets: Mapping[str, Preset], steps: int, cfg_scale: float, time_shift: float) -> Preset:
+    """The preset that a request means by its QUALITY: one of `presets` by its name, or "mask:" and a digit per step.
+
+    Raises InvalidRequest for an unknown name, and for a mask that does not fit STEPS, CFG_SCALE or TIME_SHIFT.
+    """
+    if quality.startswith(MASK):
+        mask = quality.removeprefix(MASK)
+        if (fault := mask_fault(mask, steps)) is not None:
+            raise InvalidRequest(fault)
+        return Preset("fixed", mask=mask, cfg_scale=cfg_scale, time_shift=time_shift)
+    if quality not in presets:
+        raise InvalidRequest(
+            f"QUALITY must be one of {', '.join(presets)}, or {MASK} and a digit per step, got {quality!r}: correct it."
+        )
+    preset = presets[quality]
+    if (fault := fixed_fault(preset, steps, cfg_scale, time_shift)) is not None:
+        raise InvalidRequest(fault)
+    return preset
+
+
+def preset_name(quality: str) -> str:
+    """What a QUALITY is called in reports and metrics: a preset's name, or "mask:"."""
+    return MASK if quality.startswith(MASK) else quality
+
+
+def fixed_fault(preset: Preset, steps: int, cfg_scale: float, time_shift: float) -> str | None:
+    """Why a preset with a mask does not hold for a request, in one sentence; None where it does, or has no mask."""
+    if preset.mask is None:
+        return None
+    if (fault := mask_fault(preset.mask, steps)) is not None:
+        return fault
+    assert preset.cfg_scale is not None
+    assert preset.time_shift is not None
+    asked, held = (cfg_scale, time_shift), (preset.cfg_scale, preset.time_shift)
+    if any(np.float32(one) != np.float32(other) for one, other in zip(asked, held, strict=True)):  # as on the wire
+        return (
+            f"This fixed preset holds for CFG_SCALE = {preset.cfg_scale:g} and TIME_SHIFT = {preset.time_shift:g} "
+            f"only, got {cfg_scale:g} and {time_shift:g}: ask for these, or for another QUALITY."
+        )
+    return None
+
+
 def shipped_presets() -> dict[str, Preset]:
     """The presets of a configuration without [presets]. Their parameters were measured: docs/quality.md."""
     return {
@@ -139,7 +186,7 @@ def shipped_presets() -> dict[str, Preset]:
 def with_exact(presets: Mapping[str, Preset]) -> dict[str, Preset]:
     """`presets` by name with `exact` before them. Raises ConfigError for a bad name, or another `exact`."""
     for name, preset in presets.items():
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ConfigError(
                 f"A preset's name must be at most 32 of a-z, 0-9, - and _, and begin with a letter or digit, got "
                 f"{name[:64]!r}: rename it."

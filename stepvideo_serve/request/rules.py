@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.geometry import check_multiple
 from stepvideo_serve.request.limits import RequestLimits
+from stepvideo_serve.request.presets import EVALUATED, FORECAST, MASK, NAME
 
 Bound = Callable[[RequestLimits], int]
 Bounds = Callable[[RequestLimits], tuple[float, float]]
@@ -163,6 +164,28 @@ class Identifier:
 
     def words(self, limits: RequestLimits) -> str:  # noqa: ARG002  # of the protocol
         return f"1 to {self.most} printable ASCII characters without spaces"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The form of a preset's name, or of a mask; whether there is such a preset, and whether the mask fits the steps,
+    `presets.preset_of` says. The value may be their bytes."""
+
+    most: Bound
+
+    def check(self, name: str, value: Any, limits: RequestLimits) -> Any:
+        text = value.decode("latin-1")
+        digits = text.removeprefix(MASK)
+        if text.startswith(MASK):
+            fits = 1 <= len(digits) <= self.most(limits) and set(digits) <= {EVALUATED, FORECAST}
+        else:
+            fits = NAME.fullmatch(text) is not None
+        if not fits:
+            raise InvalidRequest(f"{name} must be {self.words(limits)}, got {shortened(value)}: correct it.")
+        return text
+
+    def words(self, limits: RequestLimits) -> str:
+        return f"a preset's name (a-z, 0-9, - and _), or {MASK} and 1 to {self.most(limits)} digits of 0 and 1"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from stepvideo_serve.request.field import Setting
 from stepvideo_serve.request.fields import fields_for
 from stepvideo_serve.request.limits import RequestLimits
 from stepvideo_serve.request.parse import GenerationRequest
+from stepvideo_serve.request.presets import Preset, preset_of
 from stepvideo_serve.request.rules import shortened
 
 
@@ -33,3 +34,10 @@ def checked_settings(values: Mapping[str, object], limits: RequestLimits) -> dic
         if name not in values:
             raise InvalidRequest(f"Settings must be {names}, got none of the name {name}: send all of them.")
     return {name: field.read_setting(values[name], limits) for name, field in expected.items()}
+
+
+def chosen_preset(settings: Mapping[str, Setting], presets: Mapping[str, Preset]) -> Preset:
+    """What the settings' QUALITY means among `presets`. Raises InvalidRequest where it means none of them, or one that
+    does not hold for the other settings."""
+    steps, cfg_scale, time_shift = (float(settings[name]) for name in ("steps", "cfg_scale", "time_shift"))
+    return preset_of(str(settings["quality"]), presets, int(steps), cfg_scale, time_shift)

@@ -21,7 +21,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from stepvideo_serve.errors import InvalidRequest
-from stepvideo_serve.request.presets import EVALUATED, FORECAST, LEAST_STEPS, Preset, mask_fault
+from stepvideo_serve.request.presets import EVALUATED, FORECAST, LEAST_STEPS, Preset, fixed_fault
 
 ORDER: Final = 1
 KEPT: Final = ORDER + 1
@@ -149,14 +149,8 @@ class EvaluationPlan:
         return self.steps - 1
 
     def _check_mask(self, mask: str, cfg_scale: float, time_shift: float) -> None:
-        preset = self.preset
-        if (fault := mask_fault(mask, self.steps)) is not None:
+        if (fault := fixed_fault(self.preset, self.steps, cfg_scale, time_shift)) is not None:
             raise InvalidRequest(fault)
-        if (cfg_scale, time_shift) != (preset.cfg_scale, preset.time_shift):
-            raise InvalidRequest(
-                f"This fixed preset holds for CFG_SCALE = {preset.cfg_scale:g} and TIME_SHIFT = {preset.time_shift:g} "
-                f"only, got {cfg_scale:g} and {time_shift:g}: ask for these, or for another QUALITY."
-            )
         if skipped := [i for i, digit in enumerate(mask) if digit == FORECAST and self.begins_anew(i)]:
             raise InvalidRequest(
                 f"The mask must evaluate step {skipped[0] + 1}, where guidance sets in or ends, got 0: correct it."

@@ -14,6 +14,7 @@ from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.request.field import Setting
 from stepvideo_serve.request.presets import EVALUATED, EXACT_PRESET, Preset
+from stepvideo_serve.request.settings import chosen_preset
 from stepvideo_serve.sampling.denoise import denoise, flow_times, guide, needs_guidance
 from stepvideo_serve.sampling.evaluation import Agree, EvaluatedSteps, EvaluationPlan, LoopState, own_decision
 from stepvideo_serve.text.states import TextStates
@@ -67,6 +68,16 @@ class DenoiseJob:
         """Steps between two previews; 0 means no previews."""
         return int(self.settings["preview_every"])
 
+    @property
+    def guided(self) -> bool:
+        """Whether the job has a negative branch."""
+        return self.negative is not None and needs_guidance(self.cfg_scale)
+
+    def plan(self) -> EvaluationPlan:
+        """Raises InvalidRequest when the preset does not fit the settings."""
+        times = flow_times(self.steps, self.time_shift)
+        return EvaluationPlan.of(self.preset, times, self.guided, self.cfg_scale, self.time_shift)
+
     def message(self) -> Message:
         """The job from its beginning, for `from_message`; deadline and progress are not part of the message."""
         tensors = {
@@ -80,10 +91,12 @@ class DenoiseJob:
         return {"kind": "denoise", "settings": dict(self.settings)}, tensors
 
     @classmethod
-    def from_message(cls, params: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> "DenoiseJob":
+    def from_message(
+        cls, params: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], presets: Mapping[str, Preset]
+    ) -> "DenoiseJob":
         """The job of a message, from where it stands: params["start_step"] and params["state"] are its progress.
 
-        Raises InvalidRequest when a tensor is missing, not finite, or does not fit.
+        Raises InvalidRequest when a tensor is missing, not finite, or does not fit, or QUALITY does not.
         """
         positive = _text(tensors, "positive")
         if positive is None:
@@ -100,6 +113,7 @@ class DenoiseJob:
             positive=positive,
             negative=_text(tensors, "negative"),
             settings=params["settings"],
+            preset=chosen_preset(params["settings"], presets),
             start_step=params.get("start_step", 0),
             state=None if state is None else LoopState.restored(state, _velocities(state, tensors)),
         )
@@ -127,8 +141,8 @@ def _velocities(state: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -
 class StepDone:
     """After step `step` of `total_steps`: what it took, a preview uint8 [H, W, 3] when one was due, the latents
     [F, C, h, w] so far (None where they stay with the ranks, but never at the last step), whether the DiT was evaluated
-    for the step or its velocity forecast, the count of evaluations so far, and the state to go on with. `evaluations`
-    and `state` are None where whoever runs the job does not tell them."""
+    for the step or its velocity forecast, the count of evaluations so far, the state to go on with, and whether
+    guidance applied. `evaluations` and `state` are None where whoever runs the job does not tell them."""
 
     step: int
     total_steps: int
@@ -138,6 +152,7 @@ class StepDone:
     evaluated: bool = True
     evaluations: int | None = None
     state: LoopState | None = None
+    guided: bool = True
 
 
 Preview = Callable[[Tensor], NDArray[np.uint8]]
@@ -149,12 +164,10 @@ def run_job(job: DenoiseJob, dit: DiTVelocity, preview: Preview, agree: Agree = 
     `agree` is called once behind each evaluated step of a job that may forecast some, on every rank in the same order.
     Raises InvalidRequest when preset or state do not fit the job.
     """
-    guided = job.negative is not None and needs_guidance(job.cfg_scale)
-    texts = (job.positive, job.negative) if guided and job.negative is not None else (job.positive,)
-    times = flow_times(job.steps, job.time_shift)
-    plan = EvaluationPlan.of(job.preset, times, guided, job.cfg_scale, job.time_shift)
+    plan = job.plan()
+    texts = (job.positive, job.negative) if job.guided and job.negative is not None else (job.positive,)
     request = dit.prepare(tuple(job.latents.shape), job.condition, job.motion_score, texts)
-    alone = dit.conditional(request) if guided else request
+    alone = dit.conditional(request) if job.guided else request
 
     def evaluate(latents: Tensor, at: float, with_guidance: bool) -> Tensor:
         if not with_guidance:
@@ -163,12 +176,13 @@ def run_job(job: DenoiseJob, dit: DiTVelocity, preview: Preview, agree: Agree = 
         return guide(branches[0], branches[1], job.cfg_scale)
 
     velocity = EvaluatedSteps(plan, evaluate, job.start_step, job.state, agree)
+    times = flow_times(job.steps, job.time_shift)
     step_began_s = time.monotonic()
     for step, latents in enumerate(denoise(job.latents, times, velocity, job.start_step), start=job.start_step + 1):
         due = job.preview_every > 0 and step % job.preview_every == 0 and step < job.steps
         image = preview(latents) if due else None
         now_s = time.monotonic()
-        state = velocity.state
+        state, took_s, guided = velocity.state, now_s - step_began_s, plan.guided[step - 1]
         evaluated = state.mask[-1] == EVALUATED
-        yield StepDone(step, job.steps, now_s - step_began_s, image, latents, evaluated, state.evaluations, state)
+        yield StepDone(step, job.steps, took_s, image, latents, evaluated, state.evaluations, state, guided)
         step_began_s = time.monotonic()

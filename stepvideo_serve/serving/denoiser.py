@@ -24,7 +24,7 @@ from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS
 from stepvideo_serve.planning.pace import Pace, TurnPace
-from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL, checked_settings
+from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL, checked_settings, chosen_preset
 from stepvideo_serve.scheduling.progress import Repeated, ResumableDenoise
 from stepvideo_serve.scheduling.resume import run_on
 from stepvideo_serve.scheduling.run_queue import URGENT, QueuedRun, QueueRules, RunQueue, RunTerms
@@ -54,7 +54,7 @@ class DenoiserModel(QueuedModel):
             configure_logging(config.logging, "dit_denoiser", in_stub=True)
             self._tracer = Tracer(config.telemetry, "dit_denoiser")
             ranks = Layout.parse(config.denoiser.layout).world_size
-            self._limits = config.limits
+            self._limits, self._presets = config.limits, config.presets
             self._max_resumes = config.denoiser.max_resumes
             self._group = RankGroup(
                 RANK_FACTORY,
@@ -109,6 +109,7 @@ class DenoiserModel(QueuedModel):
         if kind != "denoise":
             return RunTerms(Repeated(kind, tensors), URGENT, timeout_s)
         settings = checked_settings(_json_object(inputs, "SETTINGS"), self._limits)
+        chosen_preset(settings, self._presets)  # refused here, before the run waits
         job = ResumableDenoise({"kind": kind, "settings": settings}, tensors, int(settings["steps"]))
         return RunTerms(job, _priority(inputs), timeout_s, parkable=True)
 
@@ -199,6 +200,7 @@ class DenoiserModel(QueuedModel):
             "STEP": np.array([event.params["step"]], np.int32),
             "TOTAL_STEPS": np.array([event.params["total_steps"]], np.int32),
             "STEP_SECONDS": np.array([event.params["seconds"]], np.float32),
+            "EVALUATIONS": np.array([event.params["evaluations"]], np.int32),
         }
         return {**outputs, "preview": event.tensors["preview"]} if "preview" in event.tensors else outputs
 

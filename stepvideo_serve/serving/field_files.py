@@ -22,7 +22,7 @@ from stepvideo_serve.errors import ConfigError, SetupError
 from stepvideo_serve.request.field import Default, Field, Need
 from stepvideo_serve.request.fields import FIELDS, fields_for
 from stepvideo_serve.request.limits import RequestDefaults, RequestLimits
-from stepvideo_serve.request.rules import Choice, Multiple, Noise, exact
+from stepvideo_serve.request.rules import Choice, Multiple, Noise, Quality, exact
 
 SOURCE = "stepvideo_serve/request/fields.py"
 WRITTEN = f"written by `make fields` from {SOURCE}"
@@ -146,7 +146,7 @@ def _default(field: Field) -> str:
     if value is None:
         return "none"
     if isinstance(value, str):
-        return value if isinstance(field.rule, Choice) else "the official text"
+        return value if isinstance(field.rule, Choice | Quality) else "the official text"
     return f"{exact(value)}, or `[defaults]`" if field.default is Default.CONFIGURED else exact(value)
 
 

@@ -21,7 +21,7 @@ from stepvideo_serve.launch.stopping import StopSign, shutting_down
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline.generate import Cancelled, Progress, Result, generate
 from stepvideo_serve.planning.quote import QuoteRequest, Server, quote
-from stepvideo_serve.request import GenerationRequest, card_warnings, parse_request
+from stepvideo_serve.request import GenerationRequest, card_warnings, check_quality, parse_request
 from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
 from stepvideo_serve.serving.adapter import (
     Arrays,
@@ -54,12 +54,8 @@ class PublicModel:
     A request is validated before it is accepted, so a bad one is answered at once however busy the server is.
     """
 
-<<<<<<< HEAD
     decoupled: bool
-=======
-    sender: type[Sender]
     stop_sign: StopSign
->>>>>>> 9d349e2 (What is promised to operators stands in one table with the test that asks it)
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
@@ -100,6 +96,7 @@ class PublicModel:
                 raise shutting_down()
             inputs = read_inputs(request)
             parsed = parse_request(inputs, self._config.limits, self._latent_channels, self._config.defaults)
+            check_quality(parsed, self._config.presets)
             watch.identify(parsed.request_id)
             if parsed.request_id is not None:
                 run = self._results.join(parsed.request_id, fingerprint(inputs), answer, parsed.timeout_s)
@@ -127,11 +124,7 @@ class PublicModel:
     def _state(self) -> dict[str, Any]:
         """What the launcher and whoever looks after the server's health ask for. `unanswered` counts a request for
         longer than `accepted` does: until its result is sent."""
-<<<<<<< HEAD
-        fixed = {"stopping": self._stop_sign.raised(), "defaults": asdict(self._config.defaults)}
-=======
-        stopping = self.stop_sign.raised()
->>>>>>> 9d349e2 (What is promised to operators stands in one table with the test that asks it)
+        fixed = {"stopping": self.stop_sign.raised(), "defaults": asdict(self._config.defaults)}
         with self._lock:
             return {"accepted": self._accepted, "unanswered": self._unanswered, **fixed}
 
@@ -162,6 +155,7 @@ class PublicModel:
         description = describe(self._config)
         stages = BlsStages(
             self._latent_channels,
+            self._config.presets,
             description,
             cancelled,
             self._decoders > 1,
@@ -240,11 +234,13 @@ class Heartbeat:
 
 
 def progress_outputs(progress: Progress) -> Outputs:
-    """STEP, TOTAL_STEPS, ELAPSED_S; while the request waits also QUEUE_POSITION and, if it is known, START_IN_S."""
+    """STEP, TOTAL_STEPS, ELAPSED_S, EVALUATIONS; while the request waits also QUEUE_POSITION and, if it is known,
+    START_IN_S."""
     outputs: Outputs = {
         "STEP": np.array([progress.step], np.int32),
         "TOTAL_STEPS": np.array([progress.total_steps], np.int32),
         "ELAPSED_S": np.array([progress.elapsed_s], np.float32),
+        "EVALUATIONS": np.array([progress.evaluations], np.int32),
     }
     return outputs | (waiting_outputs(progress.waiting) if progress.waiting is not None else {})
 

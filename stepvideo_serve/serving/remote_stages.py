@@ -15,6 +15,7 @@ from stepvideo_serve.errors import RequestError, WorkerFailed
 from stepvideo_serve.pipeline.generate import Cancelled, Frames
 from stepvideo_serve.planning.quote import stage_work
 from stepvideo_serve.request import GenerationRequest
+from stepvideo_serve.request.presets import Preset
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
@@ -33,6 +34,7 @@ class BlsStages:
     def __init__(
         self,
         latent_channels: int,
+        presets: Mapping[str, Preset],
         description: dict[str, Any],
         cancelled: Cancelled,
         ranks_decode: bool,
@@ -40,7 +42,7 @@ class BlsStages:
         origin: Callable[[], Origin] = lambda: UNKNOWN,
     ) -> None:
         self._origin = origin
-        self.latent_channels = latent_channels
+        self.latent_channels, self.presets = latent_channels, presets
         self._description = description
         self._cancelled = cancelled
         self._ranks_decode = ranks_decode
@@ -66,6 +68,7 @@ class BlsStages:
         """The last step is held back until its latents are there."""
         last: StepDone | None = None
         latents: Tensor | None = None
+        evaluations = 0
         inputs = _job_inputs(job, self._priority)
         with closing(run("dit_denoiser", inputs, cancelled, self._origin())) as responses:
             for out in responses:
@@ -76,7 +79,8 @@ class BlsStages:
                 if "QUEUE_POSITION" in out:
                     yield _waiting(out)
                     continue
-                step = _step_done(out)
+                step = _step_done(out, evaluations)
+                evaluations = step.evaluations or 0
                 if step.step < step.total_steps:
                     yield step
                 else:
@@ -143,6 +147,8 @@ def _waiting(out: Arrays) -> Waiting:
     return Waiting(int(out["QUEUE_POSITION"].flat[0]), start_in_s)
 
 
-def _step_done(out: Arrays) -> StepDone:
-    step, total, seconds = (out[name].flat[0] for name in ("STEP", "TOTAL_STEPS", "STEP_SECONDS"))
-    return StepDone(int(step), int(total), float(seconds), out.get("preview"), None)
+def _step_done(out: Arrays, before: int) -> StepDone:
+    """`before`: evaluations until this step."""
+    step, total, evaluations = (int(out[name].flat[0]) for name in ("STEP", "TOTAL_STEPS", "EVALUATIONS"))
+    seconds, preview = float(out["STEP_SECONDS"].flat[0]), out.get("preview")
+    return StepDone(step, total, seconds, preview, None, evaluations > before, evaluations)

@@ -6,11 +6,20 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stepvideo_serve.config import PricingConfig, ServeConfig
-from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.request.presets import EXACT_PRESET, OF_RULE, Preset, mask_fault, shipped_presets
+from stepvideo_serve.errors import ConfigError, InvalidRequest
+from stepvideo_serve.request.presets import (
+    EXACT_PRESET,
+    OF_RULE,
+    Preset,
+    mask_fault,
+    preset_name,
+    preset_of,
+    shipped_presets,
+)
 
 MODEL = '[model]\ndir = "weights"\nengines_dir = "engines"\n'
 ADAPTIVE: dict[str, Any] = {"tolerance": 0.1, "dense_start": 0.02, "dense_end": 0.9, "longest_streak": 5}
@@ -143,3 +152,45 @@ def test_the_document_gives_the_shipped_parameters(root: Path) -> None:
         preset = shipped_presets()[name]
         expected = (preset.tolerance, preset.dense_start, preset.dense_end, preset.longest_streak)
         assert tuple(map(float, numbers)) == expected
+
+
+RECORDED = "1111110011"
+PRESETS = {**shipped_presets(), "recorded": Preset("fixed", mask=RECORDED, cfg_scale=4.1, time_shift=7.0)}
+
+
+@pytest.mark.parametrize(
+    ("quality", "expected"),
+    [
+        ("exact", EXACT_PRESET),
+        ("fast", PRESETS["fast"]),
+        ("recorded", PRESETS["recorded"]),
+        (f"mask:{RECORDED}", PRESETS["recorded"]),
+    ],
+)
+def test_what_a_quality_means(quality: str, expected: Preset) -> None:
+    scale = float(np.float32(4.1)) if quality == "recorded" else 4.1
+    assert preset_of(quality, PRESETS, 10, scale, 7.0) == expected
+    assert preset_name(quality) == quality.partition(RECORDED)[0]
+
+
+@pytest.mark.parametrize(
+    ("quality", "steps", "scale", "words"),
+    [
+        (
+            "quick",
+            10,
+            4.1,
+            "must be one of exact, balanced, fast, recorded, or mask: and a digit .*, got 'quick'",
+        ),
+        ("recorded", 11, 4.1, "one digit for each of the 11 steps, got 10"),
+        ("recorded", 10, 4.0, "holds for CFG_SCALE = 4.1 and TIME_SHIFT = 7 only, got 4 and 7"),
+        (f"mask:{RECORDED}", 11, 4.1, "one digit for each of the 11 steps, got 10"),
+        ("mask:0111111111", 10, 4.1, "must begin and end with 1, got 0 and 1"),
+        ("mask:1111111110", 10, 4.1, "must begin and end with 1, got 1 and 0"),
+        ("mask:101", 3, 4.1, "needs at least 10 STEPS, got 3"),
+    ],
+)
+def test_a_quality_that_means_nothing(quality: str, steps: int, scale: float, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refusal:
+        preset_of(quality, PRESETS, steps, scale, 7.0)
+    assert str(refusal.value).count(". ") == 0

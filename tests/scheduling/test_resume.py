@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from stepvideo_serve.errors import RequestCancelled
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import Event, ResultEvent, StepEvent
 from stepvideo_serve.scheduling.progress import Repeated, Resumable, ResumableDenoise
@@ -32,6 +33,32 @@ PARAMS: dict[str, Any] = {
     "kind": "denoise",
     "settings": job_settings(STEPS, cfg_scale=4.0, preview_every=2),
 }
+FORECAST_STEPS = 14
+# Presets of quality by which the mini checkpoint forecasts some of these steps.
+PRESETS = """
+[presets.adaptive]
+rule = "adaptive"
+tolerance = 100
+dense_start = 0.01
+dense_end = 0.9
+longest_streak = 3
+
+[presets.interval]
+rule = "adaptive"
+tolerance = 100
+dense_start = 0
+dense_end = 0.9
+longest_streak = 3
+guidance_from = 0.1
+guidance_to = 0.5
+
+[presets.recorded]
+rule = "fixed"
+mask = "11001000100011"
+cfg_scale = 4
+time_shift = 7
+"""
+QUALITIES = ("adaptive", "interval", "recorded", "mask:11100000010001")
 
 
 class NoAnswer:
@@ -49,7 +76,7 @@ def make_config(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def make(layout: str) -> Path:
         path = tmp_path_factory.mktemp("resume") / "serve.toml"
-        path.write_text(EAGER.format(model=mini_checkpoint, layout=layout))
+        path.write_text(EAGER.format(model=mini_checkpoint, layout=layout) + PRESETS)
         return path
 
     return make
@@ -94,6 +121,61 @@ def test_denoising_goes_on_after_the_last_completed_step(layout: str, request: p
     assert [event.params["step"] for event in undisturbed if isinstance(event, StepEvent)] == [1, 2, 3, 4, 5]
     assert "preview" in undisturbed[1].tensors
     assert_same(events_of(group, ResumableDenoise(PARAMS, TENSORS, STEPS), kill_after=1), undisturbed)
+
+
+def denoise_of(quality: str) -> ResumableDenoise:
+    settings = {**job_settings(FORECAST_STEPS, cfg_scale=4.0), "quality": quality}
+    return ResumableDenoise({"kind": "denoise", "settings": settings}, TENSORS, FORECAST_STEPS)
+
+
+def path_of(events: list[Event]) -> list[tuple[Any, ...]]:
+    """Of each step and of the result, what must be the same however often the run was ended."""
+    names = ("step", "evaluated", "guided", "evaluations")
+    return [(*(event.params.get(name) for name in names), event.tensors["latents"].tobytes()) for event in events]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("layout", ["one_rank", "two_ranks"])
+def test_a_run_that_forecasts_is_killed_at_any_step(layout: str, quality: str, request: pytest.FixtureRequest) -> None:
+    """Amid forecasts; one preset also behind an evaluation and before the last step. Its mask repeats it."""
+    group: RankGroup = request.getfixturevalue(layout)
+    undisturbed = path_of(events_of(group, denoise_of(quality)))
+    mask = "".join("1" if evaluated else "0" for _, evaluated, *_ in undisturbed[:-1])
+    assert "00" in mask
+    amid = mask.index("00") + 1
+    for kill_after in (2, amid, FORECAST_STEPS - 1) if quality == "adaptive" else (amid,):
+        assert path_of(events_of(group, denoise_of(quality), kill_after)) == undisturbed, kill_after
+    if quality != "interval":  # a mask says nothing about guidance
+        assert path_of(events_of(group, denoise_of(f"mask:{mask}"))) == undisturbed
+
+
+def park(group: RankGroup, run: QueuedRun, events: list[Event], park_after: int) -> None:
+    """Serves the run, and has it give way when so many events have come in all."""
+    for event in run_on(group, run, max_resumes=0):
+        events.append(event)
+        if len(events) == park_after:
+            run.parked.set()
+            group.cancel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("layout", ["one_rank", "two_ranks"])
+def test_a_run_that_forecasts_is_parked_twice(layout: str, quality: str, request: pytest.FixtureRequest) -> None:
+    """Another run goes in between, and the ranks keep nothing of this one."""
+    group: RankGroup = request.getfixturevalue(layout)
+    undisturbed = path_of(events_of(group, denoise_of(quality)))
+    run = QueuedRun("run", RunTerms(denoise_of(quality)), NoAnswer())
+    events: list[Event] = []
+    for park_after in (3, 8):
+        run.parked.clear()
+        with pytest.raises(RequestCancelled):
+            park(group, run, events, park_after)
+        events_of(group, denoise_of("adaptive"))
+    run.parked.clear()
+    events += run_on(group, run, max_resumes=0)
+    assert path_of(events) == undisturbed
 
 
 @pytest.mark.slow
