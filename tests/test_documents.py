@@ -77,7 +77,7 @@ def test_the_command_that_checks_a_configuration_works(root: Path, operations: s
     check = partial(subprocess.run, [sys.executable, "-c", found[1]], cwd=tmp_path, env=env, capture_output=True)
     assert check(check=False).returncode == 0
     (tmp_path / "serve.toml").write_text("[model]\nspeed = 11\n", encoding="utf-8")
-    assert "speed" in check(check=False).stderr.decode()
+    assert "speed" in str(check(check=False).stderr)
 
 
 def test_the_lowest_release_and_its_advisories(security: str) -> None:

@@ -39,7 +39,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for layout in ("single", *LAYOUTS) if backend == "ort" else ():
         export_graphs(Checkpoint(model), engines, "fp32", ["dit_*"], False, Layout.parse(layout))
     table = f'[model]\ndir = "{model}"\nengines_dir = "{engines}"\nbackend = "{backend}"\n'
-    (folder / "serve.toml").write_text(f"{table}[denoiser]\nthreads = 1\n")
+    (folder / "serve.toml").write_text(f"{table}[denoiser]\nthreads = 1\n[decoder]\nthreads = 1\n")
     return ServeConfig.load(folder / "serve.toml")
 
 

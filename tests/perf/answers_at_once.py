@@ -1,4 +1,4 @@
-"""A model.py with the outputs of ti2v and ti2v_unary that computes nothing: for what perf_analyzer makes of them."""
+"""A model with the outputs of ti2v and ti2v_unary that computes nothing: for what perf_analyzer makes of them."""
 
 import json
 import os

@@ -17,6 +17,7 @@ import pytest
 from stepvideo_serve.launch.health import check
 from stepvideo_serve.launch.server import EXIT_MARGIN_S, SHARED_MEMORY, TRITON_EXIT_S
 from tests.serving.calls import PATIENCE_S, Refused, Server, Values, until
+from tests.signals import interrupt, start
 
 READY = re.compile(r"ready: gRPC (\S+), HTTP (\S+), ")
 PORTS = ("--grpc-port=0", "--http-port=0", "--metrics-port=0", "--ready-timeout=150")
@@ -34,7 +35,7 @@ def launched(
     env = {**os.environ, "STEPVIDEO_PYTHON": sys.executable, "STEPVIDEO_SUPERVISE": "1", "TMPDIR": str(folder)}
     env["STEPVIDEO_CONFIG"] = str(config)
     line = [*command, *([] if command != SERVE else [f"--config={config}"]), f"--log={folder / 'log'}", *PORTS]
-    with subprocess.Popen([*line, *arguments], cwd=root, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with start([*line, *arguments], cwd=root, env=env, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             ready = READY.match(process.stdout.readline())
@@ -102,9 +103,9 @@ def test_a_second_signal_stops_at_once(root: Path, config_text: str, long: Value
     arguments = f"--exit-timeout={LONG_ENOUGH_S}"
     with launched(root, tmp_path, config_text, arguments) as (process, server), server.open(long) as stream:
         stream.wait_for_step(2)
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         until(lambda: not check(server.http_url, "ready", 30.0).well, "the server to let go")
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         with pytest.raises(Refused, match="UNAVAILABLE: The server is shutting down"):
             stream.collect()
         assert process.wait(TRITON_EXIT_S + EXIT_MARGIN_S + PATIENCE_S / 10) == 130
