@@ -44,6 +44,7 @@ from stepvideo_serve.launch.stopping import LauncherFolder, unanswered, wait_unt
 SHARED_MEMORY = Path("/dev/shm")
 TRITON_EXIT_S = 10  # for its own end, once there is no request left
 EXIT_MARGIN_S = 5.0
+PACKAGE_ROOT = Path(__file__).absolute().parents[2]
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
 MODEL_CONTROL = ("--model-control-mode=explicit", "--load-model=*")
@@ -133,6 +134,7 @@ class TritonServer:
         self._process = subprocess.Popen(
             self._command(home),
             env={**server_environment(options.config), **self._folder.environment},
+            cwd=PACKAGE_ROOT,  # where the stubs of the wheel look for modules first: they ignore PYTHONPATH
             stdin=subprocess.DEVNULL,
             stdout=self._log.write_end,
             stderr=self._log.write_end,

@@ -108,6 +108,18 @@ def test_models_see_this_package_this_environment_and_the_configuration(
     assert ask(server.grpc_url, "STEPVIDEO_CONFIG") == str(options.config)
 
 
+def test_models_do_not_see_the_folder_that_the_server_was_started_from(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError('not this one')\n", encoding="utf-8")
+    repository = model_repository(tmp_path, MODEL)
+    monkeypatch.chdir(tmp_path)
+    options = ServerOptions(repository.relative_to(tmp_path), log=Path("server.log"), exit_timeout_s=2)
+    with TritonServer(options) as started:
+        started.wait_ready(READY_S)
+        assert Path(ask(started.grpc_url, "package")) == root / "stepvideo_serve" / "__init__.py"
+
+
 def test_http_and_metrics_answer_where_the_addresses_say(server: TritonServer) -> None:
     with urllib.request.urlopen(f"http://{server.http_url}/v2/models/environment") as answer:
         assert json.load(answer)["name"] == "environment"
