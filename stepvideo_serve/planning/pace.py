@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import log
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from stepvideo_serve.dit.config import FFN_MULTIPLE, DiTConfig
@@ -21,7 +22,8 @@ WORK: Mapping[str, str] = {
     "image": "pixels of a frame",
     "vae_encode": "pixels of a frame",
     "prepare": "tokens of the video",
-    "step": "FLOPs of a step",
+    "step": "FLOPs of a step that is evaluated",
+    "forecast": "values of the latents, in a step that is forecast",
     "vae_decode": "pixels of the frames that one decoder makes",
     "check": "pixels of all frames",
     "mp4": "pixels of all frames",
@@ -102,7 +104,8 @@ class Ledger:
         if stage not in WORK or not 0 < work < float("inf") or not 0 <= seconds < float("inf"):
             raise ValueError(f"{stage} cannot have done {work} in {seconds} s")
         with self._lock:
-            rate = self._rates.setdefault(stage, Rate(newest=NEWEST_STEP if stage == "step" else NEWEST))
+            newest = NEWEST_STEP if stage in ("step", "forecast") else NEWEST
+            rate = self._rates.setdefault(stage, Rate(newest=newest))
             rate.note(work, seconds)
 
     def seconds(self, stage: str, work: float) -> float | None:
@@ -118,25 +121,35 @@ class Ledger:
 
 
 class Pace:
-    """The ledger of a server with this DiT, and what it says about runs."""
+    """The ledger of a server with this DiT, and what it says about runs. skips_branches: whether a step without
+    guidance computes one branch only, which layouts of cfg2 do not."""
 
-    def __init__(self, config: DiTConfig) -> None:
-        self._config = config
+    def __init__(self, config: DiTConfig, skips_branches: bool = True) -> None:
+        self._config, self._skips_branches = config, skips_branches
         self.ledger = Ledger()
 
-    def note(self, tensors: Arrays, seconds: float) -> None:
-        """A step of a run with these inputs took so long."""
-        self.ledger.note("step", self.step_flops(tensors), seconds)
+    def note(self, tensors: Arrays, seconds: float, evaluated: bool = True, guided: bool = True) -> None:
+        """A step of a run with these inputs took so long, evaluated (with its guidance or without) or forecast."""
+        if evaluated:
+            self.ledger.note("step", self.step_flops(tensors, guided), seconds)
+        else:
+            self.ledger.note("forecast", self.values(tensors), seconds)
 
     def step_seconds(self, tensors: Arrays) -> float | None:
         """What a step of a run with these inputs will take; None before the first step of all."""
         return self.ledger.seconds("step", self.step_flops(tensors))
 
-    def step_flops(self, tensors: Arrays) -> float:
-        """FLOPs of a step of a run with these inputs."""
-        branches = [name for name in ("positive", "negative") if f"{name}_llm" in tensors]
+    def step_flops(self, tensors: Arrays, guided: bool = True) -> float:
+        """FLOPs of an evaluated step of a run with these inputs, where guidance applies if the run has a negative
+        branch, or does not."""
+        both = guided or not self._skips_branches
+        branches = [name for name in ("positive", "negative")[: 1 + both] if f"{name}_llm" in tensors]
         texts = [sum(len(tensors[f"{name}_{kind}"]) for kind in ("llm", "clip")) for name in branches]
         return step_flops(self._config, self.tokens(tensors), texts)
+
+    def values(self, tensors: Arrays) -> float:
+        """Of the latents."""
+        return float(np.prod(tensors["latents"].shape))
 
     def tokens(self, tensors: Arrays) -> int:
         """Tokens of the video; "latents" is [F, C, h, w]."""
@@ -152,14 +165,15 @@ class TurnPace:
         self._last_s = time.monotonic()
         self._prepared = False
 
-    def step(self, seconds: float) -> None:
+    def step(self, seconds: float, evaluated: bool = True, guided: bool = True) -> None:
         """A step has come, which took the ranks so long; the time before the first one was its preparation."""
         now_s = time.monotonic()
         took_s, self._last_s = now_s - self._last_s, now_s
         undisturbed = took_s < 2.0 * seconds + DISTURBED_S
         if not self._prepared and undisturbed:
             self._pace.ledger.note("prepare", self._pace.tokens(self._tensors), max(took_s - seconds, 0.0))
-        self._pace.note(self._tensors, took_s if self._prepared and undisturbed else seconds)
+        noted_s = took_s if self._prepared and undisturbed else seconds
+        self._pace.note(self._tensors, noted_s, evaluated, guided)
         self._prepared = True
 
     def step_left_s(self) -> float | None:

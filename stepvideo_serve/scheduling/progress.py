@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from stepvideo_serve.parallel.job import ResultEvent, StepEvent
+from stepvideo_serve.request import Setting
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -47,20 +48,28 @@ class ResumableDenoise:
     """Stands after the last step whose latents were reported.
 
     params: JSON, whatever the ranks need. tensors["latents"] is fp32 [F, C, h, w]. steps: of the whole job.
+    evaluations, guided_evaluations: steps so far that evaluated the DiT, and those of them with guidance. A loop that
+    tells neither has evaluated, and guided, every step.
     A loop that forecasts steps reports its state too: params["state"], whose "tensors" names those that belong to it.
     """
 
     kind = "denoise"
 
     def __init__(self, params: dict[str, Any], tensors: Arrays, steps: int) -> None:
-        self._params, self.tensors, self._steps = params, tensors, steps
-        self._step = 0
+        self._params, self.tensors, self.steps = params, tensors, steps
+        self._step = self.evaluations = self.guided_evaluations = 0
         self._state: dict[str, Any] | None = None
         self._state_tensors: Arrays = {}
 
     @property
     def steps_left(self) -> int:
-        return self._steps - self._step
+        return self.steps - self._step
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """The request's values that the ranks get."""
+        settings: dict[str, Setting] = self._params["settings"]
+        return settings
 
     def begin(self) -> tuple[dict[str, Any], Arrays]:
         state = {} if self._state is None else {"state": self._state}
@@ -68,6 +77,9 @@ class ResumableDenoise:
 
     def take(self, event: StepEvent) -> bool:
         self._step = event.params["step"]
+        if event.params.get("evaluated", True):
+            self.evaluations += 1
+            self.guided_evaluations += event.params.get("guided", True)
         self.tensors = {**self.tensors, "latents": event.tensors["latents"]}
         self._state = event.params.get("state")
         if self._state is not None:  # tensors that did not change are not reported again

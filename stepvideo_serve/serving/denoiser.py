@@ -23,9 +23,11 @@ from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS
+from stepvideo_serve.planning.evaluations import RunPace
 from stepvideo_serve.planning.pace import Pace, TurnPace
 from stepvideo_serve.request import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL, checked_settings, chosen_preset
-from stepvideo_serve.scheduling.progress import Repeated, ResumableDenoise
+from stepvideo_serve.request.presets import MASK, preset_name
+from stepvideo_serve.scheduling.progress import Repeated, Resumable, ResumableDenoise
 from stepvideo_serve.scheduling.resume import run_on
 from stepvideo_serve.scheduling.run_queue import URGENT, QueuedRun, QueueRules, RunQueue, RunTerms
 from stepvideo_serve.serving.adapter import Arrays, bytes_array, clear_setup_errors
@@ -53,7 +55,8 @@ class DenoiserModel(QueuedModel):
             config = ServeConfig.from_environment()
             configure_logging(config.logging, "dit_denoiser", in_stub=True)
             self._tracer = Tracer(config.telemetry, "dit_denoiser")
-            ranks = Layout.parse(config.denoiser.layout).world_size
+            layout = Layout.parse(config.denoiser.layout)
+            ranks = layout.world_size
             self._limits, self._presets = config.limits, config.presets
             self._max_resumes = config.denoiser.max_resumes
             self._group = RankGroup(
@@ -69,7 +72,9 @@ class DenoiserModel(QueuedModel):
             )
             self._group.start()
         self._heartbeat_s = config.denoiser.heartbeat_s
-        self._pace = Pace(DiTConfig.load(config.model.dir / "transformer" / "config.json"))  # without torch
+        dit = DiTConfig.load(config.model.dir / "transformer" / "config.json")  # without torch
+        self._pace = Pace(dit, skips_branches=layout.cfg == 1)
+        self._run_pace = RunPace(self._pace, config.presets)
         self._turn_pace: TurnPace | None = None  # of the run that is or was the last under way
         rules = QueueRules(config.denoiser.max_queued, config.denoiser.max_parks, config.denoiser.aging_s)
         metrics = Metrics()
@@ -78,9 +83,10 @@ class DenoiserModel(QueuedModel):
         self._watch = RunWatch(
             metrics,
             self._tracer,
-            lambda run: self._pace.step_flops(run.terms.job.tensors),
+            lambda run, guided: self._pace.step_flops(run.terms.job.tensors, guided),
             config.telemetry.steps_per_span,
             config.denoiser.peak_tflops * 1e12 * ranks,
+            (*config.presets, MASK),
         )
         self.queue = RunQueue(rules, self._serve, self._group.cancel, self._seconds_of, self._watch, self._stop_seconds)
 
@@ -127,6 +133,7 @@ class DenoiserModel(QueuedModel):
         group = self._group
         return {
             "rates": self._pace.ledger.points(),
+            "evaluations": self._run_pace.counts.points(),
             "waiting": waiting,
             "wait_s": wait_s,
             "ranks": group.size,
@@ -150,7 +157,7 @@ class DenoiserModel(QueuedModel):
             try:
                 with closing(run_on(self._group, run, self._max_resumes, turn.resumed)) as events:
                     for event in events:
-                        self._note(turn, pace, event)
+                        self._note(turn, pace, job, event)
                         outputs = self._outputs(job.kind, event)
                         if outputs:
                             run.answer.send(outputs)
@@ -163,21 +170,23 @@ class DenoiserModel(QueuedModel):
             run.answer.close()
             return True
 
-    def _note(self, turn: Turn, pace: TurnPace, event: StepEvent | ResultEvent) -> None:
+    def _note(self, turn: Turn, pace: TurnPace, job: Resumable, event: StepEvent | ResultEvent) -> None:
         """What is learned from an event."""
-        if isinstance(event, StepEvent) and "seconds" in event.params:
-            pace.step(event.params["seconds"])
-            turn.step(event.params["step"], event.params["seconds"])
+        if not isinstance(job, ResumableDenoise):
+            return
+        if isinstance(event, StepEvent):
+            seconds, evaluated, guided = (event.params[name] for name in ("seconds", "evaluated", "guided"))
+            pace.step(seconds, evaluated, guided)
+            turn.step(event.params["step"], seconds, preset_name(str(job.settings["quality"])), evaluated, guided)
+        else:
+            self._run_pace.ended(job)
         if isinstance(event, ResultEvent) and "rank_seconds" in event.params:
             self._ranks_watch.used(event.params["rank_seconds"])
 
     def _seconds_of(self, run: QueuedRun) -> float | None:
         """Of the steps that are left; decoding and text are short beside them."""
         job = run.terms.job
-        if job.kind != "denoise":
-            return 0.0
-        step_s = self._pace.step_seconds(job.tensors)
-        return None if step_s is None else float(job.steps_left * step_s)
+        return self._run_pace.seconds_left(job) if isinstance(job, ResumableDenoise) else 0.0
 
     def _stop_seconds(self, run: QueuedRun) -> float | None:
         """Until the step under way has ended, at which a run that was cancelled or must give way stops."""

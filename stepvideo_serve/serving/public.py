@@ -20,6 +20,7 @@ from stepvideo_serve.errors import QueueFull, ServiceUnavailable
 from stepvideo_serve.launch.stopping import StopSign, shutting_down
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline.generate import Cancelled, Progress, Result, generate
+from stepvideo_serve.planning.pricing import Pricing
 from stepvideo_serve.planning.quote import QuoteRequest, Server, quote
 from stepvideo_serve.request import GenerationRequest, card_warnings, check_quality, parse_request
 from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
@@ -63,6 +64,7 @@ class PublicModel:
             self._watches = RequestWatches(self._config, args["model_name"])
             self._latent_channels = latent_channels(self._config)
             self._decoders = Layout.parse(self._config.denoiser.layout).world_size
+            self._pricing = Pricing.of(self._config)
         kept = self._config.idempotency
         self._results = Results(kept.ttl_s, kept.max_mib << 20)
         self._decoding = DecodingRoom()
@@ -96,7 +98,7 @@ class PublicModel:
                 raise shutting_down()
             inputs = read_inputs(request)
             parsed = parse_request(inputs, self._config.limits, self._latent_channels, self._config.defaults)
-            check_quality(parsed, self._config.presets)
+            self._pricing.warning(parsed, check_quality(parsed, self._config.presets))  # may refuse
             watch.identify(parsed.request_id)
             if parsed.request_id is not None:
                 run = self._results.join(parsed.request_id, fingerprint(inputs), answer, parsed.timeout_s)
@@ -166,7 +168,7 @@ class PublicModel:
         for event in generate(request, stages, video, cancelled, gates, watch.stage, self._decoding):
             if isinstance(event, Result):
                 report_pace(request, event.report["seconds"], stages, self._decoders)
-                event.report["warnings"] += self._card_warnings(request)
+                event.report["warnings"] += self._card_warnings(request) + self._price_warnings(request)
             yield event
 
     def _card_warnings(self, request: GenerationRequest) -> list[dict[str, str]]:
@@ -175,6 +177,14 @@ class PublicModel:
         for sentence in sentences:
             _logger.warning("card: %s", sentence)
         return [{"gate": "card", "message": sentence} for sentence in sentences]
+
+    def _price_warnings(self, request: GenerationRequest) -> list[dict[str, str]]:
+        """For REPORT and the log: that nobody has measured what the request's QUALITY costs."""
+        sentence = self._pricing.warning(request, check_quality(request, self._config.presets))
+        if sentence is None:
+            return []
+        _logger.warning("price: %s", sentence)
+        return [{"gate": "price", "message": sentence}]
 
 
 def _unwanted(answer: Answer) -> bool:
@@ -270,9 +280,11 @@ class QuoteModel(StageModel):
     def load(self, config: ServeConfig) -> None:
         self._config = config
         self._latent_channels = latent_channels(config)
+        self._pricing = Pricing.of(config)
 
     def answer(self, inputs: Arrays) -> Arrays:
         asked = QuoteRequest.parse(inputs, self._config, self._latent_channels)
+        warning = self._pricing.warning(asked.request, asked.preset)
         question = {"KIND": bytes_array(b"pace"), "PRIORITY": np.array([asked.request.priority], np.int32)}
         try:
             state = in_time(lambda: call("dit_denoiser", question, ("REPORT",)))
@@ -281,6 +293,7 @@ class QuoteModel(StageModel):
                 f"dit_denoiser must answer within {ANSWER_S:g} s, it does not: see python -m stepvideo_serve health."
             ) from None
         report = quote(asked, self._server, json.loads(state["REPORT"].flat[0]))
+        report["notes"] += [] if warning is None else [warning]
         return outputs_of({**report, "defaults": asdict(self._config.defaults)})
 
     @cached_property

@@ -19,9 +19,11 @@ from stepvideo_serve.errors import ServiceUnavailable as Unmeasured
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.memory.ledger import memory
 from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.planning.evaluations import EvaluationCounts
 from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
 from stepvideo_serve.planning.pace import Ledger, step_flops
 from stepvideo_serve.planning.quote import PARTS, QuoteRequest, Server, quote
+from stepvideo_serve.request.presets import Preset
 from stepvideo_serve.scheduling.progress import Repeated
 from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue, RunTerms
 from tests.server_deaths import WatchServer
@@ -52,7 +54,7 @@ def measured(work: float = 1e9, seconds: float = 2.0) -> dict[str, Any]:
     ledger = Ledger()
     for stage in STAGES:
         ledger.note(stage, work, seconds)
-    return {"rates": ledger.points(), "wait_s": 12.5, "waiting": 3}
+    return {"rates": ledger.points(), "wait_s": 12.5, "waiting": 3, "evaluations": []}
 
 
 def test_a_quote_is_what_the_ledger_says(published: Server) -> None:
@@ -80,7 +82,7 @@ def test_a_quote_survives_the_way_as_json(published: Server) -> None:
     ledger = Ledger()
     for stage, (work, seconds) in itertools.product(STAGES, [(1e3, 0.3), (1e6, 0.9), (3e6, 0.7), (1e9, 5.1)]):
         ledger.note(stage, work, seconds)
-    state = {"rates": ledger.points(), "wait_s": 0.0, "waiting": 0}
+    state = {"rates": ledger.points(), "wait_s": 0.0, "waiting": 0, "evaluations": []}
     report = quote(asked(), published, json.loads(json.dumps(state)))
     assert report["seconds"]["text"] == ledger.seconds("text", 320)
 
@@ -129,12 +131,55 @@ def test_ranks_multiply_gpu_seconds_and_divide_decoding(published: Server) -> No
 def test_what_was_not_measured_is_named(published: Server) -> None:
     state = measured()
     del state["rates"]["vae_decode"], state["rates"]["mp4"]
-    with pytest.raises(Unmeasured, match=r"vae_decode, mp4 has not run yet .* with OUTPUT mp4 and a new prompt"):
+    with pytest.raises(
+        Unmeasured, match=r"vae_decode, mp4 has not run yet .* with OUTPUT mp4, QUALITY exact and a new prompt"
+    ):
         quote(asked(), published, state)
     assert quote(asked(OUTPUT=b"latents"), published, state)["seconds"]["vae_decode"] == 0.0
 
 
+def test_a_mask_is_quoted_exactly(published: Server) -> None:
+    mask = "11" + "0" * 47 + "1"
+    qualities = (b"exact", f"mask:{mask}".encode())
+    exact, masked = (quote(asked(STEPS=50, QUALITY=quality), published, measured()) for quality in qualities)
+    saved = 47 * (exact["step_seconds"] - masked["forecast_seconds"])
+    assert masked["forecast_seconds"] > 0
+    assert exact["seconds"]["total"] - masked["seconds"]["total"] == pytest.approx(saved)
+    assert masked["seconds_range"] == pytest.approx([masked["seconds"]["total"]] * 2)
+    assert masked["evaluations"]["mean"] == 3
+
+
+def test_an_adaptive_preset_is_quoted_by_its_runs_with_their_range(published: Server) -> None:
+    request = asked(STEPS=50, QUALITY=b"fast")
+    with pytest.raises(Unmeasured, match="needs a finished run of QUALITY fast, and there was none yet"):
+        quote(request, published, measured())
+    counts = EvaluationCounts()
+    tokens = request.request.geometry.tokens
+    for evaluations in (12, 20):
+        counts.note(request.preset, 50, tokens, evaluations, evaluations)
+    report = quote(request, published, {**measured(), "evaluations": json.loads(json.dumps(counts.points()))})
+    assert report["evaluations"] == {"mean": 16, "least": 12, "most": 20, "guided_share": 1, "runs": 2, "alike": True}
+    step_s = report["step_seconds"] - report["forecast_seconds"]
+    low, high = report["seconds_range"]
+    assert high - low == pytest.approx(8 * step_s)
+    assert (low + high) / 2 == pytest.approx(report["seconds"]["total"])
+
+
+def test_cfg2_gains_nothing_by_a_skipped_branch(published: Server) -> None:
+    late = Preset("exact", guidance_from=0.1)
+    request = replace(asked(STEPS=50), preset=late)
+    one, two = (
+        quote(request, replace(published, layout=Layout.parse(name)), measured()) for name in ("single", "cfg2")
+    )
+    assert 0 < one["evaluations"]["guided_share"] < 1
+    assert one["seconds"]["denoise"] < two["seconds"]["denoise"]
+    assert one["notes"] == []
+    [note] = two["notes"]
+    assert "a step without guidance costs it as much as one with" in note
+
+
 BAD = {
+    "quality": ({"STEPS": 50, "QUALITY": b"quick"}, "QUALITY must be one of exact, balanced, fast, or mask:"),
     "frames": ({"NUM_FRAMES": 16}, "NUM_FRAMES must be a positive multiple of 17"),
     "steps": ({"STEPS": 0}, "STEPS must be from 1 to"),
     "scale": ({"CFG_SCALE": float("nan")}, "CFG_SCALE must be a finite number"),

@@ -42,7 +42,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "stepvideo_running": Family("gauge", "Runs on the ranks now: 0 or 1"),
     "stepvideo_steps_total": Family("counter", "Denoising steps that have been computed"),
-    "stepvideo_step_seconds": Family("histogram", "Seconds of one denoising step", (), SHORT_BUCKETS),
+    "stepvideo_evaluations_total": Family("counter", "Steps of these that evaluated the DiT", ("preset",)),
+    "stepvideo_forecasts_total": Family("counter", "Steps of these that took a forecast velocity", ("preset",)),
+    "stepvideo_step_seconds": Family(
+        "histogram", "Seconds of one denoising step that evaluated the DiT", (), SHORT_BUCKETS
+    ),
     "stepvideo_flops_total": Family("counter", "Floating-point operations of all steps, by the model's formula"),
     "stepvideo_step_flops_per_second": Family("gauge", "Floating-point operations per second of the last step"),
     "stepvideo_peak_flops_per_second": Family(

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,18 +24,20 @@ _logger = logging.getLogger(__name__)
 class RunWatch(QueueListener):
     """Hears of every run of one queue, and of its turns on the ranks.
 
-    flops_of        floating-point operations of one step of a run
+    flops_of        floating-point operations of one evaluated step of a run, with guidance or without
     steps_per_span  how many steps a span covers
     peak_flops      per second and of all ranks together, 0 if not known
+    presets         the names that steps are counted by
     """
 
     def __init__(
         self,
         metrics: Metrics,
         tracer: Tracer,
-        flops_of: Callable[[QueuedRun], float],
+        flops_of: Callable[[QueuedRun, bool], float],
         steps_per_span: int,
         peak_flops: float,
+        presets: Sequence[str],
     ) -> None:
         self.metrics, self.tracer, self.flops_of, self.steps_per_span = metrics, tracer, flops_of, steps_per_span
         for priority in PRIORITY_NAMES.values():
@@ -43,6 +45,9 @@ class RunWatch(QueueListener):
             metrics.show("stepvideo_queue_wait_seconds", priority=priority)
         for counter in ("steps", "flops", "preemptions"):
             metrics.add(f"stepvideo_{counter}_total", 0)
+        for preset in presets:
+            metrics.add("stepvideo_evaluations_total", 0, preset=preset)
+            metrics.add("stepvideo_forecasts_total", 0, preset=preset)
         for after in ("preemption", "rank_failure"):
             metrics.add("stepvideo_resumes_total", 0, after=after)
         for stage in ("queue", "denoise"):
@@ -97,13 +102,18 @@ class Turn:
         self.outcome = PARKED
         """OK, the code of an error, or PARKED."""
 
-    def step(self, step: int, seconds: float) -> None:
-        """A step of a denoising run has ended."""
-        metrics, flops = self._watch.metrics, self._watch.flops_of(self._run)
+    def step(self, step: int, seconds: float, preset: str, evaluated: bool, guided: bool) -> None:
+        """A step of a denoising run has ended, which evaluated the DiT (with its guidance or without) or forecast."""
+        metrics = self._watch.metrics
         metrics.add("stepvideo_steps_total")
-        metrics.observe("stepvideo_step_seconds", seconds)
-        metrics.add("stepvideo_flops_total", flops)
-        metrics.set("stepvideo_step_flops_per_second", flops / max(seconds, 1e-9))
+        if evaluated:
+            flops = self._watch.flops_of(self._run, guided)
+            metrics.add("stepvideo_evaluations_total", preset=preset)
+            metrics.observe("stepvideo_step_seconds", seconds)
+            metrics.add("stepvideo_flops_total", flops)
+            metrics.set("stepvideo_step_flops_per_second", flops / max(seconds, 1e-9))
+        else:
+            metrics.add("stepvideo_forecasts_total", preset=preset)
         if self._span is None:
             self._span = self._watch.tracer.span("steps", self._run.traceparent, self._step_ended_s)
         self._steps.append(step)
