@@ -21,6 +21,7 @@ from stepvideo_serve.request import (
     GenerationRequest,
     RequestLimits,
     parse_request,
+    with_timeout,
 )
 
 CHANNELS = 4
@@ -259,3 +260,13 @@ def test_only_invalid_request_escapes(inputs: Inputs) -> None:
     assert request.output in ("mp4", "frames", "latents")
     assert request.timeout_s is None or 0 < request.timeout_s <= limits.max_timeout_s
     assert request.latents is None or np.isfinite(request.latents).all()
+
+
+def test_of_two_deadlines_the_shorter_holds() -> None:
+    limits = RequestLimits()
+    assert with_timeout(parse(), None, limits).timeout_s is None
+    assert with_timeout(parse(), 2.5, limits).timeout_s == 2.5
+    asked = parse(TIMEOUT_S=fp32(60.0))
+    assert [with_timeout(asked, timeout_s, limits).timeout_s for timeout_s in (None, 2.5, 600.0)] == [60.0, 2.5, 60.0]
+    with pytest.raises(InvalidRequest, match="TIMEOUT_S must be above 0 and at most 86400 seconds, got 90000"):
+        with_timeout(asked, 90_000.0, limits)

@@ -34,6 +34,7 @@ from stepvideo_serve.request.parse import (
     check_quality,
     field_value,
     parse_request,
+    with_timeout,
 )
 from stepvideo_serve.request.settings import checked_settings, chosen_preset, rank_settings
 
@@ -67,4 +68,5 @@ __all__ = [
     "fields_for",
     "parse_request",
     "rank_settings",
+    "with_timeout",
 ]

@@ -10,7 +10,7 @@ LATENTS [latent frames, C, h, w] and ENCODE_NOISE [1, C, h, w] (FP32, h = HEIGHT
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,16 @@ def parse_request(
         if field.attribute not in values:
             values[field.attribute] = field_value(field, inputs, limits, filled)
     return GenerationRequest(**values)
+
+
+def with_timeout(request: GenerationRequest, timeout_s: float | None, limits: RequestLimits) -> GenerationRequest:
+    """The request with a deadline that came beside its inputs; of both the shorter holds. Raises InvalidRequest for one
+    that TIMEOUT_S may not have."""
+    if timeout_s is None:
+        return request
+    [field] = (field for field in fields_for("request") if field.attribute == "timeout_s")
+    given: float = field.rule.check(field.name, as_fp32(timeout_s), limits)
+    return replace(request, timeout_s=given if request.timeout_s is None else min(given, request.timeout_s))
 
 
 def check_names(inputs: Iterable[str], expected: Iterable[Field]) -> None:

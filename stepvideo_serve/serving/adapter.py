@@ -25,6 +25,7 @@ from stepvideo_serve.errors import (
     SetupError,
     StepVideoError,
 )
+from stepvideo_serve.request.rules import shortened
 from stepvideo_serve.scheduling.run_queue import Waiting
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -36,8 +37,23 @@ def read_inputs(request: Any) -> dict[str, NDArray[Any]]:
 
 
 def is_probe(request: Any) -> bool:
-    """Whether the request only asks if the model answers: it has a parameter `probe`, and its inputs say nothing."""
-    return "probe" in json.loads(request.parameters() or "{}")
+    """Whether the request only asks if the model answers: its parameter `probe` is true, and its inputs say nothing.
+
+    Raises InvalidRequest for a `probe` that is neither true nor false.
+    """
+    value = json.loads(request.parameters() or "{}").get("probe", False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"The parameter probe must be true or false, got {shortened(value)}: correct it.")
+    return value
+
+
+def own_timeout_s(request: Any) -> float | None:
+    """Triton's request parameter `timeout`, which comes in microseconds; None without one.
+
+    The server hands the parameter on and does nothing itself. Its parameter `priority` it keeps to itself.
+    """
+    timeout_us: int = request.timeout()
+    return timeout_us / 1e6 if timeout_us > 0 else None
 
 
 def response(outputs: Arrays) -> Any:

@@ -16,13 +16,19 @@ import numpy as np
 from stepvideo_serve.assembly.runners import latent_channels
 from stepvideo_serve.assembly.stages import describe
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.errors import QueueFull, ServiceUnavailable
+from stepvideo_serve.errors import InvalidRequest, QueueFull, ServiceUnavailable
 from stepvideo_serve.launch.stopping import StopSign, shutting_down
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline.generate import Cancelled, Progress, Result, generate
 from stepvideo_serve.planning.pricing import Pricing
 from stepvideo_serve.planning.quote import QuoteRequest, Server, quote
-from stepvideo_serve.request import GenerationRequest, card_warnings, check_quality, parse_request
+from stepvideo_serve.request import (
+    GenerationRequest,
+    card_warnings,
+    check_quality,
+    parse_request,
+    with_timeout,
+)
 from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
 from stepvideo_serve.serving.adapter import (
     Arrays,
@@ -31,6 +37,7 @@ from stepvideo_serve.serving.adapter import (
     clear_setup_errors,
     end_process,
     is_probe,
+    own_timeout_s,
     read_inputs,
     waiting_outputs,
 )
@@ -88,8 +95,12 @@ class PublicModel:
         end_process()
 
     def _take(self, request: Any) -> None:
-        if is_probe(request):
-            Sender(request, self.decoupled).finish({"REPORT": bytes_array(json.dumps(self._state()).encode())})
+        try:
+            if is_probe(request):
+                Sender(request, self.decoupled).finish({"REPORT": bytes_array(json.dumps(self._state()).encode())})
+                return
+        except InvalidRequest as error:
+            Sender(request, self.decoupled).fail(error)
             return
         watch = self._watches.begin(request)
         answer: Answer = Sender(request, self.decoupled, watch.end)
@@ -99,6 +110,7 @@ class PublicModel:
             inputs = read_inputs(request)
             parsed = parse_request(inputs, self._config.limits, self._latent_channels, self._config.defaults)
             self._pricing.warning(parsed, check_quality(parsed, self._config.presets))  # may refuse
+            parsed = with_timeout(parsed, own_timeout_s(request), self._config.limits)
             watch.identify(parsed.request_id)
             if parsed.request_id is not None:
                 run = self._results.join(parsed.request_id, fingerprint(inputs), answer, parsed.timeout_s)
