@@ -55,6 +55,8 @@ class Options(TypedDict, total=False):
     priority: who goes first: 1 high, 2 normal, 3 low (2)
     request_id: a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or
         result
+    max_response_bytes: the largest message that the caller can receive; a larger result is refused, before the work
+        where its size is known
     """
 
     negative_prompt: str | None
@@ -75,6 +77,7 @@ class Options(TypedDict, total=False):
     timeout_s: float | None
     priority: int | None
     request_id: str | None
+    max_response_bytes: int | None
 
 
 class QuoteOptions(TypedDict, total=False):
@@ -338,6 +341,20 @@ INPUTS: Final[dict[str, Input]] = {
         choices=(),
         required=False,
         help="a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or result",
+    ),
+    "max_response_bytes": Input(
+        name="MAX_RESPONSE_BYTES",
+        datatype="INT64",
+        dimensions=1,
+        commands=("generate",),
+        flag="--max-response-bytes",
+        metavar="BYTES",
+        choices=(),
+        required=False,
+        help=(
+            "the largest message that the caller can receive; a larger result is refused, before the work where "
+            "its size is known"
+        ),
     ),
     "prompt_tokens": Input(
         name="PROMPT_TOKENS",

@@ -50,6 +50,9 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_CANCELLED = 130
 
+WITHOUT_EFFECT = ("priority", "request_id", "max_response_bytes")
+"""Options about a server that others use too; accepted, so that a client's command line can be repeated here."""
+
 INTEGERS: dict[str, type[np.signedinteger[Any]]] = {"INT32": np.int32, "INT64": np.int64}
 
 
@@ -247,7 +250,7 @@ def _type_of(field: Field) -> type[Path] | type[str] | type[int] | type[float]:
 
 
 def _help(field: Field) -> str:
-    if field.attribute in ("priority", "request_id"):
-        return f"{field.help}; checked here, without effect: nobody else asks"
+    if field.attribute in WITHOUT_EFFECT:
+        return f"{field.help}; checked here, without effect: there is no server"
     grid = f", a multiple of {field.rule.step}" if isinstance(field.rule, Multiple) else ""
     return field.help + grid + (" ([defaults])" if field.default is Default.CONFIGURED else "")

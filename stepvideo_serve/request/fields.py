@@ -32,6 +32,7 @@ OUTPUT_LATENTS: Final = "latents"
 OUTPUTS: Final = (OUTPUT_MP4, OUTPUT_FRAMES, OUTPUT_LATENTS)
 
 MAX_SEED: Final = 2**32 - 1  # torch's CPU generator uses 32 bits: larger seeds would repeat videos
+MAX_MESSAGE_BYTES: Final = 2**40  # more than any transport takes: as good as no bound
 MIN_TEXT_TOKENS: Final = 2  # of any text: its beginning and its end
 MAX_TEXT_TOKENS: Final = 320  # that Step-LLM takes
 
@@ -240,6 +241,21 @@ FIELDS: Final[tuple[Field, ...]] = (
         ("request", "client"),
         "a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or result",
         metavar="ID",
+    ),
+    Field(
+        "MAX_RESPONSE_BYTES",
+        "max_response_bytes",
+        "INT64",
+        None,
+        Range(
+            lambda _: (1, MAX_MESSAGE_BYTES),
+            unit="bytes",
+            remedy="choose a value in that range, or leave it out for no bound",
+        ),
+        ("request", "client"),
+        "the largest message that the caller can receive; a larger result is refused, before the work where its size "
+        "is known",
+        metavar="BYTES",
     ),
     Field(
         "PROMPT_TOKENS",

@@ -36,7 +36,7 @@ class GenerationRequest:
     Its attributes are those of the fields that a "request" needs. `latents` fp32 [latent frames, C, h, w] and
     `encode_noise` fp32 [1, C, h, w] are copies owned by this object, or None to draw them from the seed. `timeout_s` is
     None without a deadline; `priority` 1 high, 2 normal, 3 low; `request_id` is None where a repeat of the request is a
-    request of its own.
+    request of its own; `max_response_bytes` is None without a bound.
     """
 
     prompt: str
@@ -59,6 +59,7 @@ class GenerationRequest:
     timeout_s: float | None
     priority: int
     request_id: str | None = None
+    max_response_bytes: int | None = None
 
     @property
     def geometry(self) -> VideoGeometry:

@@ -23,7 +23,7 @@ from stepvideo_serve.errors import DeadlineExceeded, InvalidRequest, QueueFull, 
 Outputs = Mapping[str, NDArray[Any]]
 
 # What a repeat may change: it decides how the result is waited for, not what it is.
-FREE_INPUTS = ("REQUEST_ID", "REQUEST_PRIORITY", "TIMEOUT_S", "PREVIEW_EVERY")
+FREE_INPUTS = ("REQUEST_ID", "REQUEST_PRIORITY", "TIMEOUT_S", "PREVIEW_EVERY", "MAX_RESPONSE_BYTES")
 MAX_CALLERS = 16  # that may wait for one run
 
 _logger = logging.getLogger(__name__)

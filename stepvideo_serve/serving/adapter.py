@@ -25,6 +25,7 @@ from stepvideo_serve.errors import (
     SetupError,
     StepVideoError,
 )
+from stepvideo_serve.request.response_size import response_bytes, too_large
 from stepvideo_serve.request.rules import shortened
 from stepvideo_serve.scheduling.run_queue import Waiting
 
@@ -119,7 +120,10 @@ class Sender:
 
     decoupled  the model streams: progress is sent too. Otherwise the one response is all there is.
     ended      hears of the last word before the caller does: None, or the error
+    most_bytes of the result's response; a larger one becomes an error. None: no bound
     """
+
+    most_bytes: int | None = None
 
     def __init__(
         self, request: Any, decoupled: bool, ended: Callable[[BaseException | None], None] = lambda _: None
@@ -136,7 +140,10 @@ class Sender:
                 self._sender.send(response(outputs))
 
     def finish(self, outputs: Arrays) -> None:
-        """Sends the result."""
+        """Sends the result, or the error that it is larger than the caller can take."""
+        if self.most_bytes is not None and (size := response_bytes(outputs)) > self.most_bytes:
+            self.fail(too_large(self.most_bytes, size))
+            return
         self._ended(None)
         self._finish(response(outputs))
 

@@ -29,6 +29,7 @@ from stepvideo_serve.request import (
     parse_request,
     with_timeout,
 )
+from stepvideo_serve.request.response_size import check_fits
 from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
 from stepvideo_serve.serving.adapter import (
     Arrays,
@@ -46,6 +47,7 @@ from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestW
 from stepvideo_serve.serving.remote_stages import BlsStages, report_pace
 from stepvideo_serve.serving.stage_models import StageModel
 from stepvideo_serve.video.decoding_room import DecodingRoom
+from stepvideo_serve.video.mp4 import standard_size
 from stepvideo_serve.video.preview import encode_jpeg
 
 HEARTBEAT_S = 15.0
@@ -103,7 +105,8 @@ class PublicModel:
             Sender(request, self.decoupled).fail(error)
             return
         watch = self._watches.begin(request)
-        answer: Answer = Sender(request, self.decoupled, watch.end)
+        sender = Sender(request, self.decoupled, watch.end)
+        answer: Answer = sender
         try:
             if self.stop_sign.raised():
                 raise shutting_down()
@@ -112,6 +115,8 @@ class PublicModel:
             self._pricing.warning(parsed, check_quality(parsed, self._config.presets))  # may refuse
             parsed = with_timeout(parsed, own_timeout_s(request), self._config.limits)
             watch.identify(parsed.request_id)
+            check_fits(parsed, self._latent_channels, self._frame_size(parsed))
+            sender.most_bytes = parsed.max_response_bytes
             if parsed.request_id is not None:
                 run = self._results.join(parsed.request_id, fingerprint(inputs), answer, parsed.timeout_s)
                 if run is None:
@@ -121,6 +126,11 @@ class PublicModel:
             self._threads.submit(self._run, parsed, answer, watch)
         except Exception as error:  # every error becomes this request's response
             answer.fail(error)
+
+    def _frame_size(self, request: GenerationRequest) -> tuple[int, int]:
+        """Height and width of the frames that are handed out."""
+        size = (request.height, request.width)
+        return standard_size(*size) if self._config.video.crop else size
 
     def _accept(self) -> None:
         with self._lock:

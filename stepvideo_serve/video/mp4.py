@@ -48,10 +48,15 @@ def to_uint8(video: torch.Tensor) -> NDArray[np.uint8]:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def standard_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width that `crop_to_standard` leaves."""
+    return _STANDARD_CROPS.get((height, width), (height, width))
+
+
 def crop_to_standard(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The centre 540x960 of 544x992 frames and 960x540 of 992x544; other sizes as they are. [F, H, W, 3], a view."""
     height, width = frames.shape[1:3]
-    new_height, new_width = _STANDARD_CROPS.get((height, width), (height, width))
+    new_height, new_width = standard_size(height, width)
     top, left = (height - new_height) // 2, (width - new_width) // 2
     return frames[:, top : top + new_height, left : left + new_width]
 
