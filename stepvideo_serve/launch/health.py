@@ -8,8 +8,9 @@ the others whether they answer.
 
     ready   every model answers, the ranks do, and the server is not told to stop: it may get requests. Also for a
             startup probe
-    live    the server answers and no model's process is dead or stuck: false where only a restart helps. Ranks that
-            are being started anew, models that are being loaded, and requests that a stopping server ends are no reason
+    live    the server answers and no model's process is dead, stuck or without one of its threads: false where only a
+            restart helps. Ranks that are being started anew, models that are being loaded, and requests that a
+            stopping server ends are no reason
 
 Uses the standard library only, and the HTTP port of the server.
 """
@@ -32,6 +33,7 @@ RANKS_MODEL = "dit_denoiser"
 PUBLIC_MODELS = ("ti2v", "ti2v_unary")
 LEVELS = ("ready", "live")
 SERVER = "the server"
+LOST_THREAD = "has lost a thread"  # in the words of a model whose process lives, but does not do all that it should
 
 
 class State(Enum):
@@ -39,6 +41,7 @@ class State(Enum):
 
     WELL = "answers"
     DEAD = "has lost its process"
+    BROKEN = LOST_THREAD
     SILENT = "does not answer"
     ABSENT = "is not loaded"
     REFUSES = "answers with an error"
@@ -79,8 +82,8 @@ def questions() -> dict[str, tuple[str, dict[str, object]]]:
         "ti2v_quote": ("infer", {"inputs": [], "parameters": probe}),
         "text_encoder": ("infer", {"inputs": prompt, "parameters": probe}),
         "vae_encoder": ("infer", {"inputs": pixels, "parameters": probe}),
-        RANKS_MODEL: ("infer", {"inputs": [_tensor("KIND", [1], "BYTES", ["pace"])]}),
-        "vae_decoder": ("infer", {"inputs": [_tensor("CANCEL_RUN", [1], "BYTES", ["probe"])]}),
+        RANKS_MODEL: ("infer", {"inputs": [], "parameters": probe}),
+        "vae_decoder": ("infer", {"inputs": [], "parameters": probe}),
     }
 
 
@@ -113,6 +116,8 @@ def ask(url: str, model: str, timeout_s: float) -> Answer:
     error = _error(said)
     if "Stub process" in error or "not healthy" in error:
         return Answer(State.DEAD, {}, error)
+    if LOST_THREAD in error:
+        return Answer(State.BROKEN, {}, error)
     if "unknown model" in error or "not ready" in error or "no available version" in error:
         return Answer(State.ABSENT, {}, error)
     return Answer(State.REFUSES, {}, error)
@@ -120,7 +125,7 @@ def ask(url: str, model: str, timeout_s: float) -> Answer:
 
 def _problems(models: Mapping[str, Answer], level: str) -> list[str]:
     """What stands against the level, as clauses."""
-    fatal = (State.DEAD, State.SILENT) if level == "live" else tuple(State)
+    fatal = (State.DEAD, State.SILENT, State.BROKEN) if level == "live" else tuple(State)
     problems = [
         f"{model} {answer.state.value}" + (f" ({answer.said})" if answer.state is State.REFUSES else "")
         for model, answer in models.items()

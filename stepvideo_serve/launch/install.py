@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch.boundary import VARIABLE, new_token
 
 MINIMUM = (2, 71)
 MINIMUM_NAME = "26.07 (2.71)"
@@ -123,8 +124,9 @@ def link_stub(home: Path) -> None:
 
 
 def server_environment(config: Path | None) -> dict[str, str]:
-    """The server's environment: its stubs find this Python, its library, this package and the configuration."""
-    environment = {**os.environ}
+    """The server's environment: its stubs find this Python, its library, this package and the configuration, and its
+    models each other, by a token that no other server has."""
+    environment = {**os.environ, VARIABLE: new_token()}
     _prepend(environment, "PATH", str(Path(sys.executable).parent))
     _prepend(environment, "LD_LIBRARY_PATH", sysconfig.get_config_var("LIBDIR"))
     root = Path(__file__).absolute().parents[2]

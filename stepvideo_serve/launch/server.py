@@ -56,6 +56,7 @@ LONG_CALLS = (
     "--grpc-keepalive-permit-without-calls=1",
     "--grpc-keepalive-time=60000",
 )
+PRIVATE = 0o077  # umask of the server: what it writes holds prompts, pictures and videos
 FORWARDED_HEADERS = "(?i)^traceparent$"  # of a call, to the models as parameters of its requests
 
 
@@ -139,6 +140,7 @@ class TritonServer:
             stdout=self._log.write_end,
             stderr=self._log.write_end,
             process_group=0,
+            umask=PRIVATE,
             restore_signals=False,  # a log that is not read any more must not end the server: SIGPIPE stays ignored
             preexec_fn=_die_with_parent(),
         )
@@ -152,7 +154,9 @@ class TritonServer:
         process = self._started()
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if self._answers():
+            answers = self._answers()
+            self.close_regions()  # also of models that are still being loaded
+            if answers:
                 self._may_have_requests = True
                 return
             try:
@@ -164,6 +168,13 @@ class TritonServer:
         raise SetupError(
             f"The server must become ready in {timeout_s:g} s, but it did not, {pending}: raise --ready-timeout."
         )
+
+    def close_regions(self) -> None:
+        """Takes the shared memory of the models away from other users of this machine: Triton makes a file at each
+        load of a model, for all to read whatever the umask, and every tensor of the model passes through the file."""
+        for region in SHARED_MEMORY.glob(f"{self.shm_prefix}*"):
+            with contextlib.suppress(FileNotFoundError):
+                region.chmod(0o600)
 
     def wait(self) -> int:
         """Blocks until the server exits by itself; the exit code."""

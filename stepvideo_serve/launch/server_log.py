@@ -7,6 +7,7 @@ The server writes into a pipe, so that nothing it does depends on the file: a fu
 import contextlib
 import os
 import re
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import BinaryIO
 from stepvideo_serve.errors import SetupError
 
 CHUNK_BYTES = 1 << 16
+PRIVATE = 0o600  # what models and ranks log is their user's alone
 LONGEST_LINE = 1 << 20
 LAST_WORDS_S = 2.0  # for what is still in the pipe when the server has exited
 LOADING = re.compile(r"\"loading: (\w+):\d+\"")
@@ -121,7 +123,10 @@ def _first_line(words: str) -> str:
 def _open(path: Path) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab", buffering=0)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE)
+        if stat.S_ISREG(os.fstat(fd).st_mode):  # the file may have been there, for all to read
+            os.fchmod(fd, PRIVATE)
+        return os.fdopen(fd, "ab", buffering=0)
     except OSError as error:
         raise SetupError(f"The log must be a file that can be written to, {path} is not: {error.strerror}.") from None
 

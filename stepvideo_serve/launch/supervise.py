@@ -5,7 +5,8 @@
 The ranks are started anew by `dit_denoiser`, and a request in flight goes on. What is left:
 
     a model's process has died, or stays stopped    its model is unloaded and loaded again (load alone revives nothing)
-    a model gives no answer twice in a row          its process is killed, then the same
+    a model gives no answer twice in a row, or      its process is killed, then the same
+    says that one of its threads has died
     that fails, or is needed too often              the server is started anew, on the same ports
     the server has exited                           the same
     the server is needed anew too often             exit code 1, with the reason: whoever started this must decide
@@ -144,7 +145,7 @@ class Supervisor:
         else:
             self._doubted.discard(SERVER)
         for model, answer in answers.items():
-            if answer.state in (State.DEAD, State.SILENT, State.ABSENT):
+            if answer.state in (State.DEAD, State.SILENT, State.BROKEN, State.ABSENT):
                 self._doubt(model, partial(self._revive, model, f"it {answer.state.value}"))
             else:
                 self._doubted.discard(model)
@@ -170,6 +171,7 @@ class Supervisor:
         for act in ("unload", "load"):
             if (failure := self._control(model, act)) is not None:
                 raise RestartNeeded(f"the {act} of {model} failed: {failure}")
+        self.server.close_regions()
         answer = ask(self.server.http_url, model, self._rules.answer_s)
         if answer.state is not State.WELL:
             raise RestartNeeded(f"{model}, loaded anew, {answer.state.value} {answer.said}".rstrip())

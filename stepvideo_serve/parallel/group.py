@@ -209,7 +209,25 @@ class RankGroup:
             raise ServiceUnavailable("The group of ranks is closed: start the model anew.")
 
     def _keep(self) -> None:
-        """One generation after another: the thread of the group."""
+        """The thread of the group. What is not foreseen ends the ranks and the job, and the thread by its exception."""
+        try:
+            self._generations()
+        except BaseException as error:
+            ranks, job = self._ranks, self._job
+            failure = WorkerFailed(
+                f"The keeper of the ranks has failed ({type(error).__name__}): see the server's log."
+            )
+            self._ranks = None
+            self._fail(failure, last=True)
+            if job is not None:
+                self._release(job)
+                job.events.put(failure)
+            if ranks is not None:
+                ranks.stop(0.0)
+            raise
+
+    def _generations(self) -> None:
+        """One after another."""
         setbacks = 0  # generations in a row that came to nothing
         was_ready = False
         while not self._closing.is_set():

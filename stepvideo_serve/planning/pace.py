@@ -32,6 +32,8 @@ NEWEST = 0.5  # least weight of the newest measurement in the average of its siz
 NEWEST_STEP = 0.2  # the same where a request has many
 SIZES_KEPT = 32
 DISTURBED_S = 2.0  # a step that comes so much later than it took: the ranks were started anew meanwhile
+MOST_WORK = 1e20  # a step of the longest clip of the full model is 3e16 FLOPs
+LONGEST_S = 86_400.0  # of a stage
 SAME_SIZE = log(1.02)  # amounts of work that differ by less share an average
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -67,7 +69,7 @@ class Rate:
 
     def _change_all(self, factor: float) -> None:
         for size, (work, seconds, count) in self._averages.items():
-            self._averages[size] = work, seconds * factor, count
+            self._averages[size] = work, min(seconds * factor, LONGEST_S), count
 
     def points(self) -> Points:
         """(work, seconds) by size; more work never takes less time: where it did, neighbours share their mean."""
@@ -101,7 +103,7 @@ class Ledger:
 
     def note(self, stage: str, work: float, seconds: float) -> None:
         """A stage did so much work in so long. Raises ValueError for a stage or an amount that there cannot be."""
-        if stage not in WORK or not 0 < work < float("inf") or not 0 <= seconds < float("inf"):
+        if stage not in WORK or not 0 < work <= MOST_WORK or not 0 <= seconds <= LONGEST_S:
             raise ValueError(f"{stage} cannot have done {work} in {seconds} s")
         with self._lock:
             newest = NEWEST_STEP if stage in ("step", "forecast") else NEWEST

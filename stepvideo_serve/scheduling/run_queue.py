@@ -9,134 +9,46 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from numpy.typing import NDArray
+from stepvideo_serve.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    QueueFull,
+    RequestCancelled,
+    RequestError,
+    ServiceUnavailable,
+    WorkerFailed,
+)
+from stepvideo_serve.scheduling.queue_rules import QueueRules, UrgentShare
+from stepvideo_serve.scheduling.queued_run import (
+    HIGH,
+    LOW,
+    NORMAL,
+    URGENT,
+    Claim,
+    QueuedRun,
+    QueueState,
+    RunAnswer,
+    RunTerms,
+    Waiting,
+    waited_too_long,
+)
 
-from stepvideo_serve.errors import DeadlineExceeded, InvalidRequest, QueueFull, RequestCancelled, ServiceUnavailable
-from stepvideo_serve.scheduling.progress import Resumable
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A run waits, to begin or to go on: its place (1: next), and the estimated seconds until then, None if unknown."""
-
-    position: int
-    start_in_s: float | None
-
-
-class RunAnswer(Protocol):
-    """Where the responses of a run go."""
-
-    def send(self, outputs: dict[str, NDArray[Any]]) -> None: ...
-    def waiting(self, waiting: Waiting) -> None: ...
-    def fail(self, error: BaseException) -> None: ...
-    def close(self) -> None: ...
-
-
-URGENT, HIGH, NORMAL, LOW = range(4)
-"""Priorities. URGENT: a request that has begun waits for the run, so the run is never refused for lack of room, and
-parks any other as often as need be."""
-
-
-@dataclass(frozen=True, eq=False)
-class RunTerms:
-    """What a run is and what its caller may expect; decided when the run is accepted.
-
-    job        what is computed, with its progress; whoever serves the run moves it on
-    priority   URGENT, HIGH, NORMAL or LOW
-    timeout_s  from the acceptance of the run, None without a deadline
-    parkable   whether whoever serves the run can stop it at a step and go on later
-    """
-
-    job: Resumable
-    priority: int = NORMAL
-    timeout_s: float | None = None
-    parkable: bool = False
-
-
-@dataclass
-class QueueState:
-    """What the queue knows of a run; only the queue writes it. Times are those of time.monotonic().
-
-    arrival        the run's place among all that ever came
-    asked_s        when the caller last showed that it is there
-    parks          how often the run has given way to runs that were not URGENT
-    waits_since_s  when the wait began that is under way or was the last
-    waited_s       all waits so far
-    turns          how often the run has begun
-    """
-
-    arrival: int = 0
-    asked_s: float = field(default_factory=time.monotonic)
-    parks: int = 0
-    waits_since_s: float = 0.0
-    waited_s: float = 0.0
-    turns: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class QueuedRun:
-    """One run on its way.
-
-    request_id, traceparent: of the public request that the run belongs to; "" where unknown.
-    cancelled: the run is to end. parked: the run is to give way at its next step.
-    """
-
-    run_id: str
-    terms: RunTerms
-    answer: RunAnswer
-    request_id: str = ""
-    traceparent: str = ""
-    accepted_s: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    parked: threading.Event = field(default_factory=threading.Event)
-    state: QueueState = field(default_factory=QueueState)
-
-    @property
-    def gives_way(self) -> bool:
-        """Whether the run must stop at its next step, but not end."""
-        return self.parked.is_set() and not self.cancelled.is_set()
-
-    def remaining_s(self) -> float | None:
-        """Seconds left, or None without a deadline. Raises DeadlineExceeded when none are."""
-        if self.terms.timeout_s is None:
-            return None
-        left_s = self.terms.timeout_s - (time.monotonic() - self.accepted_s)
-        if left_s <= 0:
-            raise waited_too_long()
-        return left_s
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What decides a run's place in the queue."""
-
-    priority: int
-    arrival: int
-    accepted_s: float
-
-    @classmethod
-    def of(cls, run: QueuedRun) -> "Claim":
-        return cls(run.terms.priority, run.state.arrival, run.accepted_s)
-
-
-def waited_too_long() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "The video must be ready within TIMEOUT_S, which ran out while the request waited: "
-        "allow more time, or try again later."
-    )
-
-
-@dataclass(frozen=True)
-class QueueRules:
-    """max_waiting: how many may wait behind the one under way, None: any number. max_parks: how often one run may be
-    parked. aging_s: seconds of waiting that raise a run by one priority."""
-
-    max_waiting: int | None
-    max_parks: int = 0
-    aging_s: float = 600.0
+__all__ = [
+    "HIGH",
+    "LOW",
+    "NORMAL",
+    "URGENT",
+    "Claim",
+    "QueueListener",
+    "QueueRules",
+    "QueueState",
+    "QueuedRun",
+    "RunAnswer",
+    "RunQueue",
+    "RunTerms",
+    "Waiting",
+]
 
 
 class QueueListener:
@@ -162,7 +74,8 @@ class RunQueue:
     returns False. A run whose time is over while it waits is answered then. To end or park the one under way, its
     `cancelled` or `parked` is set and then `interrupt` called, which may find that it has not begun: `serve` looks at
     both once it has. `seconds_of(run)`: how long a run will still take; `stop_seconds_of(run)`: how long the one under
-    way, told to stop, needs for that; None where that is not known. `listener` is told what happens.
+    way, told to stop, needs for that; None where that is not known. `listener` is told what happens. An exception that
+    escapes `serve` fails all runs, and the queue takes no more.
     """
 
     def __init__(
@@ -182,7 +95,8 @@ class RunQueue:
         self._running: QueuedRun | None = None
         self._arrivals = 0
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed: RequestError | None = None  # what who comes now is refused with
+        self._share = UrgentShare(rules.urgent_credit_s)
         self._thread = threading.Thread(target=self._loop, name="runs")
         self._thread.start()
 
@@ -192,14 +106,14 @@ class RunQueue:
         """
         run.remaining_s()
         with self._changed:
-            if self._closed:
-                raise _shutting_down()
+            if self._closed is not None:
+                raise type(self._closed)(str(self._closed))
             if run.run_id in self._waiting or (self._running is not None and self._running.run_id == run.run_id):
                 raise InvalidRequest(f"RUN_ID must be new, got {run.run_id[:40]!r} of another run: choose another.")
             self._arrivals += 1
             run.state.arrival = self._arrivals
+            self._check_room(run)
             if run.terms.priority != URGENT:
-                self._check_room(run)
                 self._check_deadline(run)
             self._add(run)
             self._make_way(run)
@@ -223,6 +137,8 @@ class RunQueue:
             found = next((run for run in self._all() if run.run_id == run_id), None)
             if found is not None:
                 found.state.asked_s = time.monotonic()
+                if found.terms.priority == URGENT:
+                    self._make_way(found)  # its share may have been used up when it came
             return found is not None
 
     def end_abandoned(self, lease_s: float) -> None:
@@ -242,7 +158,7 @@ class RunQueue:
     def close(self) -> None:
         """Ends all runs and the thread."""
         with self._changed:
-            self._closed = True
+            self._closed = self._closed or _shutting_down()
             left = [self._take(run_id) for run_id in list(self._waiting)]
             for run in left:
                 if run is not None:
@@ -262,13 +178,18 @@ class RunQueue:
         return [*self._waiting.values(), *([] if self._running is None else [self._running])]
 
     def _check_room(self, run: QueuedRun) -> None:
-        most = self._rules.max_waiting
+        urgent = sum(other.terms.priority == URGENT for other in self._waiting.values())
+        if run.terms.priority == URGENT:
+            if self._rules.max_urgent is not None and urgent >= self._rules.max_urgent:
+                raise QueueFull(f"At most {self._rules.max_urgent} urgent runs may wait, {urgent} do: try again later.")
+            return
+        most, waiting = self._rules.max_waiting, len(self._waiting) - urgent
         busy = self._running is not None or bool(self._waiting)
-        if most is None or not busy or len(self._waiting) < most:
+        if most is None or not busy or waiting < most:
             return
         wait_s = self._wait_s(Claim.of(run))
         expected = "" if wait_s is None else f", which would take about {wait_s:.0f} s"
-        raise QueueFull(f"At most {most} requests may wait, {len(self._waiting)} do{expected}: try again later.")
+        raise QueueFull(f"At most {most} requests may wait, {waiting} do{expected}: try again later.")
 
     def _check_deadline(self, run: QueuedRun) -> None:
         left_s, wait_s, own_s = run.remaining_s(), self._wait_s(Claim.of(run)), self._seconds_of(run)
@@ -300,7 +221,7 @@ class RunQueue:
         if not running.terms.parkable or claim.priority >= running.terms.priority:
             return False
         may_park = running.state.parks < self._rules.max_parks and self._order(claim) < self._order(Claim.of(running))
-        return claim.priority == URGENT or may_park
+        return not self._share.exhausted if claim.priority == URGENT else may_park
 
     def _make_way(self, run: QueuedRun) -> None:
         """Has the run under way parked, if this one must go first."""
@@ -357,20 +278,38 @@ class RunQueue:
             self._interrupt()
 
     def _loop(self) -> None:
-        while (run := self._next()) is not None:
-            if not self._serve(run):
-                self._park(run)
+        try:
+            while (run := self._next()) is not None:
+                if not self._serve(run):
+                    self._park(run)
+        except BaseException as error:
+            self._fail_all(type(error).__name__)
+            raise  # to whoever watches the threads of this process
+
+    def _fail_all(self, reason: str) -> None:
+        """Nobody serves the runs any more."""
+        with self._changed:
+            self._closed = WorkerFailed(f"The queue of runs has failed ({reason}): load the model anew.")
+            left = self._all()
+            self._running = None
+            for run in left:
+                self._take(run.run_id)
+        for run in left:
+            run.answer.fail(self._closed)
 
     def _next(self) -> QueuedRun | None:
         """Waits for a run and makes it the one under way; None once closed."""
         with self._changed:
             self._running = None
-            while not self._waiting and not self._closed:
+            self._share.end()
+            while not self._waiting and self._closed is None:
                 self._changed.wait()
-            if self._closed:
+            if self._closed is not None:
                 return None
-            run = self._in_order()[0]
+            run = self._first()
             self._take(run.run_id)
+            others_wait = any(other.terms.priority != URGENT for other in self._waiting.values())
+            self._share.begin(run.terms.priority == URGENT, others_wait)
             run.parked.clear()
             self._running = run
             waited_s = time.monotonic() - run.state.waits_since_s
@@ -380,10 +319,16 @@ class RunQueue:
             self._tell_positions()
             return run
 
+    def _first(self) -> QueuedRun:
+        """Whose turn is next; others than URGENT runs, once these have had more than their share."""
+        runs = self._in_order()
+        others = [run for run in runs if run.terms.priority != URGENT]
+        return others[0] if others and self._share.exhausted else runs[0]
+
     def _park(self, run: QueuedRun) -> None:
         """Back into the queue, unless it was ended meanwhile."""
         with self._changed:
-            ended = _shutting_down() if self._closed else _cancelled() if run.cancelled.is_set() else None
+            ended = self._closed or (_cancelled() if run.cancelled.is_set() else None)
             self._running = None
             if ended is None:
                 self._listener.parked(run)

@@ -37,12 +37,21 @@ def read_inputs(request: Any) -> dict[str, NDArray[Any]]:
     return {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
 
 
+def parameters_of(request: Any) -> dict[str, Any]:
+    """The request's parameters. What a caller gives need not make sense: then there are none."""
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except ValueError:  # no UTF-8, or no JSON
+        return {}
+    return parameters if isinstance(parameters, dict) else {}
+
+
 def is_probe(request: Any) -> bool:
     """Whether the request only asks if the model answers: its parameter `probe` is true, and its inputs say nothing.
 
     Raises InvalidRequest for a `probe` that is neither true nor false.
     """
-    value = json.loads(request.parameters() or "{}").get("probe", False)
+    value = parameters_of(request).get("probe", False)
     if not isinstance(value, bool):
         raise InvalidRequest(f"The parameter probe must be true or false, got {shortened(value)}: correct it.")
     return value

@@ -37,6 +37,7 @@ from stepvideo_serve.serving.observe.metrics import Heartbeats, Metrics
 from stepvideo_serve.serving.observe.run_watch import RankWatch, RunWatch, Turn
 from stepvideo_serve.serving.observe.traces import Tracer
 from stepvideo_serve.serving.queued_model import QueuedModel
+from stepvideo_serve.serving.stage_bounds import read_note
 
 RANK_FACTORY = "stepvideo_serve.serving.rank_factory:build_rank"
 TENSORS = {
@@ -50,10 +51,11 @@ TENSORS = {
 class DenoiserModel(QueuedModel):
     """Owns the queue and the ranks. The ranks are child processes: what kills one never kills this model."""
 
-    def initialize(self, args: dict[str, str]) -> None:  # noqa: ARG002  # the signature is Triton's
+    def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
             config = ServeConfig.from_environment()
             configure_logging(config.logging, "dit_denoiser", in_stub=True)
+            self.prepare(args["model_name"], config)
             self._tracer = Tracer(config.telemetry, "dit_denoiser")
             layout = Layout.parse(config.denoiser.layout)
             ranks = layout.world_size
@@ -76,7 +78,12 @@ class DenoiserModel(QueuedModel):
         self._pace = Pace(dit, skips_branches=layout.cfg == 1)
         self._run_pace = RunPace(self._pace, config.presets)
         self._turn_pace: TurnPace | None = None  # of the run that is or was the last under way
-        rules = QueueRules(config.denoiser.max_queued, config.denoiser.max_parks, config.denoiser.aging_s)
+        rules = QueueRules(
+            config.denoiser.max_queued,
+            config.denoiser.max_parks,
+            config.denoiser.aging_s,
+            max_urgent=self.bounds.max_runs,
+        )
         metrics = Metrics()
         self._beats = Heartbeats(metrics, "dit_denoiser")
         self._ranks_watch = RankWatch(metrics, self._group)
@@ -93,7 +100,16 @@ class DenoiserModel(QueuedModel):
     def is_ready(self) -> bool:
         """Asked by servers from 26.03 on: not while ranks that were lost are started anew, nor when one is silent."""
         silence_s = self._group.silence_s
-        return self._group.healthy and silence_s is not None and silence_s < DEAD_BEATS * self._heartbeat_s
+        return (
+            super().is_ready()
+            and self._group.healthy
+            and silence_s is not None
+            and silence_s < DEAD_BEATS * self._heartbeat_s
+        )
+
+    def probed(self) -> Arrays:
+        """REPORT of a run of normal priority."""
+        return {"REPORT": bytes_array(json.dumps(self._state({})).encode())}
 
     def answer_at_once(self, inputs: Arrays) -> Arrays | None:
         kind = _kind(inputs)
@@ -112,6 +128,8 @@ class DenoiserModel(QueuedModel):
             raise InvalidRequest(f"A run needs {missing[0]}, got none: call the model ti2v instead.")
         timeout_s = _finite(inputs, "TIMEOUT_S") if "TIMEOUT_S" in inputs else None
         tensors = {name: inputs[name] for name in TENSORS[kind] if name in inputs}
+        if "latents" in tensors:
+            self.bounds.check_latents(tensors)
         if kind != "denoise":
             return RunTerms(Repeated(kind, tensors), URGENT, timeout_s)
         settings = checked_settings(_json_object(inputs, "SETTINGS"), self._limits)
@@ -144,11 +162,8 @@ class DenoiserModel(QueuedModel):
         }
 
     def _take_note(self, inputs: Arrays) -> None:
-        try:
-            for stage, (work, seconds) in _json_object(inputs, "NOTE").items():
-                self._pace.ledger.note(stage, float(work), float(seconds))
-        except (ValueError, TypeError) as error:
-            raise InvalidRequest(f"NOTE must be a JSON object of [work, seconds] by stage: {error}.") from None
+        for stage, (work, seconds) in read_note(inputs["NOTE"].flat[0] if "NOTE" in inputs else b"").items():
+            self._pace.ledger.note(stage, work, seconds)
 
     def _serve(self, run: QueuedRun) -> bool:
         job = run.terms.job

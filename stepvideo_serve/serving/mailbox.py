@@ -4,13 +4,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stepvideo_serve.errors import WorkerFailed
 from stepvideo_serve.scheduling.run_queue import Waiting
 
 HOLD_S = 0.25  # how long a fetch waits for something; each holds one of the server's 32 threads for the caller's calls
@@ -33,6 +34,38 @@ class Reply(Protocol):
 Letter = Outputs | Waiting | BaseException
 
 
+class Backlog:
+    """How many bytes of outputs may lie in all mailboxes of a model together. Any thread may call."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """So many lie there now."""
+        return self._bytes
+
+    def take(self, letter: "Letter") -> bool:
+        """Whether there is room for the letter; if so, it counts until it is given back."""
+        size = _size(letter)
+        with self._lock:
+            if size and self._bytes + size > self.max_bytes:
+                return False
+            self._bytes += size
+            return True
+
+    def give_back(self, letters: Iterable["Letter"]) -> None:
+        """They were fetched, or thrown away."""
+        with self._lock:
+            self._bytes -= sum(map(_size, letters))
+
+
+def _size(letter: "Letter") -> int:
+    return sum(array.nbytes for array in letter.values()) if isinstance(letter, dict) else 0
+
+
 @dataclass(frozen=True)
 class Fetch:
     """A caller that asks for the next letter; until_s: time.monotonic() until which the caller may be kept waiting."""
@@ -45,11 +78,12 @@ class Mailbox:
     """What a run answers, in order: outputs and waits, then an error or the output ENDED, which is the last.
 
     Any thread may call. A thread of its own replies: a reply to a caller whose process has died never returns.
-    `gone()` is called, once started, when nothing will be replied any more.
+    `gone()` is called, once started, when nothing will be replied any more. Outputs for which the backlog of the model
+    has no room end the run with an error, and those that were not fetched are thrown away.
     """
 
-    def __init__(self, gone: Callable[[], None]) -> None:
-        self._gone = gone
+    def __init__(self, gone: Callable[[], None], backlog: Backlog) -> None:
+        self._gone, self._backlog = gone, backlog
         self._letters: deque[Letter] = deque()
         self._fetches: deque[Fetch] = deque()
         self._complete = False
@@ -89,10 +123,21 @@ class Mailbox:
 
     def _put(self, letter: Letter, last: bool) -> None:
         with self._changed:
-            if not self._complete:
-                self._complete = last
-                self._letters.append(letter)
-                self._changed.notify()
+            if self._complete:
+                return
+            if not self._backlog.take(letter):
+                self._throw_away()
+                mib = self._backlog.max_bytes >> 20
+                letter = WorkerFailed(f"At most {mib} MiB of answers may wait to be fetched: fetch faster.")
+                last = True
+            self._complete = last
+            self._letters.append(letter)
+            self._changed.notify()
+
+    def _throw_away(self) -> None:
+        """The caller holds the lock."""
+        self._backlog.give_back(self._letters)
+        self._letters.clear()
 
     def _deliver(self) -> None:
         try:
@@ -108,7 +153,16 @@ class Mailbox:
                 except Exception:  # the caller will ask why nothing came
                     _logger.exception("an answer could not be sent")
         finally:
+            with self._changed:
+                self._complete = True
+                unanswered = list(self._fetches)
+                self._fetches.clear()
+                left = list(self._letters)
+                self._letters.clear()
             self._gone()
+            self._backlog.give_back(left)
+            for fetch in unanswered:
+                fetch.reply.fail(WorkerFailed("The run has ended, there is nothing to fetch: see the server's log."))
 
     def _next(self) -> tuple[Reply, Letter] | None:
         """Waits for a fetch and for something to reply; None after the last, or when nobody comes for it."""
@@ -117,7 +171,9 @@ class Mailbox:
                 if self._complete and not self._letters:
                     return None
                 if self._fetches and self._letters:
-                    return self._fetches.popleft().reply, self._letters.popleft()
+                    letter = self._letters.popleft()
+                    self._backlog.give_back([letter])
+                    return self._fetches.popleft().reply, letter
                 now_s = time.monotonic()
                 if self._fetches and self._fetches[0].until_s <= now_s:
                     return self._fetches.popleft().reply, {}

@@ -17,6 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from stepvideo_serve.errors import RequestError, ServiceUnavailable, WorkerFailed
+from stepvideo_serve.launch.boundary import Boundary
 from stepvideo_serve.launch.stopping import shutting_down
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
 from stepvideo_serve.serving.mailbox import ENDED
@@ -165,7 +166,7 @@ def _request(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origi
     return pb_utils.InferenceRequest(
         model_name=model,
         request_id=origin.request_id,
-        parameters=origin.parameters,
+        parameters={**origin.parameters, **Boundary.from_environment().parameters},
         requested_output_names=list(outputs),
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
     )

@@ -16,7 +16,8 @@ import numpy as np
 from stepvideo_serve.assembly.runners import latent_channels
 from stepvideo_serve.assembly.stages import describe
 from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.errors import InvalidRequest, QueueFull, ServiceUnavailable
+from stepvideo_serve.errors import InvalidRequest, QueueFull, ServiceUnavailable, WorkerFailed
+from stepvideo_serve.launch.boundary import Boundary
 from stepvideo_serve.launch.stopping import StopSign, shutting_down
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.pipeline.generate import Cancelled, Progress, Result, generate
@@ -44,6 +45,7 @@ from stepvideo_serve.serving.adapter import (
 )
 from stepvideo_serve.serving.model_calls import ANSWER_S, call, in_time
 from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestWatches
+from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.remote_stages import BlsStages, report_pace
 from stepvideo_serve.serving.stage_models import StageModel
 from stepvideo_serve.video.decoding_room import DecodingRoom
@@ -70,6 +72,8 @@ class PublicModel:
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
             self._config = ServeConfig.from_environment()
+            Boundary.from_environment()  # without it every stage would refuse every request
+            self._name, self._deaths = args["model_name"], ThreadDeaths.watched()
             self._watches = RequestWatches(self._config, args["model_name"])
             self._latent_channels = latent_channels(self._config)
             self._decoders = Layout.parse(self._config.denoiser.layout).world_size
@@ -88,8 +92,8 @@ class PublicModel:
             self._take(request)
 
     def is_ready(self) -> bool:
-        """Asked by servers from 26.03 on: not once the server is told to stop."""
-        return not self.stop_sign.raised()
+        """Asked by servers from 26.03 on: not once the server is told to stop, nor without all threads."""
+        return self._deaths.none and not self.stop_sign.raised()
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -99,7 +103,7 @@ class PublicModel:
     def _take(self, request: Any) -> None:
         try:
             if is_probe(request):
-                Sender(request, self.decoupled).finish({"REPORT": bytes_array(json.dumps(self._state()).encode())})
+                self._answer_probe(Sender(request, self.decoupled))
                 return
         except InvalidRequest as error:
             Sender(request, self.decoupled).fail(error)
@@ -131,6 +135,14 @@ class PublicModel:
         """Height and width of the frames that are handed out."""
         size = (request.height, request.width)
         return standard_size(*size) if self._config.video.crop else size
+
+    def _answer_probe(self, sender: Sender) -> None:
+        try:
+            self._deaths.check(self._name)
+        except WorkerFailed as error:
+            sender.fail(error)
+        else:
+            sender.finish({"REPORT": bytes_array(json.dumps(self._state()).encode())})
 
     def _accept(self) -> None:
         with self._lock:
@@ -298,6 +310,8 @@ def _preview_outputs(progress: Progress) -> Outputs:
 
 class QuoteModel(StageModel):
     """Sizes and steps -> SECONDS, GPU_SECONDS, PEAK_MEMORY_MIB, QUEUE_WAIT_S and the parts in REPORT."""
+
+    internal = False
 
     def load(self, config: ServeConfig) -> None:
         self._config = config

@@ -6,6 +6,9 @@ NEXT_OF     fetches the next of the run's responses: outputs, ENDED, or its erro
 CANCEL_RUN  ends the run, waiting or under way, and is answered with nothing: servers before 25.04 cannot cancel one
             model's call of another
 
+Only models of this server may ask any of this (launch/boundary.py). Anybody may send a probe, which is answered with
+`probed()` and changes nothing.
+
 A run is ended when nothing was fetched for LEASE_S: its caller's process has died, and no server tells.
 
 Responses are fetched, one request each, and not streamed: with a stream of responses (`exec(decoupled=True)`) the
@@ -19,24 +22,42 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
-from stepvideo_serve.errors import InvalidRequest, WorkerFailed
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.errors import InvalidRequest, QueueFull, WorkerFailed
+from stepvideo_serve.launch.boundary import Boundary
 from stepvideo_serve.scheduling.run_queue import QueuedRun, RunQueue, RunTerms
-from stepvideo_serve.serving.adapter import Arrays, Sender, end_process, read_inputs
-from stepvideo_serve.serving.mailbox import Mailbox
+from stepvideo_serve.serving.adapter import Arrays, Sender, end_process, is_probe, parameters_of, read_inputs
+from stepvideo_serve.serving.mailbox import Backlog, Mailbox
+from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.observe.traces import origin_of
+from stepvideo_serve.serving.stage_bounds import MAX_RUN_ID_BYTES, StageBounds
 
 LEASE_S = 60.0
 LAST_RESPONSES_S = 5.0  # how long a stopping model waits until its runs' callers know
 
 
 class QueuedModel(ABC):
-    """A subclass starts `self.queue` in `initialize`."""
+    """A subclass calls `prepare` and starts `self.queue` in `initialize`."""
 
     queue: RunQueue
 
     def __init__(self) -> None:
         self._mailboxes: dict[str, Mailbox] = {}
-        self._lock = threading.Lock()  # guards it
+        self._lock = threading.Lock()  # guards them
+
+    def prepare(self, model: str, config: ServeConfig) -> None:
+        """Raises SetupError where the launcher gave no token."""
+        self._name, self._boundary = model, Boundary.from_environment()
+        self._deaths, self.bounds = ThreadDeaths.watched(), StageBounds.of(config)
+        self._backlog = Backlog(self.bounds.max_unfetched_bytes)
+
+    def is_ready(self) -> bool:
+        """Asked by servers from 26.03 on: not once a thread has died."""
+        return self._deaths.none
+
+    def probed(self) -> Arrays:
+        """The answer to a probe: to be had by anybody, without reading an input or changing anything."""
+        return {}
 
     @abstractmethod
     def describe_run(self, inputs: Arrays) -> RunTerms:
@@ -61,6 +82,11 @@ class QueuedModel(ABC):
         end_process()
 
     def _take(self, request: Any, sender: Sender) -> None:
+        if is_probe(request):
+            self._deaths.check(self._name)
+            sender.finish(self.probed())
+            return
+        self._boundary.check(self._name, parameters_of(request))
         inputs = read_inputs(request)
         self.queue.end_abandoned(LEASE_S)  # in time: who would wait for them comes by here
         if "CANCEL_RUN" in inputs:
@@ -97,7 +123,10 @@ class QueuedModel(ABC):
         with self._lock:
             if run_id in self._mailboxes:
                 raise InvalidRequest(f"RUN_ID must be new, got {run_id[:40]!r} of another run: choose another.")
-            self._mailboxes[run_id] = mailbox = Mailbox(partial(self._forget, run_id))
+            most = self.bounds.max_runs
+            if len(self._mailboxes) >= most:
+                raise QueueFull(f"At most {most} runs may be known to {self._name}, {most} are: try again later.")
+            self._mailboxes[run_id] = mailbox = Mailbox(partial(self._forget, run_id), self._backlog)
             return mailbox
 
     def _forget(self, run_id: str) -> None:
@@ -112,4 +141,7 @@ class QueuedModel(ABC):
 def _identity(inputs: Arrays, name: str) -> str:
     if name not in inputs:
         raise InvalidRequest(f"A run needs {name}, got none: call the model ti2v instead.")
+    if len(inputs[name].flat[0]) > MAX_RUN_ID_BYTES:
+        found = len(inputs[name].flat[0])
+        raise InvalidRequest(f"{name} must be at most {MAX_RUN_ID_BYTES} bytes, got {found}: shorten it.")
     return str(inputs[name].flat[0].decode(errors="backslashreplace"))

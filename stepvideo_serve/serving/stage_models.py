@@ -1,4 +1,4 @@
-"""The models that hold one stage each. Only `ti2v` and `ti2v_unary` call them."""
+"""The models that hold one stage each. Only models of this server may call them (launch/boundary.py)."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from stepvideo_serve.assembly.stages import FrameDecoder, ImageEncoder, build_text_encoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
+from stepvideo_serve.launch.boundary import Boundary
 from stepvideo_serve.scheduling.progress import Repeated
 from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue, RunTerms
 from stepvideo_serve.serving.adapter import (
@@ -17,25 +18,36 @@ from stepvideo_serve.serving.adapter import (
     end_process,
     error_response,
     is_probe,
+    parameters_of,
     read_inputs,
     response,
 )
 from stepvideo_serve.serving.observe.logs import configure_logging
 from stepvideo_serve.serving.observe.metrics import CacheMetrics, Heartbeats, Metrics
+from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.queued_model import QueuedModel
 from stepvideo_serve.serving.remote_stages import RanksLLM
+from stepvideo_serve.serving.stage_bounds import StageBounds
 
 
 class StageModel(ABC):
-    """A model that answers each request with one response."""
+    """A model that answers each request with one response. `internal`: to requests of this server's models only."""
+
+    internal = True
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
             config = ServeConfig.from_environment()
             configure_logging(config.logging, args["model_name"], in_stub=True)
+            self._name, self._boundary = args["model_name"], Boundary.from_environment()
+            self._deaths, self.bounds = ThreadDeaths.watched(), StageBounds.of(config)
             self.metrics = Metrics()
             self.load(config)
             self._beats = Heartbeats(self.metrics, args["model_name"])
+
+    def is_ready(self) -> bool:
+        """Asked by servers from 26.03 on."""
+        return self._deaths.none
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
@@ -54,7 +66,12 @@ class StageModel(ABC):
 
     def _respond(self, request: Any) -> Any:
         try:
-            return response({} if is_probe(request) else self.answer(read_inputs(request)))
+            if is_probe(request):
+                self._deaths.check(self._name)
+                return response({})
+            if self.internal:
+                self._boundary.check(self._name, parameters_of(request))
+            return response(self.answer(read_inputs(request)))
         except Exception as error:  # every error becomes this request's response, never the end of the model
             return error_response(error)
 
@@ -67,6 +84,7 @@ class TextEncoderModel(StageModel):
         self._cache = CacheMetrics(self.metrics, "text")
 
     def answer(self, inputs: Arrays) -> Arrays:
+        self.bounds.check_prompt(inputs["PROMPT"].flat[0])
         states, cached = self._encoder.encode(_text(inputs["PROMPT"]))
         self._cache.note(cached)
         return {"LLM_STATES": states.llm.numpy(), "CLIP_STATES": states.clip.numpy(), "CACHED": np.array([cached])}
@@ -80,6 +98,7 @@ class VaeEncoderModel(StageModel):
         self._cache = CacheMetrics(self.metrics, "image")
 
     def answer(self, inputs: Arrays) -> Arrays:
+        self.bounds.check_pixels(inputs)
         pixels, noise = (torch.from_numpy(inputs[name]) for name in ("PIXELS", "NOISE"))
         if not (torch.isfinite(pixels).all() and torch.isfinite(noise).all()):
             raise InvalidRequest("PIXELS and NOISE must be finite, got NaN or infinite values: correct them.")
@@ -95,10 +114,11 @@ class VaeDecoderModel(QueuedModel):
         with clear_setup_errors():
             config = ServeConfig.from_environment()
             configure_logging(config.logging, args["model_name"], in_stub=True)
+            self.prepare(args["model_name"], config)
             self._decoder = FrameDecoder(config)
         self._beats = Heartbeats(Metrics(), args["model_name"])
-        # No bound: who comes here has been let in by the queue of the denoiser.
-        self.queue = RunQueue(QueueRules(None), self._serve, lambda: None, lambda _: None)
+        # Callers never meet this bound: who comes here has been let in by the queue of the denoiser.
+        self.queue = RunQueue(QueueRules(self.bounds.max_runs), self._serve, lambda: None, lambda _: None)
 
     def finalize(self) -> None:
         self._beats.close()
@@ -107,6 +127,7 @@ class VaeDecoderModel(QueuedModel):
     def describe_run(self, inputs: Arrays) -> RunTerms:
         if "latents" not in inputs:
             raise InvalidRequest("A run needs latents, got none: call the model ti2v instead.")
+        self.bounds.check_latents(inputs)
         return RunTerms(Repeated("decode", {"latents": inputs["latents"]}))
 
     def _serve(self, run: QueuedRun) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import grpc
@@ -20,6 +21,8 @@ import tritonclient.http
 from numpy.typing import NDArray
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype, serialize_byte_tensor
+
+from stepvideo_serve.launch.boundary import INTERNAL_MODELS, PARAMETER, VARIABLE
 
 Values = Mapping[str, NDArray[Any] | bytes]
 Outputs = dict[str, NDArray[Any]]
@@ -60,12 +63,12 @@ class Stream:
     need their place, and cannot unload the model before.
     """
 
-    def __init__(self, url: str, model: str, values: Values) -> None:
+    def __init__(self, url: str, model: str, values: Values, token: str | None = None) -> None:
         self._channel = grpc.insecure_channel(url, options=CHANNEL_OPTIONS)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._done = threading.Event()
         self._ended = False
-        request = grpc_request(model, values)
+        request = grpc_request(model, values, token)
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._call = stub.ModelStreamInfer(self._outgoing(request))
@@ -148,14 +151,25 @@ class Stream:
 
 @dataclass(frozen=True)
 class Server:
-    """Where a running server is."""
+    """Where a running server is. `inside`: internal models are called as the server's own models call them, which needs
+    its user's right to read the environment of its processes; else as everybody may."""
 
     grpc_url: str
     http_url: str
     pid: int
+    inside: bool = True
+
+    @cached_property
+    def token(self) -> str:
+        """What the server's models know each other by."""
+        token: str = psutil.Process(self.pid).environ()[VARIABLE]
+        return token
 
     def open(self, values: Values, model: str = "ti2v") -> Stream:
-        return Stream(self.grpc_url, model, values)
+        return Stream(self.grpc_url, model, values, self._token_for(model))
+
+    def _token_for(self, model: str) -> str | None:
+        return self.token if self.inside and model in INTERNAL_MODELS else None
 
     def stream(self, values: Values, model: str = "ti2v") -> Answer:
         """A request on a gRPC stream, to its end."""
@@ -194,18 +208,15 @@ class Server:
         """A unary gRPC request under way, as a grpc future."""
         with grpc.insecure_channel(self.grpc_url, options=CHANNEL_OPTIONS) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            yield stub.ModelInfer.future(grpc_request(model, values), timeout=timeout_s)
+            yield stub.ModelInfer.future(grpc_request(model, values, self._token_for(model)), timeout=timeout_s)
 
     def http(self, values: Values, model: str = "ti2v_unary") -> Outputs:
         """An HTTP request with binary tensors."""
-        inputs = []
-        for name, value in values.items():
-            array = as_array(value)
-            tensor = tritonclient.http.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-            inputs.append(tensor.set_data_from_numpy(array))
+        inputs = http_inputs(values)
         with tritonclient.http.InferenceServerClient(self.http_url, network_timeout=PATIENCE_S) as client:
             try:
-                result = client.infer(model, inputs)
+                token = self._token_for(model)
+                result = client.infer(model, inputs, parameters=None if token is None else {PARAMETER: token})
             except InferenceServerException as error:
                 raise Refused(error.message(), error.status()) from error
             return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
@@ -238,9 +249,21 @@ def as_array(value: NDArray[Any] | bytes) -> NDArray[Any]:
     return np.array([value], np.object_) if isinstance(value, bytes) else value
 
 
-def grpc_request(model: str, values: Values) -> Any:
+def http_inputs(values: Values) -> list[Any]:
+    """The InferInputs with binary tensors."""
+    inputs = []
+    for name, value in values.items():
+        array = as_array(value)
+        tensor = tritonclient.http.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        inputs.append(tensor.set_data_from_numpy(array))
+    return inputs
+
+
+def grpc_request(model: str, values: Values, token: str | None = None) -> Any:
     """The ModelInferRequest with raw contents."""
     request = service_pb2.ModelInferRequest(model_name=model)
+    if token is not None:
+        request.parameters[PARAMETER].string_param = token
     for name, value in values.items():
         array = as_array(value)
         request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)

@@ -3,15 +3,16 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stepvideo_serve.errors import WorkerFailed
 from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.serving import mailbox as module
-from stepvideo_serve.serving.mailbox import HOLD_S, Mailbox
+from stepvideo_serve.serving.mailbox import HOLD_S, Backlog, Letter, Mailbox
 
 PATIENCE_S = 30.0
 Got = dict[str, Any] | BaseException
@@ -51,7 +52,7 @@ def gone() -> threading.Event:
 
 @pytest.fixture
 def box(gone: threading.Event) -> Iterator[Mailbox]:
-    box = Mailbox(gone.set)
+    box = Mailbox(gone.set, Backlog(1 << 20))
     box.start()
     yield box
     box.close()
@@ -126,7 +127,7 @@ def test_a_caller_that_has_died_holds_up_nobody(box: Mailbox) -> None:
 
 def test_an_end_that_nobody_comes_for_is_dropped(gone: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "UNFETCHED_S", 0.05)
-    box = Mailbox(gone.set)
+    box = Mailbox(gone.set, Backlog(1 << 20))
     box.start()
     box.send(number(1))
     assert not gone.wait(0.3), "the run goes on"
@@ -137,5 +138,58 @@ def test_an_end_that_nobody_comes_for_is_dropped(gone: threading.Event, monkeypa
 def test_one_that_was_never_started_has_no_thread() -> None:
     before = threading.active_count()
     for _ in range(10):
-        Mailbox(lambda: None).send(number(1))
+        Mailbox(lambda: None, Backlog(1 << 20)).send(number(1))
     assert threading.active_count() == before
+
+
+def test_answers_that_nobody_fetches_are_bounded_and_freed() -> None:
+    """The run ends with an error, for this mailbox alone; what was fetched or thrown away makes room."""
+    backlog, gone = Backlog(4000), threading.Event()
+    lazy, other = Mailbox(gone.set, backlog), Mailbox(lambda: None, backlog)
+    lazy.start()
+    for _ in range(4):
+        lazy.send({"frames": np.zeros(900, np.uint8)})
+    assert backlog.held_bytes == 3600
+    lazy.send({"frames": np.zeros(900, np.uint8)})
+    assert backlog.held_bytes == 0
+    lazy.send({"frames": np.zeros(900, np.uint8)})
+    assert backlog.held_bytes == 0, "the run has ended"
+    fetch = Fetch()
+    lazy.fetch(fetch)
+    refusal = fetch.got.get(timeout=PATIENCE_S)
+    assert isinstance(refusal, WorkerFailed)
+    assert "answers may wait to be fetched" in str(refusal)
+    assert gone.wait(PATIENCE_S)
+
+    other.start()
+    for _ in range(100):
+        other.send({"frames": np.zeros(900, np.uint8)})
+        fetch = Fetch()
+        other.fetch(fetch)
+        assert isinstance(fetch.got.get(timeout=PATIENCE_S), dict)
+    assert backlog.held_bytes == 0
+    other.close()
+
+
+def test_a_mailbox_whose_thread_dies_tells_those_that_wait(gone: threading.Event) -> None:
+    class Broken(Backlog):
+        def give_back(self, letters: Iterable[Letter]) -> None:
+            if list(letters):
+                raise OverflowError("planted")
+
+    died: list[str] = []
+    hook, threading.excepthook = threading.excepthook, lambda death: died.append(death.exc_type.__name__)
+    try:
+        box = Mailbox(gone.set, Broken(1 << 20))
+        box.start()
+        first, second = Fetch(), Fetch()
+        box.fetch(first)
+        box.fetch(second)
+        box.send(number(1))
+        for fetch in (first, second):
+            assert isinstance(fetch.got.get(timeout=PATIENCE_S), WorkerFailed)
+        assert gone.wait(PATIENCE_S)
+        box.join(PATIENCE_S)
+    finally:
+        threading.excepthook = hook
+    assert died == ["OverflowError"]

@@ -1,0 +1,102 @@
+"""What the internal models accept, whoever calls: no more than a request within [limits] makes of them.
+
+Callers of the public models never meet these bounds, since `ti2v` refuses what is beyond the limits by name.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.errors import InvalidRequest
+from stepvideo_serve.geometry import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK, PIXELS_PER_LATENT
+from stepvideo_serve.planning.pace import LONGEST_S, MOST_WORK, WORK
+from stepvideo_serve.request import RequestLimits
+
+Arrays = Mapping[str, NDArray[Any]]
+
+MAX_RUN_ID_BYTES = 128
+MAX_NOTE_BYTES = 4096
+PUBLIC_MODELS = 2  # that have runs at one time, each as many as it accepts requests
+ANSWERS_KEPT = 4  # of the largest: one is made while others are fetched
+
+
+@dataclass(frozen=True)
+class StageBounds:
+    """The bounds of one server, from its configuration."""
+
+    limits: RequestLimits
+    max_runs: int
+    """Runs of one model that are known at one time: waiting, under way, or with answers that nobody has fetched."""
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> "StageBounds":
+        return cls(config.limits, 2 * PUBLIC_MODELS * (1 + config.denoiser.max_queued))
+
+    @property
+    def max_unfetched_bytes(self) -> int:
+        """Of all answers of a model together."""
+        pixels = self.limits.max_tokens * PIXELS_PER_LATENT**2 * FRAMES_PER_CHUNK // LATENTS_PER_CHUNK
+        return ANSWERS_KEPT * 3 * pixels
+
+    @property
+    def _max_latent_frames(self) -> int:
+        return max(self.limits.max_frames // FRAMES_PER_CHUNK, 1) * LATENTS_PER_CHUNK
+
+    def check_prompt(self, prompt: bytes) -> None:
+        """Raises InvalidRequest for more bytes than a prompt and a suffix may have."""
+        most = 2 * self.limits.max_prompt_bytes
+        if len(prompt) > most:
+            raise InvalidRequest(f"PROMPT must be at most {most} bytes, got {len(prompt)}: shorten it.")
+
+    def check_pixels(self, inputs: Arrays) -> None:
+        """Raises InvalidRequest for PIXELS beyond the limits, or NOISE that does not fit them."""
+        _, height, width = inputs["PIXELS"].shape
+        rows, columns = self._check_size("PIXELS", height, width, PIXELS_PER_LATENT)
+        if inputs["NOISE"].shape[1:] != (rows, columns):
+            found = "x".join(map(str, inputs["NOISE"].shape[1:]))
+            raise InvalidRequest(f"NOISE must be {rows}x{columns} for these PIXELS, got {found}: correct it.")
+
+    def check_latents(self, inputs: Arrays) -> None:
+        """Raises InvalidRequest for latents of more frames, rows, columns or tokens than the limits allow."""
+        frames, _, height, width = inputs["latents"].shape
+        self._check_size("latents", height, width, 1)
+        if frames > self._max_latent_frames or frames * height * width > self.limits.max_tokens:
+            raise InvalidRequest(
+                f"latents must be at most {self._max_latent_frames} frames and {self.limits.max_tokens} tokens, got "
+                f"{frames} and {frames * height * width}: ask for less."
+            )
+
+    def _check_size(self, name: str, height: int, width: int, step: int) -> tuple[int, int]:
+        """Rows and columns of the latent."""
+        most = tuple(side // PIXELS_PER_LATENT * step for side in (self.limits.max_height, self.limits.max_width))
+        if height > most[0] or width > most[1]:
+            raise InvalidRequest(f"{name} must be at most {most[0]}x{most[1]}, got {height}x{width}: ask for less.")
+        return height // step, width // step
+
+
+def read_note(note: bytes) -> dict[str, tuple[float, float]]:
+    """{stage: (work, seconds)}. Raises InvalidRequest unless every stage is one, and every number finite and such as a
+    stage can have taken."""
+    if len(note) > MAX_NOTE_BYTES:
+        raise InvalidRequest(f"NOTE must be at most {MAX_NOTE_BYTES} bytes, got {len(note)}: shorten it.")
+    try:
+        found = json.loads(note)
+        pairs = {stage: (float(work), float(seconds)) for stage, (work, seconds) in found.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InvalidRequest(f"NOTE must be a JSON object of [work, seconds] by stage: {error}.") from None
+    for stage, (work, seconds) in pairs.items():
+        if (
+            stage not in WORK
+            or not math.isfinite(work + seconds)
+            or not (0 < work <= MOST_WORK and 0 <= seconds <= LONGEST_S)
+        ):
+            raise InvalidRequest(
+                f"NOTE must be a JSON object of [work, seconds] by stage, work up to {MOST_WORK:g} and seconds up to "
+                f"{LONGEST_S:g}, got {work:g} and {seconds:g} of {stage[:40]!r}: correct it."
+            )
+    return pairs
