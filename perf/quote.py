@@ -2,11 +2,11 @@
 
     python -m perf.quote [--config serve.toml] [--repeats 3]
 
-The shapes that are quoted are partly those of the warm-up, partly others, each of them `repeats` times, in turn. A
-virtual machine whose processors are shared with others (steal in /proc/stat) takes up to half longer from one minute to
-the next, which no server can know beforehand. So the quote is also compared as if that share had stayed what it was
-while the request before was measured, which is what it was made from. Judged is each shape's median of that; the goal
-is at most 10 %.
+The shapes and presets that are quoted are partly those of the warm-up, partly others, each of them `repeats` times, in
+turn. A virtual machine whose processors are shared with others (steal in /proc/stat) takes up to half longer from one
+minute to the next, which no server can know beforehand. So the quote is also compared as if that share had stayed what
+it was while the request before was measured, which is what it was made from. Judged is each shape's median of that; the
+goal is at most 10 %.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from stepvideo_client import Client, Result
 from stepvideo_serve.launch.options import ServerOptions
@@ -31,13 +31,22 @@ class Shape(NamedTuple):
     height: int
     width: int
     steps: int
+    quality: str = "exact"
 
     def __str__(self) -> str:
-        return f"{self.frames} x {self.height}x{self.width}, {self.steps} steps"
+        quality = "mask" if self.quality.startswith("mask:") else self.quality
+        return f"{self.frames} x {self.height}x{self.width}, {self.steps} steps, {quality}"
 
 
-WARM_UP = (Shape(17, 96, 160, 6), Shape(34, 128, 192, 6), Shape(51, 192, 256, 6))
-QUOTED = (*WARM_UP[1:], Shape(34, 128, 192, 24), Shape(34, 160, 224, 8), Shape(51, 128, 192, 8), Shape(68, 192, 256, 4))
+MASK = "mask:111111000100010001000111"
+WARM_UP = (
+    *(Shape(17, 96, 160, 6), Shape(34, 128, 192, 6), Shape(51, 192, 256, 6)),
+    *(Shape(34, 128, 192, 24, "balanced"), Shape(34, 128, 192, 24, "fast")),
+)
+QUOTED = (
+    *(*WARM_UP[1:], Shape(34, 128, 192, 24), Shape(34, 160, 224, 8), Shape(51, 128, 192, 8), Shape(68, 192, 256, 4)),
+    *(Shape(34, 128, 192, 24, MASK), Shape(51, 128, 192, 24, "fast")),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for shape in QUOTED:
         seen = statistics.median(row.error for row in rows if row.shape == shape)
         net = statistics.median(row.net for row in rows if row.shape == shape)
-        print(f"{shape!s:>32}  median error {seen:+6.1%}, at an unchanged share of the processors {net:+6.1%}")
+        print(f"{shape!s:>42}  median error {seen:+6.1%}, at an unchanged share of the processors {net:+6.1%}")
         worst = max(worst, abs(net))
     print(f"largest median {worst:.1%} (goal: at most {GOAL:.0%}: {'met' if worst <= GOAL else 'missed'})")
     return 0
+
+
+class Asked(TypedDict):
+    """The options that a quote and a request share."""
+
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    quality: str
 
 
 class Row(NamedTuple):
@@ -103,7 +122,7 @@ def _rows(client: Client, repeats: int) -> list[Row]:
             during = stolen.share()
             error = quoted_s / true_s - 1.0
             net = quoted_s / true_s * (1.0 - before) / (1.0 - during) - 1.0
-            print(f"{shape!s:>32}  predicted {quoted_s:7.2f} s  true {true_s:7.2f} s  {error:+6.1%}  "
+            print(f"{shape!s:>42}  predicted {quoted_s:7.2f} s  true {true_s:7.2f} s  {error:+6.1%}  "
                   f"taken by others {before:4.0%}, then {during:4.0%}: {net:+6.1%}", flush=True)  # fmt: skip
             rows.append(Row(shape, error, net))
             before = during
@@ -113,28 +132,24 @@ def _rows(client: Client, repeats: int) -> list[Row]:
 def _pair(client: Client, shape: Shape, seed: int) -> tuple[float, float]:
     """Seconds of the quote for a shape, and of the request."""
     # The prompt of every request is new, as the quote assumes: two tokens more or less do not matter.
-    quote = client.quote(
-        num_frames=shape.frames, height=shape.height, width=shape.width, steps=shape.steps, prompt_tokens=140
-    )
+    quote = client.quote(**_options(shape), prompt_tokens=140)
     return quote.seconds, _take(client, shape, seed)["seconds"]["total"]
 
 
 def _take(client: Client, shape: Shape, seed: int) -> dict[str, dict[str, float]]:
     """The report of a request that nobody has asked before."""
     prompt = f"{PROMPT}{time.time_ns()}"
-    events = client.generate(
-        IMAGE,
-        prompt,
-        seed=seed,
-        num_frames=shape.frames,
-        height=shape.height,
-        width=shape.width,
-        steps=shape.steps,
-    )
+    events = client.generate(IMAGE, prompt, seed=seed, **_options(shape))
     for event in events:
         if isinstance(event, Result):
             return event.report
     raise RuntimeError("the server ended without a result")
+
+
+def _options(shape: Shape) -> Asked:
+    """What a quote and a request have in common."""
+    frames, height, width, steps, quality = shape
+    return {"num_frames": frames, "height": height, "width": width, "steps": steps, "quality": quality}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Which layout for which GPUs: predicted memory, FLOPs, communication and time of every layout of N GPUs.
 
     python -m stepvideo_serve layouts --gpu H100|H200|B200|L40S --gpus N [--model-dir DIR] [--frames 102]
-        [--height 544] [--width 992] [--steps 50] [--precision bf16|fp8] [--json]
+        [--height 544] [--width 992] [--steps 50] [--precision bf16|fp8] [--config serve.toml] [--json]
 
 Nothing is run and no GPU is needed. Parameters, FLOPs and bytes between the ranks are exact; memory beyond the weights
 and all seconds are predictions from published peaks and efficiencies (cost.py and gpus.py say which),
-for guidance with two branches and texts of full length. Without --model-dir the published model is assumed.
+for guidance with two branches and texts of full length. Without --model-dir the published model is assumed. --config:
+also the seconds of a request under each of its presets, as far as its price files tell their evaluations.
 Exit code 2, with one sentence, for anything that cannot be planned.
 """
 
@@ -17,12 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import ConfigError, StepVideoError
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.memory.sizes import GIB, WEIGHT_BYTES
 from stepvideo_serve.planning.cost import Prediction, layouts_of, predict
 from stepvideo_serve.planning.gpus import GPU, GPUS, ONE_NODE, gpu_named
 from stepvideo_serve.planning.model_size import PUBLISHED, ModelConfigs, model_size, workload
+from stepvideo_serve.planning.preset_seconds import Evaluations, evaluations_by_preset, seconds_by_preset
 
 GIGA, TERA = 1e9, 1e12
 KINDS = ("sum_tp", "to_heads", "to_tokens", "gather_tokens", "exchange_branches")
@@ -47,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = PUBLISHED if arguments.model_dir is None else ModelConfigs.load(arguments.model_dir)
         layouts = layouts_of(arguments.gpus, configs.dit.num_heads, geometry.tokens)
         size, work = model_size(configs), workload(configs, geometry, arguments.steps)
+        served = None if arguments.config is None else ServeConfig.load(arguments.config)
+        presets = {} if served is None else evaluations_by_preset(served, geometry, arguments.steps)
     except StepVideoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     predictions = [predict(size, layout, work, gpu, arguments.precision) for layout in layouts]
     predictions.sort(key=lambda prediction: prediction.request_s)
     chosen, reason = recommend(predictions, gpu)
+    by_preset = [seconds_by_preset(one, size, work, gpu, arguments.precision, presets) for one in predictions]
     request = {
         **{name: getattr(arguments, name) for name in ("frames", "height", "width", "steps", "precision", "gpus")},
         "gpu": gpu.name,
@@ -60,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "text_tokens": work.text_tokens,
     }
     if arguments.json:
-        described = [describe(prediction, gpu) for prediction in predictions]
+        pairs = zip(predictions, by_preset, strict=True)
+        described = [{**describe(prediction, gpu), "preset_s": seconds} for prediction, seconds in pairs]
         best = str(chosen.layout) if chosen else None
         print(json.dumps({**request, "layouts": described, "recommended": best, "reason": reason}, indent=2))
     else:
-        print("\n".join(report(predictions, request, gpu)))
+        print("\n".join([*report(predictions, request, gpu), *preset_report(predictions, by_preset, presets)]))
         print(f"\n{reason}")
     return 0
 
@@ -132,6 +139,24 @@ def report(predictions: Sequence[Prediction], request: Mapping[str, Any], gpu: G
     return [*lines, "", "One step of rank 0: TFLOP, GB handed to each collective, seconds:", *_table(steps)]
 
 
+def preset_report(
+    predictions: Sequence[Prediction],
+    seconds: Sequence[Mapping[str, float | None]],
+    evaluations: Mapping[str, Evaluations | None],
+) -> list[str]:
+    """The lines of the table by preset; none without presets."""
+    if not evaluations:
+        return []
+    heads = [name if its is None else f"{name} ({its.count:g})" for name, its in evaluations.items()]
+    rows = [["layout", *heads]]
+    for prediction, by_preset in zip(predictions, seconds, strict=True):
+        rows.append([str(prediction.layout), *(_number(value, 1, 1) for value in by_preset.values())])
+    lines = ["", "Seconds of a request by preset (evaluations of the DiT; - without a price for it):", *_table(rows)]
+    if any(prediction.layout.cfg > 1 for prediction in predictions):
+        lines.append("With cfg2 a step without guidance takes as long as one with: skipping a branch gains nothing.")
+    return lines
+
+
 def _memory_row(prediction: Prediction) -> list[str]:
     memory, place = prediction.memory, prediction.placement
     weights = (memory.dit, memory.llm.get("split"), memory.llm["whole"], memory.clip, memory.vae)
@@ -181,5 +206,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in (("frames", 102), ("height", 544), ("width", 992), ("steps", 50)):
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--precision", choices=tuple(WEIGHT_BYTES), default="bf16", help="default: %(default)s")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a serve.toml: its presets and price files")
     parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
     return parser

@@ -179,6 +179,21 @@ class PriceBook:
                         return price
         return None
 
+    def measured(self, preset: Preset, num_frames: int, height: int, width: int, steps: int) -> Price | None:
+        """The newest price of the preset at this size and number of steps, whatever else it was measured with: for
+        estimates of seconds."""
+        parameters, size = preset.parameters(), (num_frames, height, width, steps)
+        for price in (price for file in self._files for price in file.prices):
+            setting = price.setting
+            if price.parameters == parameters and size == (
+                setting.num_frames,
+                setting.height,
+                setting.width,
+                setting.steps,
+            ):
+                return price
+        return None
+
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `kind`. Raises ValueError that says where."""

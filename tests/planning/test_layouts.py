@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from stepvideo_serve.errors import CheckpointError
 from stepvideo_serve.planning.layouts import main
 from stepvideo_serve.planning.model_size import PUBLISHED, ModelConfigs
+from stepvideo_serve.planning.prices import Estimate, Measures, Price, PriceFile, Served, Setting
+from stepvideo_serve.request.presets import Preset
 
 Capture = pytest.CaptureFixture[str]
 
@@ -140,3 +143,57 @@ def test_what_cannot_be_planned_is_one_sentence(capsys: Capture, arguments: str,
 def test_a_checkpoint_without_the_configuration_of_its_clip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="clip_text_encoder"):
         ModelConfigs.load(tmp_path)
+
+
+PRESETS = """
+[model]
+dir = "none"
+engines_dir = "none"
+
+[presets.mask]
+rule = "fixed"
+mask = "1100000001"
+cfg_scale = 9
+time_shift = 13
+
+[presets.late]
+rule = "exact"
+guidance_from = 0.1
+
+[presets.quick]
+rule = "adaptive"
+tolerance = 0.1
+dense_start = 0.01
+dense_end = 0.6
+longest_streak = 8
+
+[pricing]
+files = ["prices.json"]
+"""
+
+
+def test_seconds_by_preset(capsys: Capture, tmp_path: Path) -> None:
+    """A mask's evaluations are known, others come from price files; without guidance cfg2 gains nothing."""
+    config = tmp_path / "serve.toml"
+    config.write_text(PRESETS)
+    one = Estimate(5.0, 5.0, 5.0, 5.0, 5.0)
+    measures = Measures(16, replace(one, mean=10.0), 0.5, one, None, one, None, None, {})
+    late = Preset("exact", guidance_from=0.1)
+    price = Price("late", late.parameters(), Setting(102, 544, 992, 10, 9.0, 7.0), measures)
+    PriceFile.of(Served("x", "bf16", "eager", "single"), [price], []).save(tmp_path / "prices.json")
+    arguments = ("--gpu", "H200", "--gpus", "8", "--steps", "10", "--config", str(config))
+    layouts = {layout["layout"]: layout for layout in plan(capsys, *arguments)["layouts"]}
+    for name, layout in layouts.items():
+        seconds, whole_s, step_s = layout["preset_s"], layout["request_s"], layout["step_s"]["total"]
+        assert seconds["exact"] == pytest.approx(whole_s)
+        assert seconds["mask"] == pytest.approx(whole_s - 7 * step_s)
+        assert seconds["quick"] is None, "nobody has measured it"
+        if name.startswith("cfg2"):
+            assert seconds["late"] == pytest.approx(whole_s)
+        else:
+            assert whole_s - 5 * step_s < seconds["late"] < whole_s - 1.5 * step_s
+    assert main(list(arguments)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [head] = [line for line in lines if "mask (3)" in line]
+    assert head.split() == ["layout", "exact", "(10)", "mask", "(3)", "late", "(10)", "quick"]
+    assert any("skipping a branch gains nothing" in line for line in lines)
