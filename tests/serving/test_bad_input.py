@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
+from stepvideo_serve.request import INPUT_NAMES
 from tests.serving.calls import PATIENCE_S, Refused, Server, Values, grpc_request
 
 AT_ONCE_S = 20.0  # a run of the same size that is let in takes longer than this by two orders of magnitude
@@ -125,7 +126,10 @@ OURS: dict[str, tuple[Change, str]] = {
 }
 # What Triton refuses by the models' configurations, in its own words.
 BY_CORE: dict[str, tuple[Change, str]] = {
-    "one-input": (lambda small: {"PROMPT": small["PROMPT"]}, "expected number of inputs between 2 and 19 but got 1"),
+    "one-input": (
+        lambda small: {"PROMPT": small["PROMPT"]},
+        f"expected number of inputs between 2 and {len(INPUT_NAMES)} but got 1",
+    ),
     "unknown-input": (change(FRAMES=np.array([17], np.int32)), "unexpected inference input 'FRAMES'"),
     "wrong-dtype": (number(np.int64, NUM_FRAMES=17), "NUM_FRAMES.*INT32|INT64.*NUM_FRAMES"),
     "wrong-dtype-text": (integer(PROMPT=1), "PROMPT"),
