@@ -5,12 +5,16 @@ An event is `log_event(logger, "request_ended", request_id=..., seconds=...)`.
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
 from stepvideo_serve.config import LoggingConfig
 
+# What steers a terminal or turns the direction of a line around: C0 but tab and newline, DEL, C1, line separators, and
+# the marks of bidirectional text.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 MAX_TEXT = 400  # characters of a field that may come from a caller
 
 
@@ -57,7 +61,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return visible(json.dumps(line, ensure_ascii=False, default=str))
 
 
 class TextFormatter(logging.Formatter):
@@ -70,7 +74,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = [f"{name}={_plain(value)}" for name, value in getattr(record, "fields", {}).items()]
         text = " ".join([f"{self._model}:", record.getMessage(), *fields])
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        return visible(f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text)
 
 
 class TritonHandler(logging.Handler):
@@ -93,6 +97,11 @@ class TritonHandler(logging.Handler):
                 self._triton.log_info(text)
         except Exception:  # as every Handler of the standard library: told on standard error, never to who logs
             self.handleError(record)
+
+
+def visible(text: str) -> str:
+    """With UNSEEN characters as \\uXXXX, which JSON reads as what they were."""
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _short(value: object) -> object:

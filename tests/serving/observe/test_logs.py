@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import pytest
 
@@ -69,3 +70,23 @@ def test_a_text_of_a_caller_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(LoggingConfig("json"), "ti2v", in_stub=False)
     log_event(LOGGER, "request_ended", error="x" * 10 * MAX_TEXT)
     assert len(json.loads(capsys.readouterr().err)["error"]) == MAX_TEXT
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize(
+    "mark", ["\x1b", "\r", "\x7f", "\x85", "\x9b", "\u2028", "\u202e", "\u2066", "\u200f", "\u061c"]
+)
+@pytest.mark.usefixtures("root_logger")
+def test_what_steers_a_terminal_or_turns_a_line_is_escaped(
+    capsys: pytest.CaptureFixture[str], form: Literal["text", "json"], mark: str
+) -> None:
+    configure_logging(LoggingConfig(form), "ti2v", in_stub=False)
+    log_event(LOGGER, "request_ended", request_id=f"一{mark}2J", error=f"INVALID_ARGUMENT: got {mark}.")
+    LOGGER.error("a message with %s", mark)
+    lines = capsys.readouterr().err
+    assert mark not in lines
+    assert lines.count(f"\\u{ord(mark):04x}") == 3 or mark == "\r"
+    assert lines.count("\n") == 2
+    assert "一" in lines
+    if form == "json":
+        assert json.loads(lines.splitlines()[0])["request_id"] == f"一{mark}2J"
