@@ -101,6 +101,14 @@ def test_a_model_that_answers_with_an_error(scripted: Scripted, error: str, stat
     assert check(scripted.url, "live").well == live
 
 
+def test_a_model_without_one_of_its_threads_is_neither_ready_nor_live(scripted: Scripted) -> None:
+    scripted.errors = {"vae_decoder": "INTERNAL: vae_decoder has lost a thread, runs (OverflowError): load it anew."}
+    for level in ("ready", "live"):
+        health = check(scripted.url, level)
+        assert health.models["vae_decoder"].state is State.BROKEN
+        assert health.sentence == f"not {level}: vae_decoder has lost a thread."
+
+
 def test_a_model_that_says_nothing(scripted: Scripted) -> None:
     scripted.silent = "vae_decoder"
     for level in ("ready", "live"):
