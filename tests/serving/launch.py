@@ -37,6 +37,14 @@ steps = 2
 [card]
 cfg_scale = [1.0, 9.0]
 
+# On random weights the shipped presets evaluate every step.
+[presets.rough]
+rule = "adaptive"
+tolerance = 100.0
+dense_start = 0.01
+dense_end = 0.9
+longest_streak = 3
+
 [denoiser]
 max_queued = {max_queued}
 max_resumes = 1

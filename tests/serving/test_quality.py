@@ -19,7 +19,7 @@ def twenty(small: Values) -> Values:
 
 def test_what_is_refused(server: Server, twenty: Values) -> None:
     bad = {
-        b"quick": "QUALITY must be one of exact, balanced, fast, or mask: and a digit per step, got 'quick'",
+        b"quick": "QUALITY must be one of exact, rough, or mask: and a digit per step, got 'quick'",
         b"Quick": "QUALITY must be a preset's name",
         b"mask:11": f"The mask must have one digit for each of the {STEPS} steps, got 2",
         b"mask:" + b"1" * (STEPS - 1) + b"0": "The mask must begin and end with 1, got 1 and 0",
@@ -39,14 +39,14 @@ def test_a_preset_is_counted_reported_and_repeated_by_its_mask(
     server: Server, config: ServeConfig, twenty: Values
 ) -> None:
     exact = server.stream(twenty)
-    answer = server.stream({**twenty, "QUALITY": b"fast"})
+    answer = server.stream({**twenty, "QUALITY": b"rough"})
     report = report_of(answer.result)["quality"]
     mask = report.pop("mask")
     counts = [int(step["EVALUATIONS"][0]) for step in answer.progress if step["STEP"][0] > 0]
     assert counts == list(np.cumsum([digit == "1" for digit in mask]))
     assert report == {
-        "preset": "fast",
-        **config.presets["fast"].parameters(),
+        "preset": "rough",
+        **config.presets["rough"].parameters(),
         "evaluations": mask.count("1"),
         "guided_share": 1.0,
     }
@@ -66,15 +66,15 @@ def test_a_preset_is_counted_reported_and_repeated_by_its_mask(
 
 
 def test_below_ten_steps_everything_is_evaluated(server: Server, small: Values) -> None:
-    plain, fast = (server.grpc({**small, **quality}) for quality in ({}, {"QUALITY": b"fast"}))
-    np.testing.assert_array_equal(plain["LATENTS"], fast["LATENTS"])
-    assert report_of(fast)["quality"]["mask"] == "11"
+    plain, rough = (server.grpc({**small, **quality}) for quality in ({}, {"QUALITY": b"rough"}))
+    np.testing.assert_array_equal(plain["LATENTS"], rough["LATENTS"])
+    assert report_of(rough)["quality"]["mask"] == "11"
 
 
 def test_the_client_sends_it_and_shows_the_count(server: Server, picture: bytes) -> None:
     options: dict[str, Any] = {"num_frames": 17, "height": 64, "width": 96, "steps": STEPS, "cfg_scale": 4.0}
     with Client(server.grpc_url) as client:
-        *events, result = client.generate(picture, "a cat", quality="fast", output="latents", seed=7, **options)
+        *events, result = client.generate(picture, "a cat", quality="rough", output="latents", seed=7, **options)
     assert isinstance(result, Result)
     counts = [event.evaluations for event in events if isinstance(event, StepEvent) and event.step > 0]
     assert counts[-1] == result.report["quality"]["evaluations"] < STEPS

@@ -271,6 +271,26 @@ def test_a_server_quotes_what_it_has_measured(server: Running, small: Values) ->
     assert denoise[1] - denoise[0] == pytest.approx(2 * got.report["step_seconds"])
 
 
+def test_a_server_quotes_a_preset_by_its_runs(server: Running, small: Values) -> None:
+    """A video, so that every stage has run; the preset's evaluations are those of the run."""
+    steps = 16
+    request: Values = {**small, "STEPS": np.array([steps], np.int32), "QUALITY": b"rough", "OUTPUT": b"mp4"}
+    done = report_of(server.stream({**request, "PROMPT": f"a dog at {time.time()}".encode()}).result)["quality"]
+    assert done["evaluations"] < steps
+    size = {"num_frames": 17, "height": 64, "width": 96, "steps": steps}
+    with Client(server.grpc_url) as client:
+        rough, masked, exact = (
+            client.quote(**size, quality=quality) for quality in ("rough", f"mask:{done['mask']}", "exact")
+        )
+    assert rough.report["evaluations"]["alike"]
+    assert rough.report["evaluations"]["mean"] == masked.report["evaluations"]["mean"] == done["evaluations"]
+    assert 0 < rough.report["forecast_seconds"] < rough.report["step_seconds"]
+    assert rough.report["seconds"]["denoise"] == pytest.approx(masked.report["seconds"]["denoise"])
+    assert rough.seconds < exact.seconds
+    assert any("has no price on this server" in note for note in rough.report["notes"])
+    assert exact.report["notes"] == []
+
+
 def test_a_server_that_is_busy_quotes_the_wait(server: Running, long: Values, small: Values) -> None:
     server.stream(small)
     with server.open(long) as running, Client(server.grpc_url) as client:

@@ -22,6 +22,7 @@ from tests.serving.launch import CONFIG, Engines, serving
 
 MODELS = ("ti2v", "ti2v_unary", "text_encoder", "vae_encoder", "dit_denoiser", "vae_decoder")
 PEAK_TFLOPS = 2.5
+ROUGH_STEPS = 14
 FORGED = b'x\n{"event": "forged"}'
 SAMPLE = re.compile(r"(\w+)(?:\{(.*)\})? (\S+)")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -95,7 +96,7 @@ def observed(
 def requests_that_end_at_once(seen: Observed, small: Values) -> None:
     seen.server.stream({**small, "OUTPUT": b"mp4"})
     seen.ends("OK")
-    seen.server.grpc(small)
+    seen.server.grpc({**small, "STEPS": np.array([ROUGH_STEPS], np.int32), "QUALITY": b"rough"})
     seen.ends("OK", "ti2v_unary")
     seen.refused({**small, "STEPS": np.array([0], np.int32)}, "INVALID_ARGUMENT")
     with pytest.raises(Refused):
@@ -194,8 +195,19 @@ def test_the_queue_and_its_turns(observed: Observed, scraped: Scrape) -> None:
 
 def test_steps_and_what_they_computed(scraped: Scrape) -> None:
     steps = scraped.value("stepvideo_steps_total")
-    assert steps == scraped.value("stepvideo_step_seconds_count")
-    assert steps >= 4 * 2 + 10 + 6 + 1
+    counts = {
+        (kind, preset): scraped.value(f"stepvideo_{kind}_total", preset=preset)
+        for kind in ("evaluations", "forecasts")
+        for preset in ("exact", "rough", "mask:")
+    }
+    assert sum(counts.values()) == steps
+    assert sum(count for (kind, _), count in counts.items() if kind == "evaluations") == scraped.value(
+        "stepvideo_step_seconds_count"
+    )
+    assert counts["forecasts", "rough"] > 0
+    assert counts["forecasts", "rough"] + counts["evaluations", "rough"] == ROUGH_STEPS
+    assert counts["forecasts", "exact"] == counts["evaluations", "mask:"] == 0
+    assert counts["evaluations", "exact"] >= 3 * 2 + 10 + 6 + 1
     assert scraped.value("stepvideo_flops_total") > 0
     assert scraped.value("stepvideo_step_flops_per_second") > 0
     assert scraped.value("stepvideo_peak_flops_per_second") == PEAK_TFLOPS * 1e12
