@@ -36,6 +36,7 @@ from stepvideo_serve.request import (
     GenerationRequest,
     RequestLimits,
     card_warnings,
+    check_quality,
     fields_for,
     parse_request,
 )
@@ -50,6 +51,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_CANCELLED = 130
 
+DRAFT_QUALITY = "fast"
 WITHOUT_EFFECT = ("priority", "request_id", "max_response_bytes")
 """Options about a server that others use too; accepted, so that a client's command line can be repeated here."""
 
@@ -78,23 +80,66 @@ def _generate(options: argparse.Namespace) -> None:
     config = _on_one_rank(ServeConfig.load(options.config))
     inputs = inputs_of(options, config.limits)
     request = parse_request(inputs, config.limits, latent_channels(config), config.defaults)
+    check_quality(request, config.presets)
     report_path = _check_outputs(options, request)
+    draft = _draft_of(request, options, config) if options.draft_first is not None else None
     began_s = time.monotonic()
     stages = ProfiledStages(config, options.profile) if options.profile is not None else LocalStages(config)
     print(f"loaded in {time.monotonic() - began_s:.1f} s, seed {request.seed}", file=sys.stderr)
+    if draft is not None:
+        made = _result(generate(draft, stages, config.video, lambda: False, config.gates), None)
+        if not _is_wanted(made, options, draft):
+            return
     result = _result(generate(request, stages, config.video, lambda: False, config.gates), options.preview_dir)
     warnings = [{"gate": "card", "message": sentence} for sentence in card_warnings(request, config.card)]
     result.report["warnings"] += warnings
     for warning in result.report["warnings"]:
         print(f"warning: {warning['message']}", file=sys.stderr)
-    content = next(data for data in (result.video, result.frames, result.latents) if data is not None)
-    size = write_file(options.out, content)
+    size = write_file(options.out, _content(result))
     if report_path is not None:
         report = {**result.report, "path": str(options.out), "bytes": size}
         write_file(report_path, f"{json.dumps(report, indent=2, ensure_ascii=False)}\n".encode())
     if isinstance(stages, ProfiledStages):
         print(f"{options.profile}: a trace of step {stages.profiled_step} of {request.steps}")
     print(f"{options.out}: {size:,} bytes, seed {result.seed}, {result.report['seconds']['total']:.1f} s")
+
+
+def _content(result: Result) -> bytes | NDArray[Any]:
+    return next(data for data in (result.video, result.frames, result.latents) if data is not None)
+
+
+def _draft_of(request: GenerationRequest, options: argparse.Namespace, config: ServeConfig) -> GenerationRequest:
+    """The same request with fewer evaluations of the DiT: the seed keeps the composition. Raises InvalidRequest."""
+    if not options.yes and not sys.stdin.isatty():
+        raise InvalidRequest("--draft-first needs a terminal to ask whether to go on, got none: add --yes to go on.")
+    if options.profile is not None:
+        raise InvalidRequest("--profile traces one generation, got --draft-first too, which makes two: choose one.")
+    if is_special(options.out):
+        raise InvalidRequest(f"--draft-first writes a file beside --out, got {options.out}: name a file.")
+    draft = replace(request, quality=options.draft_first, preview_every=0)
+    check_quality(draft, config.presets)
+    check_target(_draft_path(options.out), "The draft of --draft-first")
+    return draft
+
+
+def _draft_path(out: Path) -> Path:
+    """video.mp4 -> video.draft.mp4"""
+    return out.with_name(f"{out.stem}.draft{out.suffix}")
+
+
+def _is_wanted(made: Result, options: argparse.Namespace, draft: GenerationRequest) -> bool:
+    """Shows the draft, and asks whether to make the whole."""
+    path = _draft_path(options.out)
+    write_file(path, _content(made))
+    seconds, steps = made.report["seconds"]["total"], draft.steps
+    print(f"{path}: a draft, {made.report['quality']['evaluations']} of {steps} steps evaluated, {seconds:.1f} s")
+    if options.yes:
+        return True
+    print("Make it in full, with the same seed? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return True
+    print(f"left at the draft: --seed {made.seed} makes the same one again", file=sys.stderr)
+    return False
 
 
 def _on_one_rank(config: ServeConfig) -> ServeConfig:
@@ -239,6 +284,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="FILE", help="where the video goes, or the .npy of --output")
     add("--json", nargs="?", const="", metavar="FILE", help="write the report (to --out with .json, if no FILE)")
     add("--preview-dir", type=Path, metavar="FOLDER", help="where the previews of --preview-every go")
+    add(
+        "--draft-first",
+        nargs="?",
+        const=DRAFT_QUALITY,
+        metavar="PRESET",
+        help=f"make a draft at this --quality ({DRAFT_QUALITY}, if none is named) and ask before the whole",
+    )
+    add("--yes", action="store_true", help="with --draft-first: do not ask")
     add("--profile", type=Path, metavar="FILE", help="write a torch.profiler trace of one step, in Chrome's format")
     return parser
 

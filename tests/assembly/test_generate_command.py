@@ -158,6 +158,11 @@ def test_what_is_no_regular_file_is_written_to_and_links_are_followed(
         (["--preview-every", "1"], "--preview-every and --preview-dir go together"),
         (["--profile", "none/t.json"], "--profile must be in a folder that exists"),
         (["--profile", "t.json", "--json", "t.json"], "must be different files"),
+        (["--quality", "best"], "exact, balanced, fast"),
+        (["--draft-first"], "--draft-first needs a terminal to ask whether to go on, got none: add --yes"),
+        (["--draft-first", "best", "--yes"], "exact, balanced, fast"),
+        (["--draft-first", "--yes", "--profile", "t.json"], "--profile traces one generation"),
+        (["--draft-first", "--yes", "--out", os.devnull], "--draft-first writes a file beside --out"),
         (["--profile", "t.json", "--infer-steps", "1"], "--profile needs --infer-steps of at least 2, got 1"),
     ],
 )
@@ -221,11 +226,37 @@ def test_a_step_that_is_forecast_is_not_the_profiled_one(tmp_path: Path) -> None
     assert names_in(trace)["aten::sigmoid"] == 1
 
 
-def test_progress_on_a_terminal() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    """Someone who types."""
 
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("typed", ["n\n", "y\n"])
+def test_a_draft_first(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal(typed))
+    out, draft = tmp_path / "v.npy", tmp_path / "v.draft.npy"
+    options = ["--output", "latents", "--infer-steps", "20", "--out", str(out)]
+    mask = "mask:1" + "01" * 9 + "1"
+    assert main([*command, *options, "--draft-first", mask]) == 0
+    said = capsys.readouterr()
+    assert f"{draft}: a draft, 11 of 20 steps evaluated" in said.out
+    assert "Make it in full, with the same seed? [y/N]" in said.err
+    assert out.exists() == (typed == "y\n")
+    if out.exists():
+        rough, whole = np.load(draft), np.load(out)
+        assert not np.array_equal(rough, whole)
+        for quality, made in ((mask, rough), ("exact", whole)):
+            assert main([*command, *options, "--quality", quality]) == 0
+            np.testing.assert_array_equal(np.load(out), made)
+    else:
+        assert f"--seed {SEED} makes the same one again" in said.err
+
+
+def test_progress_on_a_terminal() -> None:
     terminal = Terminal()
     progress = StepProgress(terminal)
     for step in (1, 2, 3):
