@@ -277,7 +277,7 @@ def test_a_server_quotes_a_preset_by_its_runs(server: Running, small: Values) ->
     request: Values = {**small, "STEPS": np.array([steps], np.int32), "QUALITY": b"rough", "OUTPUT": b"mp4"}
     done = report_of(server.stream({**request, "PROMPT": f"a dog at {time.time()}".encode()}).result)["quality"]
     assert done["evaluations"] < steps
-    size = {"num_frames": 17, "height": 64, "width": 96, "steps": steps}
+    size: dict[str, Any] = {"num_frames": 17, "height": 64, "width": 96, "steps": steps}
     with Client(server.grpc_url) as client:
         rough, masked, exact = (
             client.quote(**size, quality=quality) for quality in ("rough", f"mask:{done['mask']}", "exact")
