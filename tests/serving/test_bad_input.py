@@ -90,7 +90,10 @@ OURS: dict[str, tuple[Change, str]] = {
     "image-truncated": (truncated, "IMAGE must be a complete"),
     "image-oversized": (change(IMAGE=bytes(2_000_001)), "IMAGE must be at most 2000000 bytes, got 2000001"),
     "image-bomb": (image(bomb), "IMAGE must have at most .* pixels, got 100000x100000"),
-    "image-not-one": (change(IMAGE=b"%PDF-1.7 not a picture"), "IMAGE must be a PNG, JPEG or WebP"),
+    "image-not-one": (
+        change(IMAGE=b"%PDF-1.7 not a picture"),
+        "IMAGE must be the bytes of a PNG, JPEG or WebP file, got a PDF",
+    ),
     "image-animated": (image(animated), "animation of 2 frames"),
     "image-cmyk": (image(cmyk), "CMYK"),
     "prompt-not-utf8": (change(PROMPT=b"caf\xe9"), "PROMPT must be UTF-8, got byte 0xe9 at offset 3"),

@@ -198,7 +198,7 @@ def test_a_token_of_the_launchers_own_environment_is_not_handed_on(monkeypatch: 
 
 @pytest.mark.parametrize("token", [None, "", "short"])
 def test_models_do_not_start_without_a_token(token: str | None) -> None:
-    with pytest.raises(SetupError, match=rf"^{VARIABLE} must hold the token .* python -m stepvideo_serve serve"):
+    with pytest.raises(SetupError, match=rf"^{VARIABLE} must hold the token .*python -m stepvideo_serve serve"):
         Boundary.from_environment({} if token is None else {VARIABLE: token})
 
 
