@@ -35,6 +35,8 @@ STAGES = [stage for stages in PARTS.values() for stage in stages]
 CHANNELS = 8
 CONFIG = ServeConfig(ModelConfig(Path("model"), Path("engines")))
 
+LONGEST_STEP_S = 30.0  # far more than a step of these sizes takes on a busy machine
+
 
 @pytest.fixture(scope="module")
 def published() -> Server:
@@ -300,7 +302,7 @@ def test_a_server_that_is_busy_quotes_the_wait(server: Running, long: Values, sm
             for priority in (1, 2)
         )
         waits = [quote.queue_wait_s for quote in quotes]
-    assert waits[0] == 0.0, "it would go first"
+    assert waits[0] < LONGEST_STEP_S, "it would go first, after the step under way"
     assert waits[1] > 60.0, "a hundred thousand steps are ahead"
 
 
