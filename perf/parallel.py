@@ -28,6 +28,7 @@ from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.planning.cost import exchanges
 from stepvideo_serve.planning.model_size import ModelConfigs, model_size
+from stepvideo_serve.request import RequestLimits, parse_request, rank_settings
 from stepvideo_serve.video.preview import LatentPreview
 
 LAYOUTS = {2: ("cfg2", "tp2", "sp2"), 4: ("tp4", "sp4", "cfg2.tp2", "cfg2.sp2", "tp2.sp2")}
@@ -92,8 +93,10 @@ def make_job(steps: int) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]
     tensors = {"latents": normal(*LATENTS), "condition": normal(*LATENTS[1:])}
     for branch, tokens in zip(("positive", "negative"), TEXT_TOKENS, strict=True):
         tensors |= {f"{branch}_llm": normal(tokens, 96), f"{branch}_clip": normal(77, 64)}
-    scalars = {"cfg_scale": 4.0, "time_shift": 7.0, "motion_score": 5.0, "preview_every": 0, "timeout_s": None}
-    return {"kind": "denoise", "steps": steps, **scalars}, tensors
+    inputs = {name: np.array([value], np.object_) for name, value in (("PROMPT", b""), ("IMAGE", b"none"))}
+    settings = rank_settings(parse_request(inputs, RequestLimits(), LATENTS[1]))
+    params = {"kind": "denoise", "settings": {**settings, "steps": steps, "cfg_scale": 4.0}, "timeout_s": None}
+    return params, tensors
 
 
 def seconds_per_step(folder: Path, layout: str, threads: int, steps: int) -> float:
@@ -119,15 +122,21 @@ def waiting_ranks(size: int) -> RankGroup:
 
 
 def signs_of_life() -> str:
-    """What the mark and the report of a step cost a rank, for a full-size latent and beside a full-size step."""
+    """What the mark and the report of a step cost a rank, beside a full-size step: with a full-size latent, and with
+    the velocity that an evaluated step adds where a preset forecasts."""
+    latents = np.zeros(FULL_SIZE_LATENTS, np.float32)
+    seconds = {}
     with waiting_ranks(2) as group:
-        latents = np.zeros(FULL_SIZE_LATENTS, np.float32)
-        *_, result = group.run({"steps": SIGNS_STEPS, "step_s": PREDICTED_STEP_S / 2}, {"latents": latents})
+        for names in (("latents",), ("latents", "velocity_0")):
+            job = {"steps": SIGNS_STEPS, "step_s": PREDICTED_STEP_S / 2}
+            *_, result = group.run(job, dict.fromkeys(names, latents))
+            seconds[len(names)] = result.params["seconds"] / SIGNS_STEPS
         parent, *ranks = idle_shares([os.getpid(), *group.pids])
-    seconds = result.params["seconds"] / SIGNS_STEPS
+    plain_s, preset_s = seconds[1], seconds[2]
     return (
-        f"mark and report of a full-size latent ({latents.nbytes / 1e6:.1f} MB) take {seconds * 1e3:.2f} ms a step, "
-        f"{seconds / PREDICTED_STEP_S:.2%} of a step of {PREDICTED_STEP_S} s (goal: below 1 %); idle, "
+        f"mark and report of a full-size latent ({latents.nbytes / 1e6:.1f} MB) take {plain_s * 1e3:.2f} ms a step, "
+        f"{plain_s / PREDICTED_STEP_S:.2%} of a step of {PREDICTED_STEP_S} s, with an evaluated velocity of a preset "
+        f"{preset_s * 1e3:.2f} ms, {preset_s / PREDICTED_STEP_S:.2%} (goal: below 1 %); idle, "
         f"the parent takes {parent:.2%} of a processor and a rank {max(ranks):.2%} (goal: below 1 %)"
     )
 

@@ -22,7 +22,7 @@ class SignsOfLife:
             time.sleep(params["step_s"])
             began_s = time.perf_counter()
             context.mark_step()
-            context.report({"step": step + 1}, {"latents": tensors["latents"]})
+            context.report({"step": step + 1}, tensors)
             seconds += time.perf_counter() - began_s
         return {"seconds": seconds}, tensors
 

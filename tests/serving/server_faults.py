@@ -25,8 +25,9 @@ from tests.serving.calls import Answer, Outputs, Server, Stream, Values, cpu_s, 
 from tests.serving.launch import Engines, serving, unwatched
 
 FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")
-MOMENTS = ("idle", "first step", "middle step", "last step", "decoding", "rebuild")
+MOMENTS = ("idle", "first step", "middle step", "last step", "decoding", "rebuild", "preset")
 STEPS = 6
+PRESET_STEPS = 16  # below ten every step is evaluated
 RANKS = 2
 HEARTBEAT_S = 0.5
 STEP_SLACK_S = 2.0
@@ -44,13 +45,27 @@ threads = 1
 heartbeat_s = {heartbeat_s}
 step_slack_s = {step_slack_s}
 max_resumes = 4
+
+[presets.rough]
+rule = "adaptive"
+tolerance = 100.0
+dense_start = 0.01
+dense_end = 0.9
+longest_streak = 3
 """
 
 
 class Case(NamedTuple):
+    """A fault in a rank at a moment; "preset" is the middle of a request that forecasts some of its steps."""
+
     how: str
     rank: int
     moment: str
+
+    @property
+    def steps(self) -> int:
+        """Of the request that is struck."""
+        return PRESET_STEPS if self.moment == "preset" else STEPS
 
 
 @dataclass(frozen=True)
@@ -74,11 +89,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FaultyServer:
-    """A server of two ranks that can be made to fail, a request of one whole second or more, and one that decodes."""
+    """A server of two ranks that can be made to fail, a request of one whole second or more, one that decodes, and one
+    that forecasts steps."""
 
     server: Server
     denoise: Values
     decode: Values
+    forecast: Values
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The living processes of the group by rank; while it is rebuilt, some are missing."""
@@ -93,7 +110,7 @@ class FaultyServer:
         return found
 
     def request(self, moment: str) -> Values:
-        return self.decode if moment == "decoding" else self.denoise
+        return {"decoding": self.decode, "preset": self.forecast}.get(moment, self.denoise)
 
     def run(self, case: Case) -> Outcome:
         """One case on a group that is ready and idle."""
@@ -158,7 +175,8 @@ def strike(process: psutil.Process, how: str) -> None:
 def wait_for(stream: Stream, moment: str, rank: psutil.Process) -> list[Outputs]:
     """Returns when the moment has come; the progress responses until then."""
     idle_s = cpu_s(rank)
-    steps = {"first step": 0, "middle step": STEPS // 2, "last step": STEPS - 1, "rebuild": STEPS // 2}
+    half = STEPS // 2
+    steps = {"first step": 0, "middle step": half, "last step": STEPS - 1, "rebuild": half, "preset": PRESET_STEPS // 2}
     wanted = steps.get(moment, STEPS)
     progress: list[Outputs] = []
     while len(progress) < wanted:
@@ -201,8 +219,8 @@ def faulty_server(
             os.environ["PYTHONPATH"] = old
 
 
-def requests(picture: bytes) -> tuple[Values, Values]:
-    """One that spends its time in steps and returns latents, one that decodes four chunks."""
+def requests(picture: bytes) -> tuple[Values, Values, Values]:
+    """One that spends its time in steps and returns latents, one that decodes four chunks, one that forecasts steps."""
     common: Values = {
         "PROMPT": "一只猫".encode(),
         "IMAGE": picture,
@@ -214,7 +232,9 @@ def requests(picture: bytes) -> tuple[Values, Values]:
         size = {"NUM_FRAMES": frames, "HEIGHT": height, "WIDTH": width}
         return {**common, "OUTPUT": output, **{name: np.array([value], np.int32) for name, value in size.items()}}
 
-    return sized(34, 256, 256, b"latents"), sized(68, 32, 48, b"frames")
+    denoise = sized(34, 256, 256, b"latents")
+    forecast: Values = {**denoise, "STEPS": np.array([PRESET_STEPS], np.int32), "QUALITY": b"rough"}
+    return denoise, sized(68, 32, 48, b"frames"), forecast
 
 
 def verify(
@@ -222,9 +242,9 @@ def verify(
 ) -> None:
     """The request ended right, the next one did, and nothing is left of the ranks that were lost."""
     steps = [int(step["STEP"][0]) for step in outcome.answer.progress]  # repeated whenever nothing new comes for 15 s
-    assert [step for step in dict.fromkeys(steps) if step > 0] == list(range(1, STEPS + 1))
+    assert [step for step in dict.fromkeys(steps) if step > 0] == list(range(1, case.steps + 1))
     for answer, request in ((outcome.answer, case.moment), (outcome.next_answer, "idle")):
-        for name, value in expected["decoding" if request == "decoding" else "idle"].items():
+        for name, value in expected[request if request in expected else "idle"].items():
             np.testing.assert_array_equal(answer.result[name], value)
     assert len(faulty.ranks()) == RANKS
     assert shared_memory() <= at_start
@@ -240,7 +260,10 @@ def expected_results(faulty: FaultyServer) -> dict[str, Outputs]:
     results = {
         "idle": faulty.server.stream_result(faulty.denoise),
         "decoding": faulty.server.stream_result(faulty.decode),
+        "preset": faulty.server.stream_result(faulty.forecast),
     }
+    evaluations = report_of(results["preset"])["quality"]["evaluations"]
+    assert evaluations < PRESET_STEPS, "no step was forecast: the rows of the preset would show nothing"
     return {
         moment: {name: result[name] for name in ("LATENTS", "FRAMES") if name in result}
         for moment, result in results.items()
