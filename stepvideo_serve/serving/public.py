@@ -68,12 +68,13 @@ class PublicModel:
 
     decoupled: bool
     stop_sign: StopSign
+    deaths: ThreadDeaths
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
             self._config = ServeConfig.from_environment()
             Boundary.from_environment()  # without it every stage would refuse every request
-            self._name, self._deaths = args["model_name"], ThreadDeaths.watched()
+            self._name, self.deaths = args["model_name"], ThreadDeaths.watched()
             self._watches = RequestWatches(self._config, args["model_name"])
             self._latent_channels = latent_channels(self._config)
             self._decoders = Layout.parse(self._config.denoiser.layout).world_size
@@ -93,7 +94,7 @@ class PublicModel:
 
     def is_ready(self) -> bool:
         """Asked by servers from 26.03 on: not once the server is told to stop, nor without all threads."""
-        return self._deaths.none and not self.stop_sign.raised()
+        return self.deaths.none and not self.stop_sign.raised()
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -138,7 +139,7 @@ class PublicModel:
 
     def _answer_probe(self, sender: Sender) -> None:
         try:
-            self._deaths.check(self._name)
+            self.deaths.check(self._name)
         except WorkerFailed as error:
             sender.fail(error)
         else:

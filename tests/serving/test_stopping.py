@@ -117,13 +117,14 @@ ASK_THE_MODELS = """
 import os, sys, types
 sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
 from stepvideo_serve.launch.stopping import LauncherFolder, StopSign
+from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.public import StreamingModel, UnaryModel
 
 folder = LauncherFolder()
 os.environ.update(folder.environment)
 models = [StreamingModel(), UnaryModel()]
 for model in models:
-    model.stop_sign = StopSign.from_environment()
+    model.stop_sign, model.deaths = StopSign.from_environment(), ThreadDeaths()
 print([model.is_ready() for model in models])
 folder.raise_sign()
 print([model.is_ready() for model in models])
