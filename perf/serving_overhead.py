@@ -3,7 +3,9 @@
     python -m perf.serving_overhead [--config serve.toml] [--frames 34] [--height 128] [--width 192] [--steps 50]
 
 Both sides run the same graphs with the same threads; which one goes first alternates from pair to pair. The result is
-the median of the pairs' ratios with its interval. The goal is at most 3 % on a request of 5 s or more.
+the median of the pairs' ratios with its interval. The goal is at most 3 % on a request of 5 s or more. Beside it stand
+the processor seconds that each process spent on a served request: those outside `rank_process` and the encoders and
+decoder are what serving itself computes.
 """
 
 import argparse
@@ -41,8 +43,10 @@ def main() -> int:
     local = LocalStages(config)
     server = TritonServer(ServerOptions(Path("model_repository"), options.config, log=Path("build/bench-server.log")))
     rows: dict[str, list[dict[str, float]]] = {"in process": [], "served": []}
+    spent: list[dict[str, float]] = []
     with server:
         server.wait_ready()
+        processes = _processes(server.pid)
         with Client(server.grpc_url) as client:
             sides = {
                 "in process": partial(_in_process, local, config, options),
@@ -51,11 +55,15 @@ def main() -> int:
             for repeat in range(options.repeats + 1):
                 print(f"pair {repeat} of {options.repeats}{' (warm-up)' if repeat == 0 else ''}", file=sys.stderr)
                 for side in sorted(sides, reverse=repeat % 2 == 1):
+                    before = _cpu_seconds(processes)
                     seconds = sides[side]()
                     if repeat > 0:
                         rows[side].append(seconds)
-        memory = _peak_memory_mib(server.pid)
-    _print(rows, memory, options)
+                    if repeat > 0 and side == "served":
+                        spent.append({name: now - before[name] for name, now in _cpu_seconds(processes).items()})
+        memory = _peak_memory_mib(processes)
+    _print(rows, options)
+    _print_processes(spent, memory)
     return 0
 
 
@@ -107,23 +115,33 @@ def _row(report: Mapping[str, object], wall_s: float) -> dict[str, float]:
     return {**{k: float(v) for k, v in seconds.items()}, "step": statistics.median(steps), "wall": wall_s}
 
 
-def _peak_memory_mib(server_pid: int) -> dict[str, float]:
-    """VmHWM of this process, the server and everything below it, by what the process is."""
+def _processes(server_pid: int) -> dict[str, psutil.Process]:
+    """This process, the server and everything below it, named by what they are."""
     server = psutil.Process(server_pid)
-    peaks: dict[str, float] = {}
-    for process in (psutil.Process(), server, *server.children(recursive=True)):
+    kinds = ("dit_denoiser", "text_encoder", "vae_encoder", "vae_decoder", "ti2v_unary", "ti2v_quote", "ti2v")
+    named = {"this process and client": psutil.Process()}
+    for process in (server, *server.children(recursive=True)):
         command = " ".join(process.cmdline())
-        kinds = ("dit_denoiser", "text_encoder", "vae_encoder", "vae_decoder", "ti2v_unary", "ti2v", "rank_process")
-        kind = next((kind for kind in kinds if kind in command), process.name())
+        kind = next((kind for kind in ("rank_process", *kinds) if kind in command), process.name())
+        named[f"{kind} ({process.pid})"] = process
+    return named
+
+
+def _cpu_seconds(processes: Mapping[str, psutil.Process]) -> dict[str, float]:
+    return {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+
+
+def _peak_memory_mib(processes: Mapping[str, psutil.Process]) -> dict[str, float]:
+    """VmHWM of each process."""
+    peaks: dict[str, float] = {}
+    for name, process in processes.items():
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-        peaks[f"{kind} ({process.pid})"] = peak_kib / 1024
+        peaks[name] = peak_kib / 1024
     return peaks
 
 
-def _print(
-    rows: Mapping[str, list[dict[str, float]]], memory: Mapping[str, float], options: argparse.Namespace
-) -> None:
+def _print(rows: Mapping[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
     print(
         f"{options.frames} frames, {options.width}x{options.height}, {options.steps} steps, median of {options.repeats}"
     )
@@ -139,9 +157,17 @@ def _print(
         f"serving adds {middle - 1:+.1%} at the median of {len(ratios)} pairs ({low - 1:+.1%} to {high - 1:+.1%} with "
         f"{CONFIDENCE:.0%} confidence; goal: at most {GOAL - 1:.0%} on a request of 5 s or more: {verdict})"
     )
-    print("\npeak memory, MiB")
-    for name, peak in sorted(memory.items(), key=lambda item: -item[1]):
-        print(f"  {name:<28} {peak:>8.0f}")
+
+
+def _print_processes(spent: Sequence[Mapping[str, float]], memory: Mapping[str, float]) -> None:
+    """Medians over the served requests."""
+    seconds = {name: statistics.median(row[name] for row in spent) for name in memory}
+    print(f"\n{'while served':<28} {'CPU s':>8} {'peak MiB':>9}")
+    for name, peak in sorted(memory.items(), key=lambda item: -seconds[item[0]]):
+        print(f"{name:<28} {seconds[name]:>8.2f} {peak:>9.0f}")
+    computing = ("rank_process", "encoder", "decoder")
+    around = sum(value for name, value in seconds.items() if not any(kind in name for kind in computing))
+    print(f"around the stages: {around:.2f} CPU s, {around / sum(seconds.values()):.1%} of all")
 
 
 def median_interval(ordered: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
