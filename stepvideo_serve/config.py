@@ -161,15 +161,17 @@ class GatesConfig:
 class IdempotencyConfig:
     """Results that are kept for repeats of their REQUEST_ID, in each public model for itself.
 
-    ttl_s    seconds that a result is kept; 0 keeps none
-    max_mib  all results together, the oldest go first; 0 keeps none
+    ttl_s         seconds that a result is kept; 0 keeps none, but where KEEP_S asks for it
+    max_mib       all results in memory together, the oldest go first; 0 keeps none there
+    max_file_mib  results that KEEP_S asks for go to files, beyond `max_mib`; all of those together
     """
 
     ttl_s: float = 600.0
     max_mib: int = 256
+    max_file_mib: int = 4096
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "ttl_s", "max_mib")
+        _at_least(self, 0, "ttl_s", "max_mib", "max_file_mib")
 
 
 @dataclass(frozen=True)

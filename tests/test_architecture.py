@@ -74,6 +74,7 @@ LIGHT: Mapping[str, tuple[str, ...]] = {
     "stepvideo_serve.launch.supervise": (*TORCH, "stepvideo_serve.config"),
     "stepvideo_serve.launch.health": (*TORCH, "stepvideo_serve.config"),
     "stepvideo_serve.serving.denoiser": ("torch",),
+    "stepvideo_serve.serving.cancel": ("torch",),
 }
 CLIENT_MAY_IMPORT = ("stepvideo_client", "numpy", "tritonclient", "grpc", "google.protobuf")
 SERVER_API = "triton_python_backend_utils"

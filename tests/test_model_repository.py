@@ -121,6 +121,13 @@ MODELS: Mapping[str, tuple[bool, int, Tensors, Tensors, Tensors]] = {
     ),
     "dit_denoiser": (False, 1, {}, DENOISER_INPUTS, DENOISER_OUTPUTS),
     "ti2v_quote": (False, 1, {}, QUOTE_INPUTS, QUOTE_OUTPUTS),
+    "ti2v_cancel": (
+        False,
+        1,
+        {},
+        {"REQUEST_ID": TEXT_SCALAR},
+        {"CANCELLED": ("TYPE_BOOL", [1]), "REPORT": TEXT_SCALAR},
+    ),
     "vae_decoder": (False, 1, {}, DECODER_INPUTS, {"frames": FRAMES, "ENDED": ("TYPE_BOOL", [1])}),
 }
 

@@ -37,6 +37,7 @@ LIMITS = RequestLimits(
     time_shift=(0.3, 71.1),
     motion_score=(0.7, 83.9),
     max_timeout_s=16777215.0,
+    max_keep_s=8388607.0,
 )
 DEFAULTS = RequestDefaults(**{name.lower(): value for name, value in SIZE.items()})
 KINDS: dict[str, Any] = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}

@@ -1,4 +1,4 @@
-"""The command line: `stepvideo generate`, `quote`, `defaults` and `ready` (also `python -m stepvideo_client ...`)."""
+"""The command line: `stepvideo generate`, `cancel`, `quote`, `defaults`, `ready` (or `python -m stepvideo_client`)."""
 
 import argparse
 import gc
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        {"generate": _generate, "quote": _quote, "defaults": _defaults, "ready": _ready}[args.command](args)
+        commands = {"generate": _generate, "cancel": _cancel, "quote": _quote, "defaults": _defaults, "ready": _ready}
+        commands[args.command](args)
     except KeyboardInterrupt:
         print("stepvideo: cancelled.", file=sys.stderr)
         return EXIT_CANCELLED
@@ -90,6 +91,12 @@ def _exit_code(error: ClientError) -> int:
 def _ready(args: argparse.Namespace) -> None:
     with _client(args, idle_timeout_s=None) as client:
         client.wait_ready(args.timeout)
+
+
+def _cancel(args: argparse.Namespace) -> None:
+    with _client(args, idle_timeout_s=None) as client:
+        known = client.cancel(args.request_id)
+    print(f"{args.request_id}: {'cancelled' if known else 'no run and no kept result of that id'}")
 
 
 def _defaults(args: argparse.Namespace) -> None:
@@ -120,10 +127,15 @@ def _generate(args: argparse.Namespace) -> None:
     )
     started = time.monotonic()
     with _client(args, idle_timeout_s=args.idle_timeout) as client:
-        if args.unary:
-            result = client.generate_unary(args.image, prompt, **options)
-        else:
-            result = _stream(client, args, prompt, options)
+        try:
+            if args.unary:
+                result = client.generate_unary(args.image, prompt, **options)
+            else:
+                result = _stream(client, args, prompt, options)
+        except KeyboardInterrupt:
+            if args.keep_s and args.request_id:  # such a run goes on without its caller
+                client.cancel(args.request_id)
+            raise
     wall_s = time.monotonic() - started
     size = save_result(args.out, result)
     if report_path is not None:
@@ -216,6 +228,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     _add_generate_arguments(generate)
+    cancel = commands.add_parser(
+        "cancel",
+        help="end the run of a request id, whoever began it, and forget its result",
+        epilog=EXIT_CODES,
+        formatter_class=raw,
+    )
+    cancel.add_argument("request_id", metavar="ID", help="what --request-id gave the run")
     quote = commands.add_parser(
         "quote",
         help="what a generation would take on this server",
@@ -231,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=raw,
     )
-    for command in (generate, quote, defaults, ready):
+    for command in (generate, cancel, quote, defaults, ready):
         _add_connection_arguments(command)
     return parser
 

@@ -21,7 +21,7 @@ from stepvideo_client.errors import (
     StreamStalled,
     request_error,
 )
-from stepvideo_client.events import Result, StepEvent, is_final, read_response
+from stepvideo_client.events import Result, StepEvent, is_final, read_cancelled, read_response
 from stepvideo_client.fields import Options, QuoteOptions
 from stepvideo_client.options import inference_request, request_of
 from stepvideo_client.quote import QUOTE_MODEL, Quote, read_defaults, read_quote
@@ -29,6 +29,7 @@ from stepvideo_client.stream import RequestStream
 
 STREAM_MODEL = "ti2v"
 UNARY_MODEL = "ti2v_unary"
+CANCEL_MODEL = "ti2v_cancel"
 
 _PROBE_TIMEOUT_S = 5.0
 _QUESTION_TIMEOUT_S = 30.0
@@ -96,7 +97,7 @@ class Client:
 
         image: the bytes of a PNG, JPEG or WebP file, or its path. The request is checked here and sent when the
         iteration starts. Closing the iterator before its end (also by an exception or Ctrl-C in the loop's body
-        that lets it be collected) cancels the generation on the server.
+        that lets it be collected) cancels the generation on the server; one with keep_s goes on, and `cancel` ends it.
 
         Raises InvalidInput at once; while iterating ServerUnreachable, StreamStalled, MalformedResponse, and the
         RequestFailed that the server answered with.
@@ -143,6 +144,11 @@ class Client:
         request = request_of(UNARY_MODEL, {"prompt": "", "image": b""}, ())
         request.parameters["probe"].bool_param = True
         return read_defaults(self._answer(request))
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends the run of that request_id within a step, whoever began it, and forgets its result; whether the server
+        knew either. Raises InvalidInput, ServerUnreachable, MalformedResponse, and other RequestFailed."""
+        return read_cancelled(self._answer(request_of(CANCEL_MODEL, {"request_id": request_id}, ("request_id",))))
 
     def is_ready(self) -> bool:
         """Whether the server and its model ti2v take requests now."""

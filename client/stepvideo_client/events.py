@@ -98,6 +98,11 @@ def _step_event(outputs: InferResult, names: set[str]) -> StepEvent:
     )
 
 
+def read_cancelled(response: Any) -> bool:
+    """CANCELLED of a ModelInferResponse. Raises MalformedResponse."""
+    return _scalar(InferResult(response), "CANCELLED", bool)
+
+
 def _result(outputs: InferResult, names: set[str]) -> Result:
     report = json.loads(_scalar(outputs, "REPORT", bytes))
     if not isinstance(report, dict):

@@ -55,6 +55,8 @@ class Options(TypedDict, total=False):
     priority: who goes first: 1 high, 2 normal, 3 low (2)
     request_id: a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or
         result
+    keep_s: so long a run with a REQUEST_ID goes on when nobody waits for it any more, and its result is kept; only
+        ti2v_cancel ends it before (0)
     max_response_bytes: the largest message that the caller can receive; a larger result is refused, before the work
         where its size is known
     """
@@ -77,6 +79,7 @@ class Options(TypedDict, total=False):
     timeout_s: float | None
     priority: int | None
     request_id: str | None
+    keep_s: float | None
     max_response_bytes: int | None
 
 
@@ -341,6 +344,20 @@ INPUTS: Final[dict[str, Input]] = {
         choices=(),
         required=False,
         help="a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or result",
+    ),
+    "keep_s": Input(
+        name="KEEP_S",
+        datatype="FP32",
+        dimensions=1,
+        commands=("generate",),
+        flag="--keep",
+        metavar="S",
+        choices=(),
+        required=False,
+        help=(
+            "so long a run with a REQUEST_ID goes on when nobody waits for it any more, and its result is kept; "
+            "only ti2v_cancel ends it before (0)"
+        ),
     ),
     "max_response_bytes": Input(
         name="MAX_RESPONSE_BYTES",

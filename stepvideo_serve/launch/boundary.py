@@ -54,5 +54,5 @@ class Boundary:
         if not hmac.compare_digest(given, self._token.encode()):
             raise InvalidRequest(
                 f"The caller of {model} must be a model of this server, got a request from outside: call ti2v, "
-                "ti2v_unary or ti2v_quote."
+                "ti2v_unary, ti2v_quote or ti2v_cancel."
             )

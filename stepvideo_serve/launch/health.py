@@ -80,6 +80,7 @@ def questions() -> dict[str, tuple[str, dict[str, object]]]:
         "ti2v": ("generate_stream", nothing),
         "ti2v_unary": ("infer", {"inputs": image, "parameters": probe}),
         "ti2v_quote": ("infer", {"inputs": [], "parameters": probe}),
+        "ti2v_cancel": ("infer", {"inputs": [], "parameters": probe}),
         "text_encoder": ("infer", {"inputs": prompt, "parameters": probe}),
         "vae_encoder": ("infer", {"inputs": pixels, "parameters": probe}),
         RANKS_MODEL: ("infer", {"inputs": [], "parameters": probe}),

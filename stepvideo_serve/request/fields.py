@@ -243,6 +243,18 @@ FIELDS: Final[tuple[Field, ...]] = (
         metavar="ID",
     ),
     Field(
+        "KEEP_S",
+        "keep_s",
+        "FP32",
+        0.0,
+        Range(lambda limits: (0, limits.max_keep_s), unit="seconds"),
+        ("request", "client"),
+        "so long a run with a REQUEST_ID goes on when nobody waits for it any more, and its result is kept; only "
+        "ti2v_cancel ends it before",
+        flag="--keep",
+        metavar="S",
+    ),
+    Field(
         "MAX_RESPONSE_BYTES",
         "max_response_bytes",
         "INT64",

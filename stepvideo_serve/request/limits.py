@@ -25,6 +25,7 @@ class RequestLimits:
     time_shift: tuple[float, float] = (0.1, 100.0)
     motion_score: tuple[float, float] = (0.0, 100.0)
     max_timeout_s: float = 86_400.0
+    max_keep_s: float = 3_600.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -36,7 +36,8 @@ class GenerationRequest:
     Its attributes are those of the fields that a "request" needs. `latents` fp32 [latent frames, C, h, w] and
     `encode_noise` fp32 [1, C, h, w] are copies owned by this object, or None to draw them from the seed. `timeout_s` is
     None without a deadline; `priority` 1 high, 2 normal, 3 low; `request_id` is None where a repeat of the request is a
-    request of its own; `max_response_bytes` is None without a bound.
+    request of its own; `max_response_bytes` is None without a bound; `keep_s` is 0 for a run that
+    ends with its last caller.
     """
 
     prompt: str
@@ -59,6 +60,7 @@ class GenerationRequest:
     timeout_s: float | None
     priority: int
     request_id: str | None = None
+    keep_s: float = 0.0
     max_response_bytes: int | None = None
 
     @property
@@ -105,6 +107,22 @@ def with_timeout(request: GenerationRequest, timeout_s: float | None, limits: Re
     [field] = (field for field in fields_for("request") if field.attribute == "timeout_s")
     given: float = field.rule.check(field.name, as_fp32(timeout_s), limits)
     return replace(request, timeout_s=given if request.timeout_s is None else min(given, request.timeout_s))
+
+
+def check_keep(request: GenerationRequest) -> None:
+    """InvalidRequest for a run that is to outlive its caller without a name."""
+    if request.keep_s > 0 and request.request_id is None:
+        raise InvalidRequest(
+            f"KEEP_S = {request.keep_s:g} must come with a REQUEST_ID, got none: nobody could find the run again."
+        )
+
+
+def read_request_id(inputs: Inputs, limits: RequestLimits) -> str:
+    """The one input of `ti2v_cancel`. Raises InvalidRequest for anything else."""
+    [field] = (field for field in fields_for("request") if field.attribute == "request_id")
+    check_names(inputs, (replace(field, default=Default.REQUIRED),))
+    request_id: str = field.read(inputs[field.name], limits)
+    return request_id
 
 
 def check_names(inputs: Iterable[str], expected: Iterable[Field]) -> None:

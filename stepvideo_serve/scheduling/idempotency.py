@@ -2,7 +2,9 @@
 
 A request is repeated by a client that lost its connection, or gave up too early. While its run is under way, the repeat
 attaches to it: every caller gets the progress and the result; a caller that cancels leaves the others alone, and the
-last one to leave ends the run. Afterwards, a repeat gets the kept result. Failures are not kept: a repeat runs again.
+last one to leave ends the run, at once or, if a caller asked for that with KEEP_S, when so much time has passed without
+another one. Afterwards, a repeat gets the kept result. Failures are not kept: a repeat runs again. Who knows the id may
+end the run, and the result, through `ti2v_cancel`.
 """
 
 import hashlib
@@ -10,20 +12,22 @@ import json
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepvideo_serve.errors import DeadlineExceeded, InvalidRequest, QueueFull, RequestCancelled
+from stepvideo_serve.scheduling.kept_results import KeptResults
+from stepvideo_serve.scheduling.request_signs import RequestSigns
 
 Outputs = Mapping[str, NDArray[Any]]
 
 # What a repeat may change: it decides how the result is waited for, not what it is.
-FREE_INPUTS = ("REQUEST_ID", "REQUEST_PRIORITY", "TIMEOUT_S", "PREVIEW_EVERY", "MAX_RESPONSE_BYTES")
+FREE_INPUTS = ("REQUEST_ID", "REQUEST_PRIORITY", "TIMEOUT_S", "PREVIEW_EVERY", "MAX_RESPONSE_BYTES", "KEEP_S")
 MAX_CALLERS = 16  # that may wait for one run
 
 _logger = logging.getLogger(__name__)
@@ -44,12 +48,14 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Caller:
-    """Who asked; `timeout_s` None: without a deadline. A `repeated` one hears so in REPORT."""
+    """Who asked; `timeout_s` None: without a deadline. A `repeated` one hears so in REPORT. `keep_s`: seconds that the
+    run goes on when all have left."""
 
     answer: Answer
     timeout_s: float | None
     accepted_s: float
     repeated: bool
+    keep_s: float = 0.0
 
     def gone(self, now_s: float) -> RequestCancelled | DeadlineExceeded | None:
         """Why the caller does not wait any more."""
@@ -72,12 +78,16 @@ class SharedAnswer:
         request_id: str,
         mark: bytes,
         clock: Callable[[], float],
+        told_to_end: Callable[[], bool] = lambda: False,
     ) -> None:
         self.request_id, self.mark = request_id, mark
-        self._keep, self._clock = keep, clock
+        self.keep_s = 0.0
+        """The longest that any caller asked for."""
+        self._keep, self._clock, self._told_to_end = keep, clock, told_to_end
         self._callers: list[Caller] = []
         self._latest: Outputs | None = None
-        self._abandoned = False
+        self._alone_since_s: float | None = None
+        self._abandoned = self._cancelled_by_id = False
         self._lock = threading.RLock()
 
     def attach(self, caller: Caller) -> bool:
@@ -94,6 +104,7 @@ class SharedAnswer:
                     f"{self.request_id!r} do: close those that nobody reads."
                 )
             self._callers.append(caller)
+            self._alone_since_s, self.keep_s = None, max(self.keep_s, caller.keep_s)
             if self._latest is not None:
                 caller.answer.send(self._latest)
             return True
@@ -112,24 +123,36 @@ class SharedAnswer:
 
     def fail(self, error: BaseException) -> None:
         """Sends the error to all; those who have left by then hear that."""
+        if self._cancelled_by_id:
+            error = RequestCancelled(f"The run of the REQUEST_ID {self.request_id!r} was cancelled by ti2v_cancel.")
         self._keep(self, None)
         self._to_all(lambda caller: caller.answer.fail(caller.gone(self._clock()) or error))
 
     def cancelled(self) -> bool:
-        """Whether all callers had left when `dismiss_gone` was called last."""
+        """Whether the run was wanted by nobody when `dismiss_gone` was called last: all callers had left for `keep_s`,
+        or the id was cancelled."""
         return self._abandoned
 
     def dismiss_gone(self) -> None:
-        """Answers the callers who have left, while others wait; when all have, the run is abandoned."""
+        """Answers the callers who have left, while the run goes on; abandons the run when nobody wants it any more."""
         with self._lock:
+            self._cancelled_by_id = self._cancelled_by_id or self._told_to_end()
             now_s = self._clock()
             left = [(caller, reason) for caller in self._callers if (reason := caller.gone(now_s)) is not None]
-            if self._abandoned or len(left) == len(self._callers):
+            if self._abandoned or self._cancelled_by_id or self._nobody_comes(len(left), now_s):
                 self._abandoned = True
                 return
             for caller, reason in left:
                 self._callers.remove(caller)
                 caller.answer.fail(reason)
+
+    def _nobody_comes(self, left: int, now_s: float) -> bool:
+        """Whether all callers have left, and none has come since for `keep_s`."""
+        if left < len(self._callers):
+            return False
+        if self._alone_since_s is None:
+            self._alone_since_s = now_s
+        return now_s - self._alone_since_s >= self.keep_s
 
     def _to_all(self, send: Callable[[Caller], None]) -> None:
         """One caller's broken connection does not concern the others."""
@@ -142,43 +165,30 @@ class SharedAnswer:
                     self._callers.remove(caller)
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A result: the `mark` of its request, and when it is too old."""
-
-    outputs: Outputs
-    mark: bytes
-    size_bytes: int
-    expires_s: float
-
-
 class Results:
-    """Runs under way and results kept, by REQUEST_ID. Any thread may call any method.
+    """Runs under way and results kept, by REQUEST_ID. Any thread may call any method. Runs are shared whether results
+    are kept or not."""
 
-    ttl_s: how long a result is kept; max_bytes: all of them together; 0 keeps none. Runs are shared in any case.
-    """
-
-    def __init__(self, ttl_s: float, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ttl_s, self._max_bytes, self._clock = ttl_s, max_bytes, clock
+    def __init__(
+        self, kept: KeptResults, signs: RequestSigns | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.kept, self._clock = kept, clock
+        self._signs = signs or RequestSigns(None, "")
         self._running: dict[str, SharedAnswer] = {}
-        self._kept: OrderedDict[str, Kept] = OrderedDict()  # the oldest first
-        self._size_bytes = 0
+        self._signed: set[str] = set()  # ids with a sign: all that run or are kept
         self._lock = threading.Lock()
 
-    @property
-    def size_bytes(self) -> int:
-        """Of all results that are kept."""
-        return self._size_bytes
-
-    def join(self, request_id: str, mark: bytes, answer: Answer, timeout_s: float | None) -> SharedAnswer | None:
+    def join(
+        self, request_id: str, mark: bytes, answer: Answer, timeout_s: float | None, keep_s: float = 0.0
+    ) -> SharedAnswer | None:
         """The answer that a new run must give, with this caller attached; None when the caller is served already: by
         a run under way, or by a kept result. `mark` is the `fingerprint` of the inputs.
 
         Raises InvalidRequest when the id belongs to a request with other inputs, and QueueFull as `attach`.
         """
+        self.forget_cancelled()
         with self._lock:
-            self._drop_old()
-            kept, running = self._kept.get(request_id), self._running.get(request_id)
+            kept, running = self.kept.get(request_id), self._running.get(request_id)
             for known in (kept, running):
                 if known is not None and known.mark != mark:
                     raise InvalidRequest(
@@ -186,40 +196,49 @@ class Results:
                         "choose a new id for a new request."
                     )
             if kept is None:
-                accepted_s = self._clock()
-                if running is not None and running.attach(Caller(answer, timeout_s, accepted_s, repeated=True)):
+                caller = Caller(answer, timeout_s, self._clock(), repeated=True, keep_s=keep_s)
+                if running is not None and running.attach(caller):
                     return None
-                # The run keeps this caller's deadline itself.
-                run = SharedAnswer(self._end, request_id, mark, self._clock)
-                run.attach(Caller(answer, None, accepted_s, repeated=False))
-                self._running[request_id] = run
-                return run
+                return self._begin(request_id, mark, caller)
         answer.finish(repeated(kept.outputs))
         return None
+
+    def forget_cancelled(self) -> None:
+        """Forgets the kept results whose ids were cancelled, and the signs of ids that stand for nothing any more."""
+        with self._lock:
+            for request_id in self._signed - self._running.keys():
+                if self._signs.take_cancelled(request_id):
+                    self.kept.drop(request_id)
+                self._forget(request_id)
+
+    def _begin(self, request_id: str, mark: bytes, caller: Caller) -> SharedAnswer:
+        """The caller of this method holds the lock. The run keeps the first caller's deadline itself."""
+        self._signs.forget(request_id)
+        self._signs.know(request_id)
+        self._signed.add(request_id)
+        told_to_end = partial(self._signs.take_cancelled, request_id)
+        run = SharedAnswer(self._end, request_id, mark, self._clock, told_to_end)
+        run.attach(replace(caller, timeout_s=None, repeated=False))
+        self._running[request_id] = run
+        return run
 
     def _end(self, run: SharedAnswer, outputs: Outputs | None) -> None:
         """Called once, at the end of a run; `outputs` is None after a failure."""
         with self._lock:
             if self._running.get(run.request_id) is not run:  # all had left, and one came back
                 return
-            del self._running[run.request_id]
-            if outputs is None or self._ttl_s == 0:
-                return
-            size_bytes = _size_bytes(outputs)
-            if size_bytes > self._max_bytes:
-                return
-            self._kept[run.request_id] = Kept(outputs, run.mark, size_bytes, self._clock() + self._ttl_s)
-            self._size_bytes += size_bytes
-            self._drop_old()
+        if outputs is not None:
+            self.kept.put(run.request_id, run.mark, outputs, run.keep_s)
+        with self._lock:
+            if self._running.get(run.request_id) is run:
+                del self._running[run.request_id]
+                self._forget(run.request_id)
 
-    def _drop_old(self) -> None:
-        """The caller holds the lock. All live equally long, so the oldest is the first to expire."""
-        while self._kept:
-            request_id, oldest = next(iter(self._kept.items()))
-            if self._size_bytes <= self._max_bytes and self._clock() < oldest.expires_s:
-                return
-            del self._kept[request_id]
-            self._size_bytes -= oldest.size_bytes
+    def _forget(self, request_id: str) -> None:
+        """Takes the sign away of an id that stands for nothing. The caller holds the lock."""
+        if request_id not in self._running and self.kept.get(request_id) is None:
+            self._signs.forget(request_id)
+            self._signed.discard(request_id)
 
 
 def fingerprint(inputs: Mapping[str, NDArray[Any]]) -> bytes:
@@ -239,10 +258,3 @@ def repeated(outputs: Outputs) -> Outputs:
     """A result with "repeated": true in its REPORT."""
     report = json.loads(outputs["REPORT"].flat[0])
     return {**outputs, "REPORT": np.array([json.dumps({**report, "repeated": True}).encode()], np.object_)}
-
-
-def _size_bytes(outputs: Outputs) -> int:
-    return sum(
-        sum(len(value) for value in array.flat) if array.dtype == np.object_ else array.nbytes
-        for array in outputs.values()
-    )

@@ -26,12 +26,13 @@ from stepvideo_serve.planning.quote import QuoteRequest, Server, quote
 from stepvideo_serve.request import (
     GenerationRequest,
     card_warnings,
+    check_keep,
     check_quality,
     parse_request,
     with_timeout,
 )
 from stepvideo_serve.request.response_size import check_fits
-from stepvideo_serve.scheduling.idempotency import Answer, Results, fingerprint
+from stepvideo_serve.scheduling.idempotency import Answer, fingerprint
 from stepvideo_serve.serving.adapter import (
     Arrays,
     Sender,
@@ -43,6 +44,7 @@ from stepvideo_serve.serving.adapter import (
     read_inputs,
     waiting_outputs,
 )
+from stepvideo_serve.serving.launcher_folder import results_of
 from stepvideo_serve.serving.model_calls import ANSWER_S, call, in_time
 from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestWatches
 from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
@@ -79,8 +81,7 @@ class PublicModel:
             self._latent_channels = latent_channels(self._config)
             self._decoders = Layout.parse(self._config.denoiser.layout).world_size
             self._pricing = Pricing.of(self._config)
-        kept = self._config.idempotency
-        self._results = Results(kept.ttl_s, kept.max_mib << 20)
+        self._results = results_of(self._config.idempotency, args["model_name"])
         self._decoding = DecodingRoom()
         self._max_accepted = 1 + self._config.denoiser.max_queued
         self._accepted = self._unanswered = 0
@@ -118,12 +119,14 @@ class PublicModel:
             inputs = read_inputs(request)
             parsed = parse_request(inputs, self._config.limits, self._latent_channels, self._config.defaults)
             self._pricing.warning(parsed, check_quality(parsed, self._config.presets))  # may refuse
+            check_keep(parsed)
             parsed = with_timeout(parsed, own_timeout_s(request), self._config.limits)
             watch.identify(parsed.request_id)
             check_fits(parsed, self._latent_channels, self._frame_size(parsed))
             sender.most_bytes = parsed.max_response_bytes
             if parsed.request_id is not None:
-                run = self._results.join(parsed.request_id, fingerprint(inputs), answer, parsed.timeout_s)
+                mark = fingerprint(inputs)
+                run = self._results.join(parsed.request_id, mark, answer, parsed.timeout_s, parsed.keep_s)
                 if run is None:
                     return
                 answer = run
@@ -138,6 +141,7 @@ class PublicModel:
         return standard_size(*size) if self._config.video.crop else size
 
     def _answer_probe(self, sender: Sender) -> None:
+        self._results.forget_cancelled()  # in time, though nobody sends requests
         try:
             self.deaths.check(self._name)
         except WorkerFailed as error:

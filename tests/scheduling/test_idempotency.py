@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from stepvideo_serve.errors import (
     WorkerFailed,
 )
 from stepvideo_serve.scheduling.idempotency import MAX_CALLERS, Results, SharedAnswer, fingerprint, repeated
+from stepvideo_serve.scheduling.kept_results import KeptResults
 
 Outputs = Mapping[str, NDArray[Any]]
 MARK = b"inputs"
@@ -82,6 +84,10 @@ def step(number: int) -> Outputs:
     return {"STEP": np.array([number], np.int32), "PREVIEW": np.array([b"jpeg"], np.object_)}
 
 
+def results_for(ttl_s: float, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> Results:
+    return Results(KeptResults(ttl_s, max_bytes, clock=clock), clock=clock)
+
+
 def begin(results: Results, caller: Recorder, request_id: str = "a", mark: bytes = MARK) -> SharedAnswer:
     run = results.join(request_id, mark, caller, None)
     assert run is not None
@@ -108,7 +114,7 @@ def unwanted(run: SharedAnswer) -> bool:
 
 
 def test_all_callers_get_the_progress_and_the_result() -> None:
-    results, first, second = Results(60, 10_000), Recorder(), Recorder()
+    results, first, second = results_for(60, 10_000), Recorder(), Recorder()
     run = begin(results, first)
     run.send(step(1))
     assert results.join("a", MARK, second, None) is None
@@ -125,7 +131,7 @@ def test_all_callers_get_the_progress_and_the_result() -> None:
 
 
 def test_a_repeat_afterwards_gets_the_same_result_at_once() -> None:
-    results, again = Results(60, 10_000), Recorder()
+    results, again = results_for(60, 10_000), Recorder()
     finished(results, "a", outputs())
     assert results.join("a", MARK, again, None) is None
     assert again.report == {"seed": 7, "repeated": True}
@@ -133,7 +139,7 @@ def test_a_repeat_afterwards_gets_the_same_result_at_once() -> None:
 
 
 def test_the_same_id_with_other_inputs_is_refused_while_running_and_afterwards() -> None:
-    results, caller = Results(60, 10_000), Recorder()
+    results, caller = results_for(60, 10_000), Recorder()
     run = begin(results, caller)
     with pytest.raises(InvalidRequest, match="REQUEST_ID 'a' must come with the inputs that it came with before"):
         results.join("a", b"others", Recorder(), None)
@@ -144,7 +150,7 @@ def test_the_same_id_with_other_inputs_is_refused_while_running_and_afterwards()
 
 
 def test_a_caller_that_cancels_leaves_the_others_alone() -> None:
-    results, first, second = Results(60, 10_000), Recorder(), Recorder()
+    results, first, second = results_for(60, 10_000), Recorder(), Recorder()
     run = begin(results, first)
     results.join("a", MARK, second, None)
     first.gone = True
@@ -157,7 +163,7 @@ def test_a_caller_that_cancels_leaves_the_others_alone() -> None:
 
 
 def test_the_last_one_to_leave_ends_the_run_and_nobody_joins_it_then() -> None:
-    results, first, second, third = Results(60, 10_000), Recorder(), Recorder(), Recorder()
+    results, first, second, third = results_for(60, 10_000), Recorder(), Recorder(), Recorder()
     run = begin(results, first)
     results.join("a", MARK, second, None)
     second.gone = True
@@ -175,7 +181,7 @@ def test_the_last_one_to_leave_ends_the_run_and_nobody_joins_it_then() -> None:
 
 
 def test_a_run_that_ends_well_after_all_have_left_is_kept_all_the_same() -> None:
-    results, caller = Results(60, 10_000), Recorder()
+    results, caller = results_for(60, 10_000), Recorder()
     run = begin(results, caller)
     caller.gone = True
     assert unwanted(run)
@@ -185,7 +191,7 @@ def test_a_run_that_ends_well_after_all_have_left_is_kept_all_the_same() -> None
 
 def test_the_deadline_of_one_that_joined_is_its_own() -> None:
     clock = Clock()
-    results, first, second, third = Results(60, 10_000, clock), Recorder(), Recorder(), Recorder()
+    results, first, second, third = results_for(60, 10_000, clock), Recorder(), Recorder(), Recorder()
     run = begin(results, first)
     clock.now_s = 10.0
     results.join("a", MARK, second, 5.0)
@@ -207,7 +213,7 @@ def test_the_deadline_of_one_that_joined_is_its_own() -> None:
 
 
 def test_failures_reach_all_and_are_not_kept() -> None:
-    results, first, second = Results(60, 10_000), Recorder(), Recorder()
+    results, first, second = results_for(60, 10_000), Recorder(), Recorder()
     run = begin(results, first)
     results.join("a", MARK, second, None)
     error = WorkerFailed("a rank died")
@@ -220,7 +226,7 @@ def test_failures_reach_all_and_are_not_kept() -> None:
 
 
 def test_one_broken_connection_does_not_concern_the_others() -> None:
-    results, first, second = Results(60, 10_000), Recorder(broken=True), Recorder()
+    results, first, second = results_for(60, 10_000), Recorder(broken=True), Recorder()
     run = begin(results, first)
     results.join("a", MARK, second, None)
     run.send(step(1))
@@ -231,20 +237,20 @@ def test_one_broken_connection_does_not_concern_the_others() -> None:
 
 def test_a_result_is_dropped_when_its_time_is_over() -> None:
     clock = Clock()
-    results = Results(60, 10_000, clock)
+    results = results_for(60, 10_000, clock)
     finished(results, "a", outputs())
     clock.now_s = 59.9
     assert is_kept(results, "a")
     clock.now_s = 60.0
     assert not is_kept(results, "a")
-    assert results.size_bytes == 0
+    assert results.kept.size_bytes == 0
 
 
 def test_the_oldest_go_first_and_the_bound_is_never_passed() -> None:
-    results = Results(60, 2500)
+    results = results_for(60, 2500)
     for request_id in "abc":
         finished(results, request_id, outputs(1000))
-        assert results.size_bytes <= 2500
+        assert results.kept.size_bytes <= 2500
     assert [is_kept(results, request_id) for request_id in "abc"] == [False, True, True]
     finished(results, "d", outputs(2500))
     assert [is_kept(results, request_id) for request_id in "abcd"] == [False, False, False, True]
@@ -254,17 +260,17 @@ def test_the_oldest_go_first_and_the_bound_is_never_passed() -> None:
 
 @pytest.mark.parametrize(("ttl_s", "max_bytes"), [(0, 10_000), (60, 0)])
 def test_nothing_is_kept_where_that_is_off_but_runs_are_shared(ttl_s: float, max_bytes: int) -> None:
-    results, first, second = Results(ttl_s, max_bytes), Recorder(), Recorder()
+    results, first, second = results_for(ttl_s, max_bytes), Recorder(), Recorder()
     run = begin(results, first)
     assert results.join("a", MARK, second, None) is None
     run.finish(outputs())
     assert second.report["repeated"]
     assert not is_kept(results, "a")
-    assert results.size_bytes == 0
+    assert results.kept.size_bytes == 0
 
 
 def test_no_more_than_so_many_wait_for_one_run() -> None:
-    results = Results(60, 10_000)
+    results = results_for(60, 10_000)
     run = begin(results, Recorder())
     others = [Recorder() for _ in range(MAX_CALLERS - 1)]
     for other in others:
@@ -279,7 +285,7 @@ def test_no_more_than_so_many_wait_for_one_run() -> None:
 def test_of_many_at_the_same_time_one_runs() -> None:
     """Each thread asks, and whoever is given the run ends it: every one of them gets one answer."""
     for _ in range(50):
-        results, barrier = Results(60, 10_000), threading.Barrier(8)
+        results, barrier = results_for(60, 10_000), threading.Barrier(8)
         callers = [Recorder() for _ in range(8)]
         runs: list[SharedAnswer] = []
 
