@@ -178,7 +178,7 @@ def write_result(path: Path, outputs: Outputs) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.open("xb") as file:
         path.chmod(0o600)
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # names that are keywords of savez are none of ours
+        np.savez(file, **arrays)
 
 
 def read_result(path: Path) -> Outputs:
