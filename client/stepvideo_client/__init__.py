@@ -9,8 +9,11 @@ with Client("127.0.0.1:8001") as client:
             Path("cat.mp4").write_bytes(event.video)
         else:
             print(event.step, event.total_steps)
+
+AsyncClient is the same for asyncio.
 """
 
+from stepvideo_client.aio import AsyncClient
 from stepvideo_client.camera import MOVEMENTS, with_camera
 from stepvideo_client.client import Client
 from stepvideo_client.errors import (
@@ -35,6 +38,7 @@ from stepvideo_client.quote import Quote
 
 __all__ = [
     "MOVEMENTS",
+    "AsyncClient",
     "Client",
     "ClientError",
     "ConnectionFailed",

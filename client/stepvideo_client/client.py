@@ -1,48 +1,35 @@
-"""The client: generations and readiness over one gRPC channel."""
+"""The client with threads: generations, quotes and cancelling over one gRPC channel (with asyncio: aio.py)."""
 
 import os
 import queue
 import time
 from collections.abc import Generator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from stepvideo_client.address import host_port, is_loopback, joined, proxy_for
-from stepvideo_client.errors import (
-    ClientError,
-    InvalidInput,
-    MalformedResponse,
-    ServerNotReady,
-    ServerUnreachable,
-    StreamStalled,
-    request_error,
+from stepvideo_client.connection import (
+    MODEL_NOT_READY,
+    PROBE_TIMEOUT_S,
+    QUESTION_TIMEOUT_S,
+    SERVER_NOT_READY,
+    STREAM_MODEL,
+    UNARY_MODEL,
+    Connection,
+    response_in,
 )
+from stepvideo_client.errors import ClientError, MalformedResponse
 from stepvideo_client.events import Result, StepEvent, is_final, read_cancelled, read_response
 from stepvideo_client.fields import Options, QuoteOptions
-from stepvideo_client.options import inference_request, request_of
-from stepvideo_client.quote import QUOTE_MODEL, Quote, read_defaults, read_quote
+from stepvideo_client.messages import cancel_request, probe_request, quote_request, stream_request
+from stepvideo_client.options import inference_request
+from stepvideo_client.quote import Quote, read_defaults, read_quote
 from stepvideo_client.stream import RequestStream
 
-STREAM_MODEL = "ti2v"
-UNARY_MODEL = "ti2v_unary"
-CANCEL_MODEL = "ti2v_cancel"
-
-_PROBE_TIMEOUT_S = 5.0
-_QUESTION_TIMEOUT_S = 30.0
 _POLL_S = 0.2
 _FINAL_TIMEOUT_S = 5.0
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # The default grows to two minutes, and a server that has just started would be noticed that late.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 
 
 class Client:
@@ -72,22 +59,9 @@ class Client:
         private_key: str | os.PathLike[str] | None = None,
         certificate_chain: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._host, port = host_port(url)
-        if idle_timeout_s is not None and not idle_timeout_s > 0:
-            raise InvalidInput(f"The idle timeout must be more than 0 seconds, got {idle_timeout_s}.")
-        self.url = joined(self._host, port)
-        self._idle_timeout_s = idle_timeout_s
-        # gRPC metadata keys are lower case.
-        self._metadata = tuple((name.lower(), value) for name, value in (headers or {}).items())
-        straight = (("grpc.enable_http_proxy", 0),) if is_loopback(self._host) else ()
-        channel_options = (*_CHANNEL_OPTIONS, *straight)
-        if tls or root_certificates or private_key or certificate_chain:
-            credentials = grpc.ssl_channel_credentials(
-                _pem(root_certificates), _pem(private_key), _pem(certificate_chain)
-            )
-            self._channel = grpc.secure_channel(self.url, credentials, options=channel_options)
-        else:
-            self._channel = grpc.insecure_channel(self.url, options=channel_options)
+        self._to = Connection.of(url, idle_timeout_s, headers, tls, root_certificates, private_key, certificate_chain)
+        self.url = self._to.url
+        self._channel = self._to.channel(grpc)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(
@@ -102,9 +76,7 @@ class Client:
         Raises InvalidInput at once; while iterating ServerUnreachable, StreamStalled, MalformedResponse, and the
         RequestFailed that the server answered with.
         """
-        request = inference_request(STREAM_MODEL, image, prompt, options)
-        request.parameters["triton_enable_empty_final_response"].bool_param = True
-        return self._events(request)
+        return self._events(stream_request(image, prompt, options))
 
     def generate_unary(
         self,
@@ -121,7 +93,7 @@ class Client:
         Raises the same errors as `generate`.
         """
         request = inference_request(UNARY_MODEL, image, prompt, options)
-        call = self._stub.ModelInfer.future(request, timeout=deadline_s, metadata=self._metadata)
+        call = self._stub.ModelInfer.future(request, timeout=deadline_s, metadata=self._to.metadata)
         try:
             event = read_response(call.result())
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
@@ -135,37 +107,33 @@ class Client:
     def quote(self, **options: Unpack[QuoteOptions]) -> Quote:
         """What a generation would take. Raises InvalidInput, ServerUnreachable, MalformedResponse, ServiceUnavailable
         while the server has not measured everything that the quote needs, and other RequestFailed."""
-        return read_quote(self._answer(request_of(QUOTE_MODEL, options, tuple(QuoteOptions.__annotations__))))
+        return read_quote(self._answer(quote_request(options)))
 
     def defaults(self) -> dict[str, Any]:
         """What the server fills in for options that are not given, by option: num_frames, height, width, steps,
         cfg_scale, time_shift and motion_score. Raises InvalidInput, ServerUnreachable, MalformedResponse, and other
         RequestFailed."""
-        request = request_of(UNARY_MODEL, {"prompt": "", "image": b""}, ())
-        request.parameters["probe"].bool_param = True
-        return read_defaults(self._answer(request))
+        return read_defaults(self._answer(probe_request()))
 
     def cancel(self, request_id: str) -> bool:
         """Ends the run of that request_id within a step, whoever began it, and forgets its result; whether the server
         knew either. Raises InvalidInput, ServerUnreachable, MalformedResponse, and other RequestFailed."""
-        return read_cancelled(self._answer(request_of(CANCEL_MODEL, {"request_id": request_id}, ("request_id",))))
+        return read_cancelled(self._answer(cancel_request(request_id)))
 
     def is_ready(self) -> bool:
         """Whether the server and its model ti2v take requests now."""
-        return self._not_ready_because(_PROBE_TIMEOUT_S) is None
+        return self._not_ready_because(PROBE_TIMEOUT_S) is None
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns as soon as the server and its model ti2v take requests. Raises ServerNotReady after `timeout_s`."""
         end = time.monotonic() + timeout_s
         while True:
             left_s = end - time.monotonic()
-            reason = self._not_ready_because(min(max(left_s, _POLL_S), _PROBE_TIMEOUT_S))
+            reason = self._not_ready_because(min(max(left_s, _POLL_S), PROBE_TIMEOUT_S))
             if reason is None:
                 return
             if end - time.monotonic() <= _POLL_S:
-                raise ServerNotReady(
-                    f"The server at {self.url} is not ready after {timeout_s:g} s{self._by_way_of()}: {reason}."
-                )
+                raise self._to.not_ready(timeout_s, reason)
             time.sleep(_POLL_S)
 
     def close(self) -> None:
@@ -182,7 +150,7 @@ class Client:
 
     def _answer(self, request: Any) -> Any:
         """The ModelInferResponse to a question that costs the server nothing."""
-        call = self._stub.ModelInfer.future(request, timeout=_QUESTION_TIMEOUT_S, metadata=self._metadata)
+        call = self._stub.ModelInfer.future(request, timeout=QUESTION_TIMEOUT_S, metadata=self._to.metadata)
         try:
             return call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
@@ -191,7 +159,7 @@ class Client:
             call.cancel()  # does nothing on a call that is over
 
     def _events(self, request: Any) -> Generator[StepEvent | Result, None, None]:
-        with RequestStream(self._stub, request, self._metadata) as stream:
+        with RequestStream(self._stub, request, self._to.metadata) as stream:
             heard = "nothing"
             while True:
                 response = self._receive(stream, heard)
@@ -210,37 +178,22 @@ class Client:
     def _receive(self, stream: RequestStream, heard: str) -> Any:
         """The next ModelInferResponse of a stream; `heard`: what came last, in words."""
         try:
-            message = stream.receive(self._idle_timeout_s)
+            message = stream.receive(self._to.idle_timeout_s)
         except queue.Empty as error:
-            raise StreamStalled(
-                f"Nothing was received from {self.url} for {self._idle_timeout_s:g} s after {heard}, not even a sign "
-                "of life, which also comes during a slow step: the model's process or the connection is dead, so send "
-                "the request again once the server is ready."
-            ) from error
+            raise self._to.stalled(heard) from error
         except grpc.RpcError as error:
             raise self._failure(error) from error
-        if message is None:
-            raise MalformedResponse("The server closed the stream without a result: see the server's log.")
-        if message.error_message:
-            raise request_error(message.error_message)
-        return message.infer_response
+        return response_in(message)
 
     def _failure(self, call: Any) -> ClientError:
         """The typed error of a failed call (a grpc.Call, which the RpcError that it raises is too)."""
-        failure = request_error(call.details() or "", call.code().name)
-        if call.code() is grpc.StatusCode.UNAVAILABLE and not self._is_live():
-            return ServerUnreachable(f"The server at {self.url} cannot be reached{self._by_way_of()}: {failure}.")
-        return failure
-
-    def _by_way_of(self) -> str:
-        """What an error about the connection must add: the address in gRPC's own words is the proxy's."""
-        proxy = proxy_for(self._host)
-        return f" through the proxy of the environment, {proxy} (no_proxy={self._host} avoids it)" if proxy else ""
+        unavailable = call.code() is grpc.StatusCode.UNAVAILABLE
+        return self._to.failure(call.details() or "", call.code().name, live=not unavailable or self._is_live())
 
     def _is_live(self) -> bool:
         """Whether something at the other end answers gRPC calls."""
         try:
-            self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=_PROBE_TIMEOUT_S, metadata=self._metadata)
+            self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=PROBE_TIMEOUT_S, metadata=self._to.metadata)
         except grpc.RpcError as error:
             return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
         return True
@@ -250,11 +203,11 @@ class Client:
         model = service_pb2.ModelReadyRequest(name=STREAM_MODEL)
         try:
             if not self._stub.ServerReady(
-                service_pb2.ServerReadyRequest(), timeout=timeout_s, metadata=self._metadata
+                service_pb2.ServerReadyRequest(), timeout=timeout_s, metadata=self._to.metadata
             ).ready:
-                return "the server says that it is not ready"
-            if not self._stub.ModelReady(model, timeout=timeout_s, metadata=self._metadata).ready:
-                return f"the server says that the model {STREAM_MODEL} is not ready"
+                return SERVER_NOT_READY
+            if not self._stub.ModelReady(model, timeout=timeout_s, metadata=self._to.metadata).ready:
+                return MODEL_NOT_READY
         except grpc.RpcError as error:
             return str(error.details() or error.code().name)
         return None
@@ -267,12 +220,3 @@ def _reaches_final(stream: RequestStream) -> bool:
     except (queue.Empty, grpc.RpcError):
         return False
     return message is not None and not message.error_message and is_final(message.infer_response)
-
-
-def _pem(path: str | os.PathLike[str] | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidInput(f"The PEM file {os.fspath(path)!r} cannot be read: {error.strerror}.") from error
