@@ -38,7 +38,6 @@ class Job:
     log: str
     result: str
     profile: dict[str, tuple[Shape, Shape, Shape]]
-    weight_streaming: bool = False
     plugins: bool = False
 
     def save(self, path: Path) -> None:
@@ -87,8 +86,6 @@ def _build(job: Job) -> Any:
         set_target(trt, config, job.backend, job.sm)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = _monitor(trt)
-        if job.weight_streaming:
-            config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
         if job.profile:
             profile = builder.create_optimization_profile()
             for name, shapes in job.profile.items():

@@ -50,10 +50,9 @@ from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
 class Options:
     """What to build.
 
-    videos            sizes to build for (export/engines/profiles.py); none: the ranges of the graphs
-    fixed             engines of one size
-    only              globs of names; all by default
-    weight_streaming  engines whose weights may stay in host memory
+    videos  sizes to build for (export/engines/profiles.py); none: the ranges of the graphs
+    fixed   engines of one size
+    only    globs of names; all by default
     """
 
     backend: str
@@ -62,7 +61,6 @@ class Options:
     videos: tuple[VideoGeometry, ...] = ()
     fixed: bool = False
     only: tuple[str, ...] = ("*",)
-    weight_streaming: bool = False
 
 
 @dataclass
@@ -206,7 +204,6 @@ class _Folder:
             spec=spec.to_json(),
             precision=self._source.precision,
             target=self._target.to_json(),
-            weight_streaming=self._options.weight_streaming,
         )
 
     def _is_current(self, name: str, key: str) -> bool:
@@ -250,7 +247,6 @@ class _Folder:
             log=str((self._out / "logs" / f"{name}.log").absolute()),
             result=str((workshop / "result.json").absolute()),
             profile={name: shapes for name, shapes in spec.profile().items() if self._is_open(name, spec)},
-            weight_streaming=self._options.weight_streaming,
         )
 
     def _is_open(self, tensor: str, spec: EngineSpec) -> bool:
@@ -265,5 +261,4 @@ class _Folder:
             "seconds": built.seconds,
             "peak_bytes": built.peak_bytes,
             "plan": {**summary(plan), **figures},
-            "weight_streaming": self._options.weight_streaming,
         }

@@ -17,7 +17,7 @@ from stepvideo_serve.engine.manifest import (
     require_profile,
     require_target,
 )
-from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load_tensorrt, may_capture, weight_budgets
+from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load_tensorrt, require_room
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
 from stepvideo_serve.fused.kernels_package import require_kernels
@@ -47,8 +47,7 @@ def load_engines(
     _register_plugins(trt, model.engines_dir, entries)
     memory = activation_memory(device)
     free = torch.cuda.mem_get_info(device)[0] - _activation_bytes(entries) - RESERVED_BYTES
-    weights = {name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}
-    budgets = weight_budgets(weights, free, all(entry.extras["weight_streaming"] for entry in entries.values()))
+    require_room({name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}, free)
     return {
         name: NvInferRunner(
             trt,
@@ -57,15 +56,13 @@ def load_engines(
             entry.files[0],
             memory,
             engine_id=f"{name}@{entry.key[:12]}",
-            weight_bytes=budgets[name],
-            capture=budgets[name] is None and may_capture(entry.spec),
         )
         for name, entry in entries.items()
     }
 
 
 def open_alone(directory: Path, manifest: Manifest) -> Callable[[str], EngineRunner]:
-    """Opens one engine at a time on the current GPU, whatever a configuration says; nothing is streamed or captured.
+    """Opens one engine at a time on the current GPU, whatever a configuration says.
     Raises EngineError when they were built for another TensorRT or GPU, or there is no GPU."""
     found = EngineTarget.of(manifest, directory)
     trt = load_tensorrt(found.backend)

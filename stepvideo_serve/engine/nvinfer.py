@@ -11,7 +11,6 @@ import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,8 +27,6 @@ PACKAGES: Mapping[str, str] = MappingProxyType({"tensorrt": "tensorrt-cu13", "te
 """Backend, which is the module's name -> the package to install."""
 
 ALIGNMENT = 256
-MAX_CAPTURED_BYTES = 64 * 2**20
-"""Inputs and outputs of a captured engine are copied at each call: worth it for small engines only."""
 
 
 def load_tensorrt(backend: str) -> Any:
@@ -62,7 +59,6 @@ class ActivationMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.generation = 0
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
@@ -80,7 +76,6 @@ class ActivationMemory:
             self.stream.synchronize()
             self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)  # free the old one first
             self._buffer = torch.empty(size_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
-            self.generation += 1
 
 
 class NvInferRunner(EngineRunner):
@@ -88,8 +83,6 @@ class NvInferRunner(EngineRunner):
 
     trt            the imported module
     directory, file  where the engine lies; its SHA-256 is compared before anything reads it as an engine
-    weight_bytes   how much of the weights may be on the GPU; None: all (needs an engine with weight streaming)
-    capture        run as a CUDA graph; for engines of one size (see `may_capture`)
     Inputs are read and outputs are written in place, without a copy, where the inputs are contiguous.
     EngineError if the file is missing or another one, or was built for something else, or the GPU runs out of memory.
     """
@@ -102,8 +95,6 @@ class NvInferRunner(EngineRunner):
         file: GraphFile,
         memory: ActivationMemory,
         engine_id: str,
-        weight_bytes: int | None = None,
-        capture: bool = False,
     ) -> None:
         super().__init__(spec, memory.device, engine_id)
         self._memory = memory
@@ -117,20 +108,15 @@ class NvInferRunner(EngineRunner):
                 f"not: {self._logger.last_error}; build it with this version for this GPU."
             )
         check_signature(trt, spec, self._engine)
-        if weight_bytes is not None:
-            self._engine.weight_streaming_budget_v2 = weight_bytes
         self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise EngineError(
                 f"Engine {spec.name} must fit into the GPU's memory, it does not: {self._logger.last_error}; "
-                "choose a layout with more ranks, or engines with weight streaming."
+                "choose a layout with more ranks."
             )
         memory.reserve(self._engine.device_memory_size_v2)
-        self._captured = _Captured(spec, memory, self._enqueue) if capture else None
 
     def _run(self, inputs: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
-        if self._captured is not None:
-            return self._captured.run(inputs)
         bound = {name: tensor.contiguous() for name, tensor in inputs.items()}  # kept alive until enqueued
         outputs = empty_outputs(self.spec, dims, self.device)
         current = torch.cuda.current_stream(self.device)
@@ -160,61 +146,17 @@ class NvInferRunner(EngineRunner):
 
     def _release(self) -> None:
         self._memory.stream.synchronize()
-        del self._captured, self._context, self._engine, self._runtime
+        del self._context, self._engine, self._runtime
 
 
-class _Captured:
-    """An engine of one size as a CUDA graph, with inputs and outputs at fixed addresses."""
-
-    def __init__(self, spec: EngineSpec, memory: ActivationMemory, enqueue: Any) -> None:
-        self._memory, self._enqueue = memory, enqueue
-        sizes = {symbol: dim.max for symbol, dim in spec.dims.items()}
-        self._inputs = {
-            tensor.name: torch.zeros(tensor.resolve(sizes), dtype=tensor.torch_dtype, device=memory.device)
-            for tensor in spec.inputs
-        }
-        self._outputs = empty_outputs(spec, sizes, memory.device)
-        self._graph = torch.cuda.CUDAGraph()
-        self._generation = -1
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self._generation != self._memory.generation:  # the scratch memory moved since the capture
-            self._capture()
-        for name, tensor in inputs.items():
-            self._inputs[name].copy_(tensor)
-        self._graph.replay()
-        return {name: tensor.clone() for name, tensor in self._outputs.items()}
-
-    def _capture(self) -> None:
-        self._memory.stream.wait_stream(torch.cuda.current_stream(self._memory.device))
-        self._enqueue(self._inputs, self._outputs)  # TensorRT allocates at the first run, which no graph may hold
-        self._memory.stream.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._memory.stream, capture_error_mode="thread_local"):
-            self._enqueue(self._inputs, self._outputs)
-        self._generation = self._memory.generation
-
-
-def may_capture(spec: EngineSpec) -> bool:
-    """Whether an engine has one size only, and inputs and outputs small enough to be copied."""
-    fixed = all(dim.min == dim.max for dim in spec.dims.values())
-    tensors = (*spec.inputs, *spec.outputs)
-    used = sum(prod(spec.bounds(tensor)[2]) * tensor.torch_dtype.itemsize for tensor in tensors)
-    return fixed and used <= MAX_CAPTURED_BYTES
-
-
-def weight_budgets(weights: Mapping[str, int], available: int, streamable: bool) -> dict[str, int | None]:
-    """How many bytes of each engine's weights may be on the GPU: None, all of them, where `available` bytes suffice;
-    else each the same share. EngineError when they must be streamed and the engines were not built for that."""
+def require_room(weights: Mapping[str, int], available: int) -> None:
+    """EngineError unless the weights (bytes by engine) fit into `available` bytes of the GPU's memory."""
     total = sum(weights.values())
-    if total <= available:
-        return dict.fromkeys(weights)
-    if not streamable or available < 0:
+    if total > available:
         raise EngineError(
             f"The engines need {total / 2**30:.1f} GiB for their weights, {max(available, 0) / 2**30:.1f} GiB are free "
-            "beside their activations: choose a layout with more ranks, or build with --weight-streaming."
+            "beside their activations: choose a layout with more ranks."
         )
-    return {name: size * available // total for name, size in weights.items()}
 
 
 def empty_outputs(spec: EngineSpec, dims: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load
 from tests.engine.toy import Graph
 
 
-def open_engine(toy: Graph, backend: str, capture: bool = False) -> NvInferRunner:
+def open_engine(toy: Graph, backend: str) -> NvInferRunner:
     """Builds the engine anew."""
     folder = toy.onnx_path.parent / backend
     folder.mkdir(exist_ok=True)
@@ -20,7 +20,7 @@ def open_engine(toy: Graph, backend: str, capture: bool = False) -> NvInferRunne
     build_toy(toy, backend, folder, sm=_sm(device))
     file = GraphFile.of(folder, "toy.engine")
     trt, memory = load_tensorrt(backend), ActivationMemory(device)
-    return NvInferRunner(trt, toy.spec, folder, file, memory, engine_id=f"toy:{backend}", capture=capture)
+    return NvInferRunner(trt, toy.spec, folder, file, memory, engine_id=f"toy:{backend}")
 
 
 def build_toy(toy: Graph, backend: str, folder: Path, sm: int) -> None:
