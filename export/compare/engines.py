@@ -71,9 +71,10 @@ def gpu_opener(directory: Path, manifest: Manifest) -> Open:
             f"--gpu runs the engines in {directory} on an NVIDIA GPU with its driver, found none: "
             "leave it out, or verify on the machine that serves."
         )
-    from stepvideo_serve.assembly.engines import open_alone
+    from stepvideo_serve.assembly.engines import KERNELS_FOLDER, open_alone
 
-    return open_alone(directory, manifest)
+    root = directory.parent if EngineTarget.of(manifest, directory).part else directory
+    return open_alone(directory, manifest, root / KERNELS_FOLDER)
 
 
 @dataclass(frozen=True)

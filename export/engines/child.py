@@ -53,13 +53,14 @@ def main() -> int:
     job = Job.load(Path(sys.argv[1]))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     began_s = time.monotonic()
-    error = None
+    error, kernels = None, list[Any]()
     try:
-        _write(Path(job.engine), _build(job))
+        engine, kernels = _build(job)
+        _write(Path(job.engine), engine)
     except (RuntimeError, OSError, ValueError, ImportError) as caught:
         error = str(caught)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-    result = {"error": error, "seconds": round(time.monotonic() - began_s, 2), "peak_bytes": peak}
+    result = {"error": error, "seconds": round(time.monotonic() - began_s, 2), "peak_bytes": peak, "kernels": kernels}
     Path(job.result).write_text(json.dumps(result), encoding="utf-8")
     return 0 if error is None else 1
 
@@ -70,12 +71,13 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _build(job: Job) -> Any:
-    """The engine's bytes. Raises RuntimeError with what the parser or the builder found."""
+def _build(job: Job) -> tuple[Any, list[Any]]:
+    """The engine's bytes, and the kernels that its plugins look up when they run. Raises RuntimeError with what the
+    parser or the builder found."""
     trt = import_module(job.backend)
     with open(job.log, "a", encoding="utf-8", buffering=1) as log:
         logger = _logger(trt, log)
-        refusals = _register_plugins(trt, job.sm) if job.plugins else []
+        refusals, kernels = _register_plugins(trt, job.sm) if job.plugins else ([], [])
         builder = trt.Builder(logger)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, logger)
@@ -95,14 +97,15 @@ def _build(job: Job) -> Any:
         if engine is None:
             reason = "; ".join(refusals) or logger.last_error or "it gave no reason"
             raise RuntimeError(f"TensorRT must build the graph, it refused: {reason}")
-        return engine
+        return engine, kernels
 
 
-def _register_plugins(trt: Any, sm: int) -> list[str]:
-    """The sentences with which plugins refuse, filled during the build."""
+def _register_plugins(trt: Any, sm: int) -> tuple[list[str], list[Any]]:
+    """The sentences with which plugins refuse, and the kernels that they need; both filled during the build."""
     from stepvideo_kernels.plugins.registration import register
 
-    return register(trt, sm=sm).refusals
+    registration = register(trt, sm=sm)
+    return registration.refusals, registration.kernels
 
 
 def _write(path: Path, engine: Any) -> None:

@@ -42,6 +42,7 @@ from stepvideo_serve.engine.manifest import (
 )
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError, ExportError
+from stepvideo_serve.fused.kernels_package import KERNELS
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
 
@@ -261,4 +262,5 @@ class _Folder:
             "seconds": built.seconds,
             "peak_bytes": built.peak_bytes,
             "plan": {**summary(plan), **figures},
+            KERNELS: list(built.kernels),
         }

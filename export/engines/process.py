@@ -4,9 +4,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from export.engines.child import Job
 from stepvideo_serve.errors import ExportError
@@ -16,10 +17,11 @@ LOG_TAIL_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Built:
-    """Of a finished build: how long it took, and the most memory that its process held."""
+    """Of a finished build: how long it took, the most memory that its process held, and the kernels of its plugins."""
 
     seconds: float
     peak_bytes: int
+    kernels: Sequence[Mapping[str, Any]] = ()
 
 
 def run_child(job: Job, folder: Path, environment: Mapping[str, str], tell: Callable[[str], None]) -> Built:
@@ -67,7 +69,7 @@ def _outcome(job: Job, status: int) -> Built:
         raise ExportError(f"the builder ended with status {status} and no result: {last_error(job.log)}") from None
     if result["error"] is not None:
         raise ExportError(f"{result['error']}; see {job.log}{_hint(job)}")
-    return Built(result["seconds"], result["peak_bytes"])
+    return Built(result["seconds"], result["peak_bytes"], result["kernels"])
 
 
 def last_error(log: str) -> str:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,20 +19,24 @@ from stepvideo_serve.engine.manifest import (
 from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load_tensorrt, require_room
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
-from stepvideo_serve.fused.kernels_package import require_kernels
+from stepvideo_serve.fused.kernels_package import register_plugins
 from stepvideo_serve.geometry import PIXELS_PER_LATENT
 from stepvideo_serve.memory.ledger import RESERVED_BYTES
 from stepvideo_serve.parallel.layout import Layout
 
 WHOLE_TOKENS = "dit_core"  # the graphs that see all tokens where a layout divides them
-KERNELS_FOLDER = "kernels"  # in the engine directory: machine code of plugins
+KERNELS_FOLDER = "kernels"  # in the engine directory, not in those of its parts: machine code of plugins
 
 
 def load_engines(
-    config: ServeConfig, manifest: Manifest, names: Collection[str], part: str = ""
+    config: ServeConfig, manifest: Manifest, names: Collection[str], kernels: Path, part: str = ""
 ) -> dict[str, EngineRunner]:
-    """The named engines of [model] engines_dir on the current GPU; `part`: the folder of a tensor-parallel rank that
-    this directory is. Raises ConfigError or EngineError, before anything is loaded, when they do not fit."""
+    """The named engines of [model] engines_dir on the current GPU.
+
+    kernels  folder of the kernels that plugins look up, one for all engines of a process
+    part     the folder of a tensor-parallel rank that the engine directory is
+    Raises ConfigError, SetupError or EngineError when they do not fit, before one is loaded where that can be said.
+    """
     model = config.model
     if model.device != "cuda":
         raise ConfigError(f'[model] backend "{model.backend}" needs device = "cuda", got "{model.device}": correct it.')
@@ -44,9 +47,11 @@ def load_engines(
     device = _current_gpu(model.backend)
     require_target(manifest, model.engines_dir, replace(target, sm=_sm(device)))
     entries = {name: manifest.graph(name) for name in names}
-    _register_plugins(trt, model.engines_dir, entries)
+    register_plugins(trt, kernels, entries)
     memory = activation_memory(device)
-    free = torch.cuda.mem_get_info(device)[0] - _activation_bytes(entries) - RESERVED_BYTES
+    memory.reserve(_activation_bytes(entries))
+    torch.cuda.empty_cache()  # TensorRT does not see what torch keeps for itself
+    free = torch.cuda.mem_get_info(device)[0] - RESERVED_BYTES
     require_room({name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}, free)
     return {
         name: NvInferRunner(
@@ -61,14 +66,14 @@ def load_engines(
     }
 
 
-def open_alone(directory: Path, manifest: Manifest) -> Callable[[str], EngineRunner]:
-    """Opens one engine at a time on the current GPU, whatever a configuration says.
+def open_alone(directory: Path, manifest: Manifest, kernels: Path) -> Callable[[str], EngineRunner]:
+    """Opens one engine at a time on the current GPU, whatever a configuration says; `kernels` as for load_engines.
     Raises EngineError when they were built for another TensorRT or GPU, or there is no GPU."""
     found = EngineTarget.of(manifest, directory)
     trt = load_tensorrt(found.backend)
     device = _current_gpu(found.backend)
     require_target(manifest, directory, replace(found, version=trt.__version__, sm=_sm(device)))
-    _register_plugins(trt, directory, manifest.graphs)
+    register_plugins(trt, kernels, manifest.graphs)
     memory = activation_memory(device)
 
     def open_engine(name: str) -> EngineRunner:
@@ -127,15 +132,3 @@ def _current_gpu(backend: str) -> torch.device:
 def _sm(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _register_plugins(trt: Any, directory: Path, entries: Mapping[str, GraphEntry]) -> None:
-    """Engines with layers of ours need them known to TensorRT before they are loaded. Raises SetupError without the
-    package of those layers."""
-    with_plugins = [name for name, entry in entries.items() if entry.extras["plan"].get("plugins")]
-    if not with_plugins:
-        return
-    require_kernels(f"The engine {with_plugins[0]}, which has plugins,")
-    from stepvideo_kernels.plugins.registration import device_kernels, register
-
-    register(trt, device_kernels(directory / KERNELS_FOLDER))

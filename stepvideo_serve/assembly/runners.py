@@ -35,7 +35,7 @@ def load_runners(
     fit.
 
     threads  CPU threads of an operator; 0 = the cores that this process may use, divided by `share`
-    part     the folder of a tensor-parallel rank that the engine directory is
+    part     the folder in the engine directory that holds them: that of a tensor-parallel rank
     """
     model = config.model
     if model.backend == "eager":
@@ -43,18 +43,20 @@ def load_runners(
         torch.backends.cudnn.allow_tf32 = False  # torch's default on GPUs: convolutions with ten bits of mantissa
         table = components(Checkpoint(model.dir), model.precision)
         return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
+    directory = model.engines_dir / part
+    local = replace(config, model=replace(model, engines_dir=directory))
+    manifest = open_manifest(local)
     if model.backend == "ort":
-        manifest = open_manifest(config)
-        manifest.verify(model.engines_dir, names)
+        manifest.verify(directory, names)
         entries = {name: manifest.graph(name) for name in names}
         cores = threads or max(usable_cores() // share, 1)
         return {
-            name: OrtRunner(entry.spec, model.engines_dir / entry.file, cores, engine_id=f"{name}@{entry.key[:12]}")
+            name: OrtRunner(entry.spec, directory / entry.file, cores, engine_id=f"{name}@{entry.key[:12]}")
             for name, entry in entries.items()
         }
-    from stepvideo_serve.assembly.engines import load_engines  # for GPUs only
+    from stepvideo_serve.assembly.engines import KERNELS_FOLDER, load_engines  # for GPUs only
 
-    return load_engines(config, open_manifest(config), names, part)
+    return load_engines(local, manifest, names, model.engines_dir / KERNELS_FOLDER, part)
 
 
 def open_manifest(config: ServeConfig) -> Manifest:
@@ -100,10 +102,9 @@ def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> 
         return load_runners(config, common, threads, share=layout.world_size)
     if model.backend != "eager":
         part = part_folder(layout, tp_index)
-        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
         share = layout.world_size
         whole = load_runners(config, common, threads, share=share)
-        return {**whole, **load_runners(local, own, threads, part, share)}
+        return {**whole, **load_runners(config, own, threads, part, share)}
     table = components(checkpoint, model.precision)
     table |= part_components(checkpoint, model.precision, TensorPart(tp_index, layout.tp), sequence=layout.sp > 1)
     core = core_component(model.precision, dit_config.num_heads // (layout.tp * layout.sp))
@@ -126,6 +127,5 @@ def build_sharded_llm(config: ServeConfig, layout: Layout, ranks: Collectives) -
         }
     else:
         part = part_folder(layout, ranks.tp_index)
-        local = replace(config, model=replace(model, engines_dir=model.engines_dir / part))
-        graphs = load_runners(local, names, config.denoiser.threads, part, layout.world_size)
+        graphs = load_runners(config, names, config.denoiser.threads, part, layout.world_size)
     return ShardedStepLLM(graphs, llm_config, ranks)

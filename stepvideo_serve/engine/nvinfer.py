@@ -2,14 +2,17 @@
 GPUs. They have the same Python interface, so that the imported module is a parameter.
 
 All engines of a process run one after the other, on one stream, in one piece of scratch memory (ActivationMemory): a
-block of the DiT needs gigabytes of it, and there are 48.
+block of the DiT needs gigabytes of it, and there are 48. They share one Runtime and one logger, too.
 Source for the calls: the Python interface of TensorRT 11 (IExecutionContext, ICudaEngine).
 """
 
 import hashlib
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +30,10 @@ PACKAGES: Mapping[str, str] = MappingProxyType({"tensorrt": "tensorrt-cu13", "te
 """Backend, which is the module's name -> the package to install."""
 
 ALIGNMENT = 256
+"""Of every address that TensorRT is given, in bytes."""
+
+NO_REASON = "it gave no reason"
+_OUT_OF_MEMORY = re.compile("out ?of ?memory", re.IGNORECASE)
 
 
 def load_tensorrt(backend: str) -> Any:
@@ -71,11 +78,41 @@ class ActivationMemory:
         return -(-self._buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
 
     def reserve(self, size_bytes: int) -> None:
-        """Makes room for an engine that needs this much."""
-        if size_bytes > self.size_bytes:
-            self.stream.synchronize()
-            self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)  # free the old one first
+        """Makes room for an engine that needs this much. Raises EngineError when the GPU has too little memory."""
+        if size_bytes <= self.size_bytes:
+            return
+        self.stream.synchronize()
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)  # free the old one first
+        torch.cuda.empty_cache()  # and have torch give its memory back: TensorRT allocates outside of torch
+        try:
             self._buffer = torch.empty(size_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise EngineError(
+                f"The engines need {size_bytes / 2**30:.1f} GiB for their activations, {free / 2**30:.1f} GiB of the "
+                f"GPU's {total / 2**30:.1f} are free: choose a layout with more ranks, or build for smaller shapes."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """What the engines of one TensorRT module share in a process."""
+
+    logger: Any
+    runtime: Any
+
+    def reason(self) -> str:
+        """The last error that TensorRT told of, since the last call."""
+        reason: str = self.logger.last_error
+        self.logger.last_error = NO_REASON
+        return reason
+
+
+@cache
+def toolkit_of(trt: Any) -> Toolkit:
+    """The one of this process: a Runtime for each of some 290 engines would only cost memory."""
+    logger = make_logger(trt)
+    return Toolkit(logger, trt.Runtime(logger))
 
 
 class NvInferRunner(EngineRunner):
@@ -83,7 +120,8 @@ class NvInferRunner(EngineRunner):
 
     trt            the imported module
     directory, file  where the engine lies; its SHA-256 is compared before anything reads it as an engine
-    Inputs are read and outputs are written in place, without a copy, where the inputs are contiguous.
+    Inputs are read and outputs are written in place, without a copy, where the inputs are contiguous and begin at an
+    address that TensorRT takes.
     EngineError if the file is missing or another one, or was built for something else, or the GPU runs out of memory.
     """
 
@@ -97,27 +135,19 @@ class NvInferRunner(EngineRunner):
         engine_id: str,
     ) -> None:
         super().__init__(spec, memory.device, engine_id)
-        self._memory = memory
-        self._logger = make_logger(trt)
+        self._memory, self._toolkit = memory, toolkit_of(trt)
         with checked_file(spec.name, directory, file) as content:
-            self._runtime = trt.Runtime(self._logger)
-            self._engine = self._runtime.deserialize_cuda_engine(content)
+            self._engine = self._toolkit.runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise EngineError(
-                f"Engine {spec.name}: {directory / file.path} must load into {trt.__name__} {trt.__version__}, it does "
-                f"not: {self._logger.last_error}; build it with this version for this GPU."
-            )
+            raise _not_loaded(spec.name, directory / file.path, trt, self._toolkit.reason())
         check_signature(trt, spec, self._engine)
         self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
-            raise EngineError(
-                f"Engine {spec.name} must fit into the GPU's memory, it does not: {self._logger.last_error}; "
-                "choose a layout with more ranks."
-            )
+            raise _too_large(spec.name, self._toolkit.reason())
         memory.reserve(self._engine.device_memory_size_v2)
 
     def _run(self, inputs: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
-        bound = {name: tensor.contiguous() for name, tensor in inputs.items()}  # kept alive until enqueued
+        bound = {name: _aligned(tensor.contiguous()) for name, tensor in inputs.items()}  # kept alive until enqueued
         outputs = empty_outputs(self.spec, dims, self.device)
         current = torch.cuda.current_stream(self.device)
         self._memory.stream.wait_stream(current)
@@ -141,12 +171,32 @@ class NvInferRunner(EngineRunner):
         profile = {name: [list(shape) for shape in bounds] for name, bounds in self.spec.profile().items()}
         return EngineError(
             f"Engine {self.spec.name} must run with {shapes} (profile {profile}), TensorRT refused: "
-            f"{self._logger.last_error}; build the engine again."
+            f"{self._toolkit.reason()}; build the engine again."
         )
 
     def _release(self) -> None:
         self._memory.stream.synchronize()
-        del self._context, self._engine, self._runtime
+        del self._context, self._engine
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address that TensorRT takes: torch's own allocations are, a part of one may not be."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _not_loaded(name: str, path: Path, trt: Any, reason: str) -> EngineError:
+    if _OUT_OF_MEMORY.search(reason):
+        return _too_large(name, reason)
+    return EngineError(
+        f"Engine {name}: {path} must load into {trt.__name__} {trt.__version__}, it does not: {reason}; build it with "
+        "this version for this GPU."
+    )
+
+
+def _too_large(name: str, reason: str) -> EngineError:
+    return EngineError(
+        f"Engine {name} must fit into the GPU's memory, it does not: {reason}; choose a layout with more ranks."
+    )
 
 
 def require_room(weights: Mapping[str, int], available: int) -> None:
@@ -217,7 +267,7 @@ def make_logger(trt: Any) -> Any:
     class LastError(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last_error = "it gave no reason"
+            self.last_error = NO_REASON
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):

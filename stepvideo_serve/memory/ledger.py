@@ -11,8 +11,9 @@ from math import ceil
 from stepvideo_serve.memory.sizes import BF16_BYTES, FP32_BYTES, GIB, ModelSize, Workload, own_branches
 from stepvideo_serve.parallel.layout import Layout, split_evenly
 
-RESERVED_BYTES = 2 * GIB
-"""Per GPU for the CUDA context, NCCL's buffers, and what the allocator cannot use."""
+RESERVED_BYTES = 4 * GIB
+"""Per GPU for the CUDA context, NCCL's buffers, the machine code of some 290 engines, the tensors between graphs, and
+what the allocator cannot use. An estimate: no GPU has been asked."""
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ SENTENCE = (
 )
 ENGINE = """
 from pathlib import Path
-from stepvideo_serve.assembly.engines import _register_plugins
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.fused.kernels_package import register_plugins
 
 def entry(plugins):
     file = GraphFile("one.engine", 1, "0" * 64)
     return GraphEntry((file,), "key", EngineSpec("one", (), (), {}), {"plan": {"plugins": plugins}})
 
-_register_plugins(None, Path(), {"step_llm": entry([])})
+register_plugins(None, Path(), {"step_llm": entry([])})
 try:
-    _register_plugins(None, Path(), {"step_llm": entry([]), "dit_block_00": entry(["attention"])})
+    register_plugins(None, Path(), {"step_llm": entry([]), "dit_block_00": entry(["attention"])})
 except SetupError as error:
     print(error)
 """

@@ -135,6 +135,10 @@ class PluginForm(ABC):
                     f"[{_shown(shapes[name])}]: it takes {self.layout}."
                 )
 
+    def kernel(self, elements: Sequence[str], shapes: Shapes) -> dict[str, Any]:
+        """What names the kernel in a folder, as JSON: op, variant and constants."""
+        return {"op": self.spec.op, "variant": self.variant(elements[0]), "constants": self.constants(shapes)}
+
     def prepare(
         self, library: KernelLibrary, elements: Sequence[str], shapes: Shapes, attributes: Mapping[str, float]
     ) -> "PreparedLaunch":
@@ -142,7 +146,8 @@ class PluginForm(ABC):
 
         Raises EngineError when the folder has no such kernel.
         """
-        kernel = library.find(self.spec.op, self.variant(elements[0]), **self.constants(shapes))
+        wanted = self.kernel(elements, shapes)
+        kernel = library.find(wanted["op"], wanted["variant"], **wanted["constants"])
         if kernel.binary.scratch_bytes:
             raise EngineError(f"{kernel.binary.name} must need no scratch memory, it does: choose another tiling.")
         made = zip((one.name for one in self.outputs), self.output_shapes(shapes), strict=True)

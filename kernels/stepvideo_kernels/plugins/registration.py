@@ -36,12 +36,14 @@ class Registration:
     library   gives the kernels of the GPU at hand; None where engines are only built
     sm        the architecture that engines are built for, to refuse what it lacks; None at run time
     refusals  every sentence with which a plugin refused a graph: TensorRT prints them to stderr and returns no engine
+    kernels   what the plugins of the graphs so far will look up when they run: {"op", "variant", "constants"} of each
     creators  one for each operator
     """
 
     library: Library | None
     sm: int | None
     refusals: list[str] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
     creators: list[Any] = field(default_factory=list)
 
 
@@ -162,6 +164,9 @@ def plugin_class(tensorrt: Any) -> Any:
             elements = [_element(one.desc.type) for one in inputs]
             for ends in ([tuple(one.desc.dims) for one in inputs], [tuple(one.max) for one in inputs]):
                 self._judge(partial(self._check, ends, elements))
+            kernel = self.form.kernel(elements, self.form.named([tuple(one.max) for one in inputs]))
+            if kernel not in self.registration.kernels:
+                self.registration.kernels.append(kernel)
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             """None: the kernels keep everything in registers and shared memory."""
