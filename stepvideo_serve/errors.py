@@ -9,6 +9,7 @@ StepVideoError
 │   ├── RequestCancelled          CANCELLED
 │   ├── WorkerFailed              INTERNAL: the group of ranks died or failed while it ran the request
 │   └── BadOutput                 INTERNAL: what was computed must not be handed out, as [gates] says
+├── DeviceLost                    INTERNAL: CUDA fails for ever in this process, which ends for that reason
 └── SetupError                    something must be put right before serving (or before a tool can run)
     ├── ConfigError               serve.toml
     ├── CheckpointError           a missing, truncated or mismatched weight file
@@ -67,6 +68,13 @@ class WorkerFailed(RequestError):
 
 class BadOutput(RequestError):
     """What was computed is not finite, or not a video that [gates] lets through."""
+
+
+class DeviceLost(StepVideoError):
+    """Every later call of CUDA or NCCL fails in this process: it must end, and a new one take its place."""
+
+    exit_status: ClassVar[int] = 70
+    """With which a process ends for this reason; EX_SOFTWARE of sysexits.h, which nothing else here uses."""
 
 
 class SetupError(StepVideoError):

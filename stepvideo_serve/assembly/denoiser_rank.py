@@ -18,8 +18,9 @@ from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.runners import build_sharded_llm
 from stepvideo_serve.assembly.stages import Denoiser, ShardedDecoder
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.engine.device_errors import device_errors
 from stepvideo_serve.errors import ConfigError, DeadlineExceeded, EngineError, InvalidRequest, RequestCancelled
-from stepvideo_serve.parallel.collectives import Collectives
+from stepvideo_serve.parallel.collectives import Collectives, communicator_errors
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.rank_process import JobContext
 from stepvideo_serve.pipeline.output_checks import is_finite, not_finite
@@ -55,14 +56,15 @@ class DenoiserRank:
         return {"engines": self._denoiser.engines, "layout": str(self._layout)}
 
     def run(self, params: dict[str, Any], tensors: TensorMap, context: JobContext) -> Outcome:
-        """Runs a "denoise", "decode" or "text" job. Raises a RequestError on all ranks together."""
+        """Runs a "denoise", "decode" or "text" job. Raises a RequestError on all ranks together, and DeviceLost where
+        this rank can run no other."""
         began_s = time.monotonic()
 
         def go_on(where: str, latents: torch.Tensor | None) -> None:
             self._raise_together(_verdict(context, params["timeout_s"], began_s, latents), where)
             context.mark_step()  # behind the agreement: a rank without a chunk to decode waits there for the others
 
-        try:
+        with communicator_errors(), device_errors():
             with self._busy():
                 if params["kind"] == "decode":
                     return self._decode(tensors, context, go_on)
@@ -70,12 +72,11 @@ class DenoiserRank:
                     return {}, {"llm_states": self._encode(tensors["input_ids"])}
                 result = self._denoise(DenoiseJob.from_message(params, tensors, self._presets), context, go_on)
             return {"settings": params["settings"], "rank_seconds": self._rank_seconds()}, result
-        except EngineError as error:  # shapes that no graph takes: every rank finds them at the same place
-            raise InvalidRequest(f"The tensors must fit the graphs, they do not: {error}") from None
 
     def _denoise(self, job: DenoiseJob, context: JobContext, go_on: GoOn) -> TensorMap:
         """Reports step, total_steps, seconds, evaluated, guided, evaluations and latents after each step, with a
         preview where one is due and with the state of a loop that forecasts; returns the latents."""
+        _refuse_misfits(lambda: self._denoiser.check(job))
         latents, reported = job.latents, set[str]()
         for done in self._denoiser.run(job):
             latents = latents if done.latents is None else done.latents
@@ -113,7 +114,9 @@ class DenoiserRank:
         """Reports frames uint8 [n, H, W, 3] chunk by chunk."""
         if self._decoder is None:
             raise InvalidRequest("Only several ranks decode, this layout has one: call the model vae_decoder instead.")
-        for frames in self._decoder.decode(finite_tensor(tensors, "latents", 4), lambda: go_on("while decoding", None)):
+        decoder, latents = self._decoder, finite_tensor(tensors, "latents", 4)
+        _refuse_misfits(lambda: decoder.check(latents))
+        for frames in decoder.decode(latents, lambda: go_on("while decoding", None)):
             context.report({}, {"frames": frames})
         return {}, {}
 
@@ -121,9 +124,11 @@ class DenoiserRank:
         """Token ids int64 [1, L] -> states fp32 [1, L, D]."""
         if self._llm is None:
             raise InvalidRequest("Step-LLM does not run on the ranks ([text] on_ranks): call text_encoder instead.")
+        llm = self._llm
+        _refuse_misfits(lambda: llm.check(input_ids.shape))
         if input_ids.min() < 0 or input_ids.max() >= self._vocab_size:
             raise InvalidRequest(f"INPUT_IDS must be from 0 to {self._vocab_size - 1}, got others: call ti2v instead.")
-        on_device = self._llm(torch.from_numpy(input_ids).to(self._device))["llm_states"]
+        on_device = llm(torch.from_numpy(input_ids).to(self._device))["llm_states"]
         states: NDArray[np.float32] = on_device.float().cpu().numpy()
         return states
 
@@ -133,6 +138,15 @@ class DenoiserRank:
             verdict = self._collectives.agree(verdict)
         if verdict != GO_ON:
             _end(verdict, where)
+
+
+def _refuse_misfits(check: Callable[[], None]) -> None:
+    """Asks, before anything runs, whether the graphs take the tensors. Raises InvalidRequest, on all ranks alike; from
+    then on an EngineError is nothing that the caller did."""
+    try:
+        check()
+    except EngineError as error:
+        raise InvalidRequest(f"The tensors must fit the graphs, they do not: {error}") from None
 
 
 def _verdict(context: JobContext, timeout_s: float | None, began_s: float, latents: torch.Tensor | None) -> int:

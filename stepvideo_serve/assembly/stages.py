@@ -17,6 +17,7 @@ from stepvideo_serve.assembly.runners import (
     open_manifest,
 )
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.dit.shape_check import check_shapes
 from stepvideo_serve.dit.velocity import DiTVelocity, Graph
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
@@ -133,6 +134,12 @@ class Denoiser:
         self._dit = DiTVelocity(graphs, dit_config, dtype, device, self._ranks)
         self._preview = load_preview(config, dit_config.in_channels)
 
+    def check(self, job: DenoiseJob) -> None:
+        """Raises EngineError, on every rank, for a job whose tensors the graphs do not take; runs nothing."""
+        specs = {name: runner.spec for name, runner in self._runners.items()}
+        texts = [job.positive] if job.negative is None else [job.positive, job.negative]
+        check_shapes(specs, self._dit.config, tuple(job.latents.shape), texts, self._ranks.sp)
+
     def run(self, job: DenoiseJob) -> Iterator[StepDone]:
         """One StepDone per step; see `run_job`. The leader decides which steps are evaluated."""
         return run_job(job, self._dit, self._preview.render, self._ranks.agree)
@@ -198,6 +205,11 @@ class ShardedDecoder:
         self._graph = load_runners(config, ("vae_decoder",), config.decoder.threads, share=world_size)["vae_decoder"]
         self._dtype = compute_dtype(config)
         self._ranks, self._rank, self._world_size = ranks, rank, world_size
+
+    def check(self, latents: Tensor) -> None:
+        """Raises EngineError, on every rank, for latents of which the graph does not take a chunk; runs nothing."""
+        for chunk in latents.split(LATENTS_PER_CHUNK):
+            self._graph.spec.check_shapes({"latents": (1, *chunk.shape)})
 
     def decode(self, latents: Tensor, go_on: Callable[[], None]) -> Iterator[Frames]:
         """latents [F, C, h, w] -> on the leader, uint8 frames [n, H, W, 3] a chunk; on other ranks, nothing.

@@ -17,6 +17,7 @@ from stepvideo_serve.dit.config import HEAD_DIM, DiTConfig
 from stepvideo_serve.dit.graphs import CONTEXT_TOKENS, VIDEO_TOKENS
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
 
+CORE = "dit_core_"
 PIECES = {False: ("attn", "text", "ff"), True: ("qkv", "out", "text", "ff")}
 """Per block; with sequence parallelism (True) all blocks also share the weightless attention core."""
 
@@ -135,7 +136,12 @@ def core_spec(dtype: str, heads: int) -> EngineSpec:
 
 def core_name(heads: int) -> str:
     """ "dit_core_2h": one graph per number of heads, shared by all blocks and ranks."""
-    return f"dit_core_{heads}h"
+    return f"{CORE}{heads}h"
+
+
+def core_heads(name: str) -> int:
+    """The heads of the graph with that name."""
+    return int(name.removeprefix(CORE).removesuffix("h"))
 
 
 def segment_module(piece: str, block: DiTBlock) -> nn.Module:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepvideo_serve.engine.device_errors import require_context
 from stepvideo_serve.engine.manifest import GraphFile
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
@@ -168,6 +169,8 @@ class NvInferRunner(EngineRunner):
             raise self._refused(shapes)
 
     def _refused(self, shapes: Mapping[str, list[int]]) -> EngineError:
+        """Raises DeviceLost instead where an earlier kernel has cost the process its GPU: TensorRT tells of it so."""
+        require_context(f"TensorRT refused to run {self.spec.name} ({self._logger.last_error})")
         profile = {name: [list(shape) for shape in bounds] for name, bounds in self.spec.profile().items()}
         return EngineError(
             f"Engine {self.spec.name} must run with {shapes} (profile {profile}), TensorRT refused: "

@@ -133,6 +133,14 @@ class EngineSpec:
                     raise self._mismatch(spec, tensor, f"{symbol}={value} is out of range")
         return dims
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """check_inputs for tensors that are still to be made, of these shapes and the right dtypes."""
+        known = {tensor.name: tensor.torch_dtype for tensor in self.inputs}
+        self._check_names("inputs", list(known), shapes)
+        return self.check_inputs(
+            {name: torch.empty(shape, dtype=known[name], device="meta") for name, shape in shapes.items()}
+        )
+
     def check_outputs(self, outputs: Mapping[str, torch.Tensor], dims: Mapping[str, int]) -> None:
         """EngineError unless names, dtypes and shapes are those that the spec gives for `dims`."""
         self._check_names("outputs", [tensor.name for tensor in self.outputs], outputs)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepvideo_serve.errors import DeviceLost
 from stepvideo_serve.parallel.communicator import Done
 from stepvideo_serve.parallel.layout import SIZES, Layout
 
@@ -61,6 +62,17 @@ class WaitClock:
         self.settle()
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+@contextmanager
+def communicator_errors() -> Iterator[None]:
+    """Around everything that exchanges tensors: NCCL's communicators are of no use after an error, so that leaves as
+    DeviceLost."""
+    try:
+        yield
+    except dist.DistBackendError as error:
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise DeviceLost(f"The ranks must exchange tensors, NCCL cannot: {said}: send the request again.") from error
 
 
 @dataclass(frozen=True)

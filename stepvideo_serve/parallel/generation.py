@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepvideo_serve.errors import RequestError, ServiceUnavailable, SetupError
+from stepvideo_serve.errors import DeviceLost, RequestError, ServiceUnavailable, SetupError
 from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonObject, encode, error_from_json
 from stepvideo_serve.parallel.shared_memory import Arena, Array, TensorEntry
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS, Heartbeats, StepClock
@@ -106,6 +106,8 @@ class RankProcess:
         except subprocess.TimeoutExpired:
             self.popen.kill()
             return f"rank {self.rank} stopped answering"
+        if status == DeviceLost.exit_status:
+            return f"rank {self.rank} has lost its GPU (exit status {status})"
         if status >= 0:
             return f"rank {self.rank} exited with status {status}"
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"

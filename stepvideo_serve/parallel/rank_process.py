@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from stepvideo_serve.errors import RequestCancelled, RequestError, SetupError
+from stepvideo_serve.errors import DeviceLost, RequestCancelled, RequestError, SetupError
 from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonObject, encode, error_to_json
 from stepvideo_serve.parallel.shared_memory import Arena, Array
 
@@ -49,8 +49,9 @@ class Worker(Protocol):
         """Run one job and return the result's parameters and tensors (the leader's are used).
 
         The tensors are the worker's own copies. A RequestError reaches the caller as it is; any other exception as
-        WorkerFailed, and in both cases the rank must be ready for the next job. A worker that cannot trust its state
-        any more (a CUDA error, say) calls sys.exit: the parent then rebuilds the group.
+        WorkerFailed, and in both cases the rank must be ready for the next job. A worker whose GPU is lost raises
+        DeviceLost, one that cannot trust its state for another reason calls sys.exit: the rank ends without a word to
+        the caller, and the parent rebuilds the group.
         """
 
 
@@ -144,7 +145,7 @@ class RankLoop:
         threading.Thread(target=self._beat, args=(heartbeat_s,), name="heartbeat", daemon=True).start()
 
     def serve(self, worker: Worker) -> None:
-        """Run jobs until the parent says shutdown."""
+        """Run jobs until the parent says shutdown. Raises SystemExit when the GPU is lost."""
         while (item := self._inbox.get()) is not None:
             context, job = item
             try:
@@ -152,6 +153,9 @@ class RankLoop:
                 context.finish(params, tensors)
             except ChannelClosedError:
                 raise
+            except DeviceLost as error:
+                traceback.print_exc()
+                raise SystemExit(error.exit_status) from error
             except Exception as error:
                 if not isinstance(error, RequestError):
                     traceback.print_exc()

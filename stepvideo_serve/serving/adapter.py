@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from stepvideo_serve.errors import (
     DeadlineExceeded,
+    DeviceLost,
     InvalidRequest,
     QueueFull,
     RequestCancelled,
@@ -107,13 +108,13 @@ def clear_setup_errors() -> Iterator[None]:
         raise pb_utils.TritonModelException(str(error)) from None
 
 
-def end_process() -> NoReturn:
+def end_process(status: int = 0) -> NoReturn:
     """The last act of `finalize`: ends the stub without taking the interpreter and torch apart, which needs seconds
     of CPU time in every process, more than a stopping server may have. The server has its answer and waits only for
     the process to end."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def waiting_outputs(waiting: Waiting) -> dict[str, NDArray[Any]]:
@@ -161,9 +162,13 @@ class Sender:
         self.finish(waiting_outputs(waiting))
 
     def fail(self, error: BaseException) -> None:
-        """Sends the error."""
+        """Sends the error. A process whose GPU is lost ends then: whoever looks after the server has it replaced."""
         self._ended(error)
+        if isinstance(error, DeviceLost):
+            log_traceback(error)
         self._finish(error_response(error))
+        if isinstance(error, DeviceLost):
+            end_process(error.exit_status)
 
     def cancelled(self) -> bool:
         """Whether the caller has cancelled the request, or has gone."""

@@ -8,19 +8,19 @@ import torch
 
 from stepvideo_serve.assembly.stages import FrameDecoder, ImageEncoder, build_text_encoder
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.engine.device_errors import device_errors, require_context
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.launch.boundary import Boundary
 from stepvideo_serve.scheduling.progress import Repeated
 from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue, RunTerms
 from stepvideo_serve.serving.adapter import (
     Arrays,
+    Sender,
     clear_setup_errors,
     end_process,
-    error_response,
     is_probe,
     parameters_of,
     read_inputs,
-    response,
 )
 from stepvideo_serve.serving.observe.logs import configure_logging
 from stepvideo_serve.serving.observe.metrics import CacheMetrics, Heartbeats, Metrics
@@ -31,7 +31,9 @@ from stepvideo_serve.serving.stage_bounds import StageBounds
 
 
 class StageModel(ABC):
-    """A model that answers each request with one response. `internal`: to requests of this server's models only."""
+    """A model that answers each request with one response. `internal`: to requests of this server's models only.
+
+    Where the GPU is lost the process answers and ends."""
 
     internal = True
 
@@ -49,8 +51,14 @@ class StageModel(ABC):
         """Asked by servers from 26.03 on."""
         return self._deaths.none
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._respond(request) for request in requests]
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = Sender(request, decoupled=False)
+            try:
+                with device_errors():
+                    sender.finish(self._respond(request))
+            except Exception as error:  # every error becomes this request's response
+                sender.fail(error)
 
     def finalize(self) -> None:
         self._beats.close()
@@ -64,16 +72,14 @@ class StageModel(ABC):
     def answer(self, inputs: Arrays) -> Arrays:
         """The outputs. Any exception becomes the request's error."""
 
-    def _respond(self, request: Any) -> Any:
-        try:
-            if is_probe(request):
-                self._deaths.check(self._name)
-                return response({})
-            if self.internal:
-                self._boundary.check(self._name, parameters_of(request))
-            return response(self.answer(read_inputs(request)))
-        except Exception as error:  # every error becomes this request's response, never the end of the model
-            return error_response(error)
+    def _respond(self, request: Any) -> Arrays:
+        if is_probe(request):
+            self._deaths.check(self._name)
+            require_context("a probe asked")
+            return {}
+        if self.internal:
+            self._boundary.check(self._name, parameters_of(request))
+        return self.answer(read_inputs(request))
 
 
 class TextEncoderModel(StageModel):
@@ -130,12 +136,17 @@ class VaeDecoderModel(QueuedModel):
         self.bounds.check_latents(inputs)
         return RunTerms(Repeated("decode", {"latents": inputs["latents"]}))
 
+    def probed(self) -> Arrays:
+        require_context("a probe asked")
+        return {}
+
     def _serve(self, run: QueuedRun) -> bool:
         try:
-            for frames in self._decoder.decode(torch.from_numpy(run.terms.job.tensors["latents"])):
-                if run.cancelled.is_set():
-                    raise RequestCancelled("The request was cancelled by its caller.")
-                run.answer.send({"frames": frames})
+            with device_errors():
+                for frames in self._decoder.decode(torch.from_numpy(run.terms.job.tensors["latents"])):
+                    if run.cancelled.is_set():
+                        raise RequestCancelled("The request was cancelled by its caller.")
+                    run.answer.send({"frames": frames})
         except Exception as error:  # as in StageModel
             run.answer.fail(error)
         run.answer.close()

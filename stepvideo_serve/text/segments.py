@@ -81,8 +81,13 @@ class ShardedStepLLM:
 
     def __init__(self, graphs: Mapping[str, Graph], config: StepLLMConfig, communicator: Communicator) -> None:
         names = llm_graph_names(config.num_layers)
+        self._config = config
         self._embed, *self._halves = (graphs[name] for name in names)
         self._ranks = communicator
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises EngineError for input_ids of a shape that the graphs do not take; runs nothing."""
+        llm_embed_spec(self._config, "float32").check_shapes({"input_ids": shape})
 
     def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
         """input_ids [1, L] int64, the same on every rank -> {"llm_states": [1, L, D]}."""

@@ -4,8 +4,12 @@ import ctypes
 import os
 import resource
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -15,7 +19,12 @@ SIGNALS = {
     "out of memory": signal.SIGUSR2,
     "late heartbeat": signal.SIGHUP,
     "no heartbeat": signal.SIGVTALRM,
+    "CUDA error": signal.SIGPROF,
+    "TensorRT refuses": signal.SIGIO,
 }
+LOST_DEVICE = ("CUDA error", "TensorRT refuses")
+"""How a process learns that its GPU is lost; from then on all that uses the GPU fails."""
+ILLEGAL_ACCESS = "CUDA error: an illegal memory access was encountered"
 HOLD_THE_INTERPRETER = ctypes.PyDLL(None).sleep  # unlike CDLL, PyDLL does not let other threads run meanwhile
 
 
@@ -39,6 +48,8 @@ def fail(how: str) -> None:
         HOLD_THE_INTERPRETER(LATE_S)
     elif how == "no heartbeat":
         HOLD_THE_INTERPRETER(3600)
+    elif how in LOST_DEVICE:
+        lose_device(how)
     elif how == "stuck":
         time.sleep(3600)
     else:
@@ -51,3 +62,54 @@ def use_up_the_memory() -> None:
     taken = []
     while True:
         taken.append(np.ones(1 << 20))
+
+
+def lose_device(how: str) -> None:
+    """As soon as the modules are there that use it: this process may only have begun to import them."""
+    if _has_runners():
+        _lose_device(how)
+    else:
+        threading.Thread(target=_lose_later, args=(how,), daemon=True).start()
+
+
+def use_device() -> None:
+    """What stands for a kernel where there are no graphs."""
+    torch = sys.modules["torch"]
+    if hasattr(torch.cuda, "fail_here"):
+        torch.cuda.fail_here()
+
+
+def _has_runners() -> bool:
+    runner = sys.modules.get("stepvideo_serve.engine.runner")
+    return hasattr(runner, "EagerRunner") or "gloo_ranks" in sys.modules
+
+
+def _lose_later(how: str) -> None:
+    while not _has_runners():
+        time.sleep(0.01)
+    _lose_device(how)
+
+
+def _lose_device(how: str) -> None:
+    """Without a GPU: every graph fails, and CUDA says why when it is asked."""
+    import torch
+
+    from stepvideo_serve.engine.runner import EngineRunner
+
+    def illegal_access() -> NoReturn:
+        raise torch.AcceleratorError(f"{ILLEGAL_ACCESS}\nCUDA kernel errors might be reported later.")
+
+    def fail_here(*_: Any, **__: Any) -> None:
+        if how == "CUDA error":
+            illegal_access()
+        from stepvideo_serve.engine.nvinfer import NvInferRunner
+
+        said = SimpleNamespace(last_error="Error Code 1: Cuda Runtime (an illegal memory access was encountered)")
+        runner = SimpleNamespace(_logger=said, spec=SimpleNamespace(name="dit_block", profile=dict))
+        raise NvInferRunner._refused(runner, {})  # type: ignore[arg-type]
+
+    stream = SimpleNamespace(query=illegal_access)
+    changes = {"is_initialized": lambda: True, "current_stream": lambda: stream, "fail_here": fail_here}
+    for name, value in changes.items():
+        setattr(torch.cuda, name, value)
+    EngineRunner.__call__ = fail_here  # type: ignore[assignment, method-assign]

@@ -22,9 +22,9 @@ from stepvideo_serve.parallel.job import ResultEvent
 from stepvideo_serve.scheduling.progress import ResumableDenoise
 from stepvideo_serve.scheduling.resume import run_on
 from stepvideo_serve.scheduling.run_queue import QueuedRun, RunTerms, Waiting
-from tests.parallel.failing import SIGNALS
+from tests.parallel.failing import LOST_DEVICE, SIGNALS
 
-FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")
+FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat", *LOST_DEVICE)
 STEPS = 6
 MOMENTS = {"first step": 0, "middle step": STEPS // 2, "last step": STEPS - 1}
 IDLE, REBUILD = "idle", "rebuild"
@@ -42,6 +42,7 @@ class Case(NamedTuple):
     how: str
     rank: int
     moment: str
+    ranks: int = 2
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,11 @@ def run_case(bench: Bench, case: Case) -> Outcome:
     bench.log.unlink(missing_ok=True)
     if case.moment == IDLE:
         at_s = bench.fail_while_idle(case.how, case.rank)
-        if case.how != "late heartbeat":
+        if case.how not in ("late heartbeat", *LOST_DEVICE):  # a lost GPU shows when it is used
             bench.until_lost(generation)
         loss = group.last_loss
         steps, latents = bench.run()
+        loss = group.last_loss if case.how in LOST_DEVICE else loss
     else:
         fault = bench.fault(case.how, case.rank, MOMENTS.get(case.moment, 0))
         if case.moment == REBUILD:
@@ -180,13 +182,18 @@ def matrix() -> Iterator[Case]:
         for rank in (0, 1):
             for moment in (IDLE, *MOMENTS, REBUILD):
                 yield Case(how, rank, moment)
+    for how in LOST_DEVICE:
+        for moment in (IDLE, *MOMENTS):
+            yield Case(how, 0, moment, ranks=1)
     for rank in (0, 1):  # that a rank may be mute or busy for long while it starts is no fault
         yield from (Case(MUTE, rank, moment) for moment in (IDLE, *MOMENTS))
         yield from (Case(STUCK, rank, moment) for moment in MOMENTS)
 
 
 def bench_for(case: Case) -> Bench:
-    return Bench(how=case.how, when=((case.rank, 2, "start"),)) if case.moment == REBUILD else Bench()
+    if case.moment == REBUILD:
+        return Bench(how=case.how, when=((case.rank, 2, "start"),))
+    return Bench(case.ranks)
 
 
 def verify(bench: Bench, outcome: Outcome, expected: NDArray[np.float32]) -> None:
@@ -197,8 +204,13 @@ def verify(bench: Bench, outcome: Outcome, expected: NDArray[np.float32]) -> Non
     bench.check_nothing_is_left()
 
 
+def rank_name(rank: int, ranks: int) -> str:
+    """What a rank is to the others, for tables."""
+    return "only" if ranks == 1 else "leader" if rank == 0 else "other"
+
+
 def row(case: Case, outcome: Outcome) -> str:
-    rank = "leader" if case.rank == 0 else "other"
+    rank = rank_name(case.rank, case.ranks)
     noticed, request = "-", "went on"
     if outcome.noticed_s is not None:
         noticed, request = f"{outcome.noticed_s:.2f} s", "resumed"
@@ -212,21 +224,21 @@ def row(case: Case, outcome: Outcome) -> str:
 HEADER = "| fault | rank | moment | noticed after | ready again after | request |\n|---|---|---|---|---|---|"
 
 
-def undisturbed() -> NDArray[np.float32]:
+def undisturbed(ranks: int = 2) -> NDArray[np.float32]:
     """The result that every request must have."""
-    with Bench() as bench:
+    with Bench(ranks) as bench:
         return bench.run()[1]
 
 
 def main() -> None:
-    expected = undisturbed()
+    expected = {ranks: undisturbed(ranks) for ranks in (1, 2)}
     print(HEADER)
     for case in matrix():
         if sys.argv[1:] and case.how not in sys.argv[1:]:
             continue
         with bench_for(case) as bench:
             outcome = run_case(bench, case)
-            verify(bench, outcome, expected)
+            verify(bench, outcome, expected[case.ranks])
         print(row(case, outcome), flush=True)
 
 

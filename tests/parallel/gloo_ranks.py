@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stepvideo_serve.engine.device_errors import device_errors
 from stepvideo_serve.errors import DeadlineExceeded, RequestCancelled
 from stepvideo_serve.parallel.collectives import init_process_group
 from stepvideo_serve.parallel.rank_process import JobContext
 from stepvideo_serve.parallel.shared_memory import Array
-from tests.parallel.failing import fail, fail_at_signals
+from tests.parallel.failing import fail, fail_at_signals, use_device
 
 Tensors = dict[str, Array]
 
@@ -30,10 +31,15 @@ class GlooWorker:
         return {"generation": self._generation}
 
     def run(self, params: dict[str, Any], tensors: Tensors, context: JobContext) -> tuple[dict[str, Any], Tensors]:
+        with device_errors():
+            return self._run(params, tensors, context)
+
+    def _run(self, params: dict[str, Any], tensors: Tensors, context: JobContext) -> tuple[dict[str, Any], Tensors]:
         began_s = time.monotonic()
         latents = torch.from_numpy(tensors["latents"])
         for step in range(params["start_step"], params["steps"]):
             self._fail_if_due(params.get("fault"), step)
+            use_device()
             velocity = torch.sin(latents * (self._rank + 1) + step)
             time.sleep(params.get("step_s", 0.0))
             dist.all_reduce(velocity)

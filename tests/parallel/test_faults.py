@@ -20,6 +20,7 @@ from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import ERROR_GRACE_S, StepEvent
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS
 from stepvideo_serve.scheduling.resume import run_on
+from tests.parallel.failing import LOST_DEVICE
 from tests.parallel.faults import (
     FAULTS,
     FIRST_STEP_S,
@@ -38,11 +39,13 @@ from tests.parallel.faults import (
     matrix,
     row,
     run_case,
+    undisturbed,
     verify,
 )
 
 MakeGroup = Callable[..., RankGroup]
 Latents = NDArray[np.float32]
+RESTART_S = 3.0
 SLACK_S = 1.0  # for a machine that is busy with something else
 NOTICED_S = {
     "SIGKILL": 0.0,
@@ -51,6 +54,8 @@ NOTICED_S = {
     "exception": ERROR_GRACE_S,
     "out of memory": ERROR_GRACE_S,
     "late heartbeat": STEP_SLACK_S,
+    "CUDA error": 0.0,
+    "TensorRT refuses": 0.0,
     STUCK: STEP_SLACK_S,
     MUTE: STEP_SLACK_S,
 }
@@ -78,7 +83,9 @@ def check(bench: Bench, case: Case, expected: Latents) -> None:
     verify(bench, outcome, expected)
     print(row(case, outcome))
     limit_s = NOTICED_S[case.how]
-    if case.how == MUTE and case.moment in (IDLE, "first step"):
+    if case.how in LOST_DEVICE and case.moment == REBUILD:
+        limit_s = RESTART_S  # the rank is started before it can use its GPU
+    elif case.how == MUTE and case.moment in (IDLE, "first step"):
         limit_s = DEAD_BEATS * HEARTBEAT_S
     elif case.how == STUCK and case.moment == "first step":
         limit_s = FIRST_STEP_S
@@ -98,6 +105,7 @@ def check(bench: Bench, case: Case, expected: Latents) -> None:
         Case("late heartbeat", 0, IDLE),
         Case(MUTE, 1, IDLE),
         Case(STUCK, 1, "middle step"),
+        Case("TensorRT refuses", 1, "middle step"),
     ],
     ids=lambda case: "-".join(map(str, case)),
 )
@@ -105,14 +113,32 @@ def test_the_request_goes_on_where_it_was(bench: Bench, expected: Latents, case:
     check(bench, case, expected)
 
 
+def test_a_rank_alone_whose_gpu_is_lost_is_replaced() -> None:
+    case = Case("CUDA error", 0, "middle step", ranks=1)
+    with bench_for(case) as bench:
+        expected, [pid] = bench.run()[1], bench.group.pids
+        check(bench, case, expected)
+        assert bench.group.generation == 2
+        assert pid not in bench.group.pids
+        assert bench.group.last_loss is not None
+        assert bench.group.last_loss.reason == "rank 0 has lost its GPU (exit status 70)"
+
+
+def test_a_gpu_that_is_lost_again_and_again_is_no_fault_of_the_caller(bench: Bench) -> None:
+    fault = bench.fault("TensorRT refuses", 1, 2, generations=9)
+    with pytest.raises(WorkerFailed, match=r"^The ranks failed 2 times .*: .* rank 1 has lost its GPU"):
+        bench.run(max_resumes=1, fault=fault)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [*FAULTS, MUTE, STUCK])
 def test_every_fault_at_every_moment(expected: Latents, how: str) -> None:
+    results = {1: undisturbed(1), 2: expected}
     print(HEADER)
     for case in matrix():
         if case.how == how:
             with bench_for(case) as bench:
-                check(bench, case, expected)
+                check(bench, case, results[case.ranks])
 
 
 def test_ranks_that_end_together_are_ready_for_the_next_request_at_once() -> None:

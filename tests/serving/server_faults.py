@@ -19,16 +19,19 @@ import numpy as np
 import psutil
 
 from stepvideo_serve.launch.server import SHARED_MEMORY
-from tests.parallel.failing import SIGNALS
+from tests.parallel.failing import LOST_DEVICE, SIGNALS
+from tests.parallel.faults import rank_name
 from tests.server_deaths import WatchServer
 from tests.serving.calls import Answer, Outputs, Server, Stream, Values, cpu_s, report_of, until
 from tests.serving.launch import Engines, serving, unwatched
 
-FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat")
+FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat", *LOST_DEVICE)
 MOMENTS = ("idle", "first step", "middle step", "last step", "decoding", "rebuild", "preset")
+ALONE = ("idle", "first step", "middle step", "last step", "preset")
+"""The moments of a rank alone: it decodes nothing, and is not rebuilt because of another one."""
 STEPS = 6
 PRESET_STEPS = 16  # below ten every step is evaluated
-RANKS = 2
+LAYOUTS = {1: "single", 2: "cfg2"}
 HEARTBEAT_S = 0.5
 STEP_SLACK_S = 2.0
 BUSY_S = 0.03  # a rank that has used so much CPU time since it was idle has begun
@@ -40,7 +43,7 @@ dir = "{model}"
 engines_dir = "{engines}"
 
 [denoiser]
-layout = "cfg2"
+layout = "{layout}"
 threads = 1
 heartbeat_s = {heartbeat_s}
 step_slack_s = {step_slack_s}
@@ -61,6 +64,7 @@ class Case(NamedTuple):
     how: str
     rank: int
     moment: str
+    ranks: int = 2
 
     @property
     def steps(self) -> int:
@@ -89,10 +93,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FaultyServer:
-    """A server of two ranks that can be made to fail, a request of one whole second or more, one that decodes, and one
-    that forecasts steps."""
+    """A server of one or two ranks that can be made to fail, a request of one whole second or more, one that decodes,
+    and one that forecasts steps."""
 
     server: Server
+    size: int
     denoise: Values
     decode: Values
     forecast: Values
@@ -115,7 +120,7 @@ class FaultyServer:
     def run(self, case: Case) -> Outcome:
         """One case on a group that is ready and idle."""
         before = self.ranks()
-        assert len(before) == RANKS
+        assert len(before) == self.size == case.ranks
         target = before[case.rank]
         if case.moment == "idle":
             watch = Watch(before)
@@ -193,25 +198,31 @@ def wait_for(stream: Stream, moment: str, rank: psutil.Process) -> list[Outputs]
 
 def matrix() -> Iterator[Case]:
     for how in FAULTS:
-        for rank in range(RANKS):
+        for rank in range(2):
             for moment in MOMENTS:
                 yield Case(how, rank, moment)
+        if how in LOST_DEVICE:
+            yield from (Case(how, 0, moment, ranks=1) for moment in ALONE)
 
 
 @contextmanager
 def faulty_server(
-    root: Path, folder: Path, engines: Engines, picture: bytes, watch: WatchServer = unwatched
+    root: Path, folder: Path, engines: Engines, picture: bytes, watch: WatchServer = unwatched, ranks: int = 2
 ) -> Iterator[FaultyServer]:
-    """Two ranks, one thread each; `folder` gets its configuration and log."""
+    """One thread for each rank; `folder` gets its configuration and log."""
     config = CONFIG.format(
-        model=engines.model_dir, engines=engines.graphs_dir, heartbeat_s=HEARTBEAT_S, step_slack_s=STEP_SLACK_S
+        model=engines.model_dir,
+        engines=engines.graphs_dir,
+        layout=LAYOUTS[ranks],
+        heartbeat_s=HEARTBEAT_S,
+        step_slack_s=STEP_SLACK_S,
     )
     old = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(SITE) + (f"{os.pathsep}{old}" if old else "")
     try:
         with serving(root, folder, config, watch) as running:
             server = Server(running.grpc_url, running.http_url, running.pid)
-            yield FaultyServer(server, *requests(picture))
+            yield FaultyServer(server, ranks, *requests(picture))
     finally:
         if old is None:
             del os.environ["PYTHONPATH"]
@@ -246,7 +257,7 @@ def verify(
     for answer, request in ((outcome.answer, case.moment), (outcome.next_answer, "idle")):
         for name, value in expected[request if request in expected else "idle"].items():
             np.testing.assert_array_equal(answer.result[name], value)
-    assert len(faulty.ranks()) == RANKS
+    assert len(faulty.ranks()) == faulty.size
     assert shared_memory() <= at_start
 
 
@@ -279,9 +290,9 @@ HEADER = (
 def row(case: Case, outcome: Outcome) -> str:
     lost = "not lost" if outcome.lost_s is None else f"{outcome.lost_s:.1f} s"
     request = "undisturbed" if outcome.lost_s is None else "resumed"
-    if case.moment == "idle" and outcome.lost_s is not None:
+    if case.moment == "idle" and outcome.lost_s is not None and case.how not in LOST_DEVICE:
         request = "waited"
-    rank = "leader" if case.rank == 0 else "other"
+    rank = rank_name(case.rank, case.ranks)
     return (
         f"| {case.how} | {rank} | {case.moment} | {lost} | {outcome.ended_s:.1f} s | {outcome.ready_s:.1f} s "
         f"| {request}, same bits |"
@@ -292,18 +303,19 @@ def main() -> None:
     root = Path(__file__).parents[2]
     picture = (root / "client/examples/first_frame.png").read_bytes()
     engines = Engines(root / "build/tiny", root / "build/onnx")
-    with (
-        tempfile.TemporaryDirectory() as name,
-        faulty_server(root, Path(name), engines, picture) as faulty,
-    ):
-        expected = expected_results(faulty)
-        at_start = shared_memory()
-        print(HEADER)
-        for case in matrix():
-            if not sys.argv[1:] or case.how in sys.argv[1:]:
-                outcome = faulty.run(case)
-                print(row(case, outcome), flush=True)
-                verify(faulty, case, outcome, expected, at_start)
+    print(HEADER)
+    for ranks in (2, 1):
+        with (
+            tempfile.TemporaryDirectory() as name,
+            faulty_server(root, Path(name), engines, picture, ranks=ranks) as faulty,
+        ):
+            expected = expected_results(faulty)
+            at_start = shared_memory()
+            for case in matrix():
+                if case.ranks == ranks and (not sys.argv[1:] or case.how in sys.argv[1:]):
+                    outcome = faulty.run(case)
+                    print(row(case, outcome), flush=True)
+                    verify(faulty, case, outcome, expected, at_start)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """The supervisor with the real server: processes that are killed or stopped, and what is left when all is over."""
 
+import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +17,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from stepvideo_client import Client, Result, StepEvent, StreamStalled
 from stepvideo_serve.launch.health import check
 from stepvideo_serve.launch.server import SHARED_MEMORY
 from stepvideo_serve.launch.supervise import Recent
+from tests.parallel.failing import SIGNALS
 from tests.serving.calls import Outputs, Refused, Server, Stream, Values
 
 PATIENCE_S = 600.0  # models are loaded anew, on a machine that may be busy
 IDLE_S = 20.0  # longer than the 15 s after which the server repeats itself
+GPU_MODELS = ("text_encoder", "vae_encoder", "vae_decoder")
 STUB = "triton_python_backend_stub"
 READY = re.compile(r"ready: gRPC (\S+), HTTP (\S+), ")
 
@@ -63,6 +69,16 @@ class Supervised:
         return check(self.http_url, "ready", 30.0).well
 
 
+def repository_with_faults(root: Path, folder: Path) -> Path:
+    """The model repository, in which a signal costs a model that computes its GPU."""
+    copy = shutil.copytree(root / "model_repository", folder / "repository")
+    for model in GPU_MODELS:
+        file = copy / model / "1" / "model.py"
+        faults = "from tests.parallel.failing import fail_at_signals\n\nfail_at_signals()\n"
+        file.write_text(file.read_text(encoding="utf-8") + faults, encoding="utf-8")
+    return copy
+
+
 @pytest.fixture(scope="module")
 def supervised(
     root: Path, config_text: str, small: Values, tmp_path_factory: pytest.TempPathFactory
@@ -79,7 +95,7 @@ def supervised(
         f"--log={folder / 'log'}",
     ]
     command += ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--exit-timeout=2", "--check-every=5"]
-    command += [f"--ready-timeout={PATIENCE_S}"]
+    command += [f"--ready-timeout={PATIENCE_S}", f"--model-repository={repository_with_faults(root, folder)}"]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         run = Supervised(process)
         assert process.stderr is not None
@@ -96,6 +112,12 @@ def supervised(
         finally:
             process.kill()
             reader.join()
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def assert_right(supervised: Supervised, small: Values) -> None:
@@ -148,6 +170,32 @@ def test_a_process_that_stays_stopped_is_replaced(supervised: Supervised, small:
     old.send_signal(signal.SIGSTOP)
     supervised.wait_for("vae_encoder answers again", since)
     assert supervised.stub("vae_encoder").pid != old.pid  # the supervisor saw it stand, or the server gave it up first
+    assert_right(supervised, small)
+
+
+@pytest.mark.parametrize("model", GPU_MODELS)
+def test_a_model_that_loses_its_gpu_answers_ends_and_is_replaced(
+    supervised: Supervised, small: Values, model: str
+) -> None:
+    since, old = len(supervised.said), supervised.stub(model)
+    old.send_signal(SIGNALS["CUDA error"])
+    other: Values = {**small, "PROMPT": uuid.uuid4().hex.encode(), "SEED": np.array([8], np.int64), "OUTPUT": b"frames"}
+    with Image.open(io.BytesIO(small["IMAGE"])) as picture:  # type: ignore[arg-type]  # nothing of it is kept
+        other["IMAGE"] = png(picture.transpose(Image.Transpose.ROTATE_180))
+    with pytest.raises(Refused, match=r"INTERNAL: CUDA must work in this process, .*illegal memory access"):
+        supervised.server.stream(other)
+    supervised.wait_for(f"{model} is loaded anew: its process {old.pid} has died", since)
+    supervised.wait_for(f"{model} answers again", since)
+    assert_right(supervised, small)
+    supervised.server.stream(other)
+
+
+@pytest.mark.parametrize("model", ["text_encoder", "vae_decoder"])
+def test_a_model_that_has_lost_its_gpu_is_found_by_its_probe(supervised: Supervised, small: Values, model: str) -> None:
+    since, old = len(supervised.said), supervised.stub(model)
+    old.send_signal(SIGNALS["TensorRT refuses"])
+    supervised.wait_for(f"{model} is loaded anew: its process {old.pid} has died", since)
+    supervised.wait_for(f"{model} answers again", since)
     assert_right(supervised, small)
 
 
