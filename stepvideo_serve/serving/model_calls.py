@@ -9,19 +9,21 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, wait
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from stepvideo_serve.errors import RequestError, ServiceUnavailable, WorkerFailed
+from stepvideo_serve.errors import RequestCancelled, RequestError, ServiceUnavailable, WorkerFailed
 from stepvideo_serve.launch.boundary import Boundary
 from stepvideo_serve.launch.stopping import shutting_down
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
 from stepvideo_serve.serving.mailbox import ENDED
 from stepvideo_serve.serving.observe.traces import UNKNOWN, Origin
+from stepvideo_serve.serving.stage_work import CALL_ID, CANCEL_CALL
 
 CANCEL_POLL_S = 0.05
 CANCEL_AGAIN_S = 1.0
@@ -37,6 +39,21 @@ T = TypeVar("T")
 def call(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origin = UNKNOWN) -> Outputs:
     """One request, one response. Raises the RequestError that the model answered with."""
     return _read(_request(model, inputs, outputs, origin).exec())
+
+
+def call_until(
+    model: str, inputs: Arrays, outputs: tuple[str, ...], cancelled: Callable[[], bool], origin: Origin = UNKNOWN
+) -> Outputs:
+    """Like `call`, of a model that answers on a thread of its own (stage_work.py): raises RequestCancelled, and has the
+    model give the call up, once `cancelled()`."""
+    call_id = uuid.uuid4().hex
+    answer = _begun(lambda: _read(_request(model, inputs, outputs, origin, {CALL_ID: call_id}).exec()))
+    while not wait([answer], CANCEL_POLL_S).done:
+        if cancelled():
+            with contextlib.suppress(TimeoutError, RequestError):  # a process that is gone answers nothing
+                in_time(lambda: _read(_request(model, inputs, (), origin, {CANCEL_CALL: call_id}).exec()))
+            raise RequestCancelled("The request was cancelled by its caller.")
+    return answer.result()
 
 
 def run(
@@ -150,6 +167,11 @@ def _cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Callable[[]
 
 def in_time(function: Callable[[], T], limit_s: float = ANSWER_S) -> T:
     """The function's result, or its exception; TimeoutError after limit_s, when its thread is left behind."""
+    return _begun(function).result(limit_s)
+
+
+def _begun(function: Callable[[], T]) -> "Future[T]":
+    """The function's result to come, on a thread of its own."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -159,14 +181,20 @@ def in_time(function: Callable[[], T], limit_s: float = ANSWER_S) -> T:
             future.set_exception(error)
 
     threading.Thread(target=work, name="question", daemon=True).start()
-    return future.result(limit_s)
+    return future
 
 
-def _request(model: str, inputs: Arrays, outputs: tuple[str, ...], origin: Origin = UNKNOWN) -> Any:
+def _request(
+    model: str,
+    inputs: Arrays,
+    outputs: tuple[str, ...],
+    origin: Origin = UNKNOWN,
+    parameters: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
     return pb_utils.InferenceRequest(
         model_name=model,
         request_id=origin.request_id,
-        parameters={**origin.parameters, **Boundary.from_environment().parameters},
+        parameters={**origin.parameters, **parameters, **Boundary.from_environment().parameters},
         requested_output_names=list(outputs),
         inputs=[pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()],
     )

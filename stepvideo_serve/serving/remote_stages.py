@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from stepvideo_serve.request.presets import Preset
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.serving.adapter import Arrays, bytes_array
-from stepvideo_serve.serving.model_calls import Outputs, call, in_time, run
+from stepvideo_serve.serving.model_calls import Outputs, call, call_until, in_time, run
 from stepvideo_serve.serving.observe.traces import UNKNOWN, Origin
 from stepvideo_serve.text.states import TextStates
 
@@ -52,8 +52,9 @@ class BlsStages:
         """Of the prompts that were not in the cache."""
 
     def encode_text(self, prompt: str) -> TextStates:
-        outputs = ("LLM_STATES", "CLIP_STATES", "CACHED")
-        out = call("text_encoder", {"PROMPT": bytes_array(prompt.encode())}, outputs, self._origin())
+        """Raises RequestCancelled, also while the ranks that encode are started anew."""
+        inputs, outputs = {"PROMPT": bytes_array(prompt.encode())}, ("LLM_STATES", "CLIP_STATES", "CACHED")
+        out = call_until("text_encoder", inputs, outputs, self._cancelled, self._origin())
         self._cached["text"].append(bool(out["CACHED"].flat[0]))
         self.new_tokens += 0 if self._cached["text"][-1] else len(out["LLM_STATES"])
         return TextStates(llm=torch.from_numpy(out["LLM_STATES"]), clip=torch.from_numpy(out["CLIP_STATES"]))
@@ -108,12 +109,19 @@ class BlsStages:
 
 
 class RanksLLM:
-    """Step-LLM on the ranks of `dit_denoiser`, called like the graph `step_llm`."""
+    """Step-LLM on the ranks of `dit_denoiser`, called like the graph `step_llm`.
+
+    cancelled  whether nobody wants the states any more, asked while they are computed or the ranks are started anew
+    waiting    entered while another process works
+    """
+
+    def __init__(self, cancelled: Cancelled, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+        self._cancelled, self._waiting = cancelled, waiting
 
     def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """input_ids [1, L] int64 -> {"llm_states": [1, L, D]}."""
+        """input_ids [1, L] int64 -> {"llm_states": [1, L, D]}. Raises RequestCancelled, and what `run` raises."""
         inputs = {"KIND": bytes_array(b"text"), "input_ids": input_ids.numpy()}
-        with closing(run("dit_denoiser", inputs, lambda: False)) as responses:
+        with self._waiting(), closing(run("dit_denoiser", inputs, self._cancelled)) as responses:
             for out in responses:
                 return {"llm_states": torch.from_numpy(out["llm_states"])}
         raise WorkerFailed("dit_denoiser must answer with text states, it ended without: see the server's log.")

@@ -28,12 +28,12 @@ from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.queued_model import QueuedModel
 from stepvideo_serve.serving.remote_stages import RanksLLM
 from stepvideo_serve.serving.stage_bounds import StageBounds
+from stepvideo_serve.serving.stage_work import CALL_ID, CANCEL_CALL, StageWork, Task
 
 
 class StageModel(ABC):
-    """A model that answers each request with one response. `internal`: to requests of this server's models only.
-
-    Where the GPU is lost the process answers and ends."""
+    """A model that answers each request with one response, and probes at once. `internal`: to requests of this server's
+    models only. Where the GPU is lost the process answers and ends."""
 
     internal = True
 
@@ -44,6 +44,7 @@ class StageModel(ABC):
             self._name, self._boundary = args["model_name"], Boundary.from_environment()
             self._deaths, self.bounds = ThreadDeaths.watched(), StageBounds.of(config)
             self.metrics = Metrics()
+            self.work = StageWork(self.answer)
             self.load(config)
             self._beats = Heartbeats(self.metrics, args["model_name"])
 
@@ -55,8 +56,7 @@ class StageModel(ABC):
         for request in requests:
             sender = Sender(request, decoupled=False)
             try:
-                with device_errors():
-                    sender.finish(self._respond(request))
+                self._take(request, sender)
             except Exception as error:  # every error becomes this request's response
                 sender.fail(error)
 
@@ -70,23 +70,31 @@ class StageModel(ABC):
 
     @abstractmethod
     def answer(self, inputs: Arrays) -> Arrays:
-        """The outputs. Any exception becomes the request's error."""
+        """The outputs; called on the thread of `self.work`. Any exception becomes the request's error."""
 
-    def _respond(self, request: Any) -> Arrays:
+    def _take(self, request: Any, sender: Sender) -> None:
         if is_probe(request):
             self._deaths.check(self._name)
+            self.work.check(self._name)
             require_context("a probe asked")
-            return {}
+            sender.finish({})
+            return
+        parameters = parameters_of(request)
         if self.internal:
-            self._boundary.check(self._name, parameters_of(request))
-        return self.answer(read_inputs(request))
+            self._boundary.check(self._name, parameters)
+            if CANCEL_CALL in parameters:
+                self.work.cancel(str(parameters[CANCEL_CALL]))
+                sender.finish({})
+                return
+        self.work.put(Task(read_inputs(request), sender, str(parameters.get(CALL_ID, ""))))
 
 
 class TextEncoderModel(StageModel):
     """PROMPT -> LLM_STATES, CLIP_STATES, CACHED."""
 
     def load(self, config: ServeConfig) -> None:
-        self._encoder = build_text_encoder(config, RanksLLM() if config.text.on_ranks else None)
+        ranks = RanksLLM(self.work.cancelled, self.work.elsewhere)
+        self._encoder = build_text_encoder(config, ranks if config.text.on_ranks else None)
         self._cache = CacheMetrics(self.metrics, "text")
 
     def answer(self, inputs: Arrays) -> Arrays:
