@@ -14,6 +14,7 @@ StepVideoError
     ├── ConfigError               serve.toml
     ├── CheckpointError           a missing, truncated or mismatched weight file
     ├── EngineError               an engine, its inputs or its manifest
+    │   └── MemoryShortage        the GPU has less free memory than the engines need
     └── ExportError               export, verification
 
 A message is one sentence that says what was expected, what came, and what to do.
@@ -91,6 +92,10 @@ class CheckpointError(SetupError):
 
 class EngineError(SetupError):
     """An engine is missing, does not match, or was called with wrong inputs."""
+
+
+class MemoryShortage(EngineError):
+    """The GPU has less free memory than the engines need: for good, or until what has just ended gives back its own."""
 
 
 class ExportError(SetupError):

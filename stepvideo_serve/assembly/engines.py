@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.engine.gpu_memory import free_memory
 from stepvideo_serve.engine.manifest import (
     EngineTarget,
     GraphEntry,
@@ -49,10 +50,12 @@ def load_engines(
     entries = {name: manifest.graph(name) for name in names}
     register_plugins(trt, kernels, entries)
     memory = activation_memory(device)
-    memory.reserve(_activation_bytes(entries))
+    weights = {name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}
+    activations = _activation_bytes(entries)
     torch.cuda.empty_cache()  # TensorRT does not see what torch keeps for itself
-    free = torch.cuda.mem_get_info(device)[0] - RESERVED_BYTES
-    require_room({name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}, free)
+    free_memory(device, RESERVED_BYTES + sum(weights.values()) + max(0, activations - memory.size_bytes))
+    memory.reserve(activations)
+    require_room(weights, torch.cuda.mem_get_info(device)[0] - RESERVED_BYTES)
     return {
         name: NvInferRunner(
             trt,

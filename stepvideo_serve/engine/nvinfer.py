@@ -25,7 +25,7 @@ from stepvideo_serve.engine.device_errors import require_context
 from stepvideo_serve.engine.manifest import GraphFile
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
-from stepvideo_serve.errors import EngineError
+from stepvideo_serve.errors import EngineError, MemoryShortage
 
 PACKAGES: Mapping[str, str] = MappingProxyType({"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"})
 """Backend, which is the module's name -> the package to install."""
@@ -79,7 +79,7 @@ class ActivationMemory:
         return -(-self._buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
 
     def reserve(self, size_bytes: int) -> None:
-        """Makes room for an engine that needs this much. Raises EngineError when the GPU has too little memory."""
+        """Makes room for an engine that needs this much. Raises MemoryShortage when the GPU has too little."""
         if size_bytes <= self.size_bytes:
             return
         self.stream.synchronize()
@@ -89,7 +89,7 @@ class ActivationMemory:
             self._buffer = torch.empty(size_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self.device)
-            raise EngineError(
+            raise MemoryShortage(
                 f"The engines need {size_bytes / 2**30:.1f} GiB for their activations, {free / 2**30:.1f} GiB of the "
                 f"GPU's {total / 2**30:.1f} are free: choose a layout with more ranks, or build for smaller shapes."
             ) from error
@@ -196,17 +196,17 @@ def _not_loaded(name: str, path: Path, trt: Any, reason: str) -> EngineError:
     )
 
 
-def _too_large(name: str, reason: str) -> EngineError:
-    return EngineError(
+def _too_large(name: str, reason: str) -> MemoryShortage:
+    return MemoryShortage(
         f"Engine {name} must fit into the GPU's memory, it does not: {reason}; choose a layout with more ranks."
     )
 
 
 def require_room(weights: Mapping[str, int], available: int) -> None:
-    """EngineError unless the weights (bytes by engine) fit into `available` bytes of the GPU's memory."""
+    """MemoryShortage unless the weights (bytes by engine) fit into `available` bytes of the GPU's memory."""
     total = sum(weights.values())
     if total > available:
-        raise EngineError(
+        raise MemoryShortage(
             f"The engines need {total / 2**30:.1f} GiB for their weights, {max(available, 0) / 2**30:.1f} GiB are free "
             "beside their activations: choose a layout with more ranks."
         )

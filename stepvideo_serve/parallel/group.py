@@ -144,7 +144,8 @@ class RankGroup:
 
         Raises ServiceUnavailable for a SetupError in a rank (with its sentence), when start_timeout_s is over and when
         the group is closed, WorkerFailed for any other exception or the loss of a rank; nothing is left running then.
-        Where the ranks were ready before, it is ServiceUnavailable once the group has failed.
+        Where the ranks were ready before, it is ServiceUnavailable once the group has failed; too little memory on a
+        GPU, which a first start is told at once, is then tried again like a WorkerFailed.
         """
         self.wait_ready(None)
         return self.info

@@ -26,7 +26,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from stepvideo_serve.errors import DeviceLost, RequestCancelled, RequestError, SetupError
+from stepvideo_serve.errors import (
+    DeviceLost,
+    MemoryShortage,
+    RequestCancelled,
+    RequestError,
+    SetupError,
+    WorkerFailed,
+)
 from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonObject, encode, error_to_json
 from stepvideo_serve.parallel.shared_memory import Arena, Array
 
@@ -198,11 +205,17 @@ class RankLoop:
 
 
 def build_worker(factory: str, settings: JsonObject) -> Worker:
-    """Import "package.module:function" and call it; SetupError when the name has another form."""
+    """Import "package.module:function" and call it. Raises SetupError when the name has another form, and WorkerFailed
+    where ranks that are started anew find too little memory: that of the former ones may come back."""
     module, _, function = factory.partition(":")
     if not module or not function:
         raise SetupError(f'A worker factory must be given as "package.module:function", got {factory!r}.')
-    worker: Worker = getattr(importlib.import_module(module), function)(settings)
+    try:
+        worker: Worker = getattr(importlib.import_module(module), function)(settings)
+    except MemoryShortage as error:
+        if settings["generation"] == 1:
+            raise
+        raise WorkerFailed(str(error)) from error
     return worker
 
 

@@ -14,7 +14,7 @@ from stepvideo_serve.engine.nvinfer import (
     load_tensorrt,
     require_room,
 )
-from stepvideo_serve.errors import EngineError
+from stepvideo_serve.errors import EngineError, MemoryShortage
 from tests.engine.gpu_engines import open_engine
 from tests.engine.toy import Graph, toy_inputs
 
@@ -54,7 +54,7 @@ def test_weights_that_fit() -> None:
 
 @pytest.mark.parametrize("available", [2 * GIB, -1])
 def test_weights_that_do_not_fit(available: int) -> None:
-    with pytest.raises(EngineError, match=r"The engines need 4\.0 GiB for their weights, [02]\.0 GiB are free"):
+    with pytest.raises(MemoryShortage, match=r"The engines need 4\.0 GiB for their weights, [02]\.0 GiB are free"):
         require_room({"a": 3 * GIB, "b": GIB}, available)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stepvideo_serve.errors import CheckpointError, InvalidRequest
+from stepvideo_serve.errors import CheckpointError, InvalidRequest, MemoryShortage
 from stepvideo_serve.parallel.rank_process import JobContext
 from stepvideo_serve.parallel.shared_memory import Array
 
@@ -116,6 +116,13 @@ def stopped_in_generation_2(settings: dict[str, Any]) -> ScriptedWorker:
 def while_the_file_exists(settings: dict[str, Any]) -> ScriptedWorker:
     if not Path(settings["file"]).exists():
         raise CheckpointError("The checkpoint must be there, it is not: mount the disk.")
+    return ScriptedWorker(settings)
+
+
+def short_of_memory(settings: dict[str, Any]) -> ScriptedWorker:
+    """In these generations."""
+    if settings["generation"] in settings["short"]:
+        raise MemoryShortage("The engines need 48.0 GiB for their weights, 2.0 GiB are free: choose another layout.")
     return ScriptedWorker(settings)
 
 

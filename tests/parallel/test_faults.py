@@ -248,6 +248,27 @@ def test_a_group_that_cannot_be_rebuilt_refuses_at_once_until_it_can(make_group:
     assert_serves(group)
 
 
+def test_too_little_memory_at_a_rebuild_may_be_that_of_the_dead_and_is_tried_again(make_group: MakeGroup) -> None:
+    group = make_group("short_of_memory", {"short": [2, 3]}, size=2)
+    group.start()
+    with pytest.raises(WorkerFailed, match="SIGSEGV"):
+        list(group.run({"do": "segfault"}, {}))
+    assert_serves(group)
+    assert group.generation == 4
+
+
+def test_too_little_memory_for_good_ends_a_first_start_and_at_last_a_rebuild(make_group: MakeGroup) -> None:
+    group = make_group("short_of_memory", {"short": [1]})
+    with pytest.raises(ServiceUnavailable, match=r"48\.0 GiB for their weights, 2\.0 GiB are free"):
+        group.start()
+    again = make_group("short_of_memory", {"short": list(range(2, 100))})
+    again.start()
+    with pytest.raises(WorkerFailed, match="SIGSEGV"):
+        list(again.run({"do": "segfault"}, {}))
+    with pytest.raises(ServiceUnavailable, match=r"48\.0 GiB for their weights, 2\.0 GiB are free"):
+        again.run({"do": "echo"}, {})
+
+
 def test_ranks_that_die_again_and_again_while_idle_are_not_started_all_the_time(make_group: MakeGroup) -> None:
     group = make_group()
     for _ in range(3):
