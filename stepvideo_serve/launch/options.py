@@ -16,6 +16,7 @@ from stepvideo_serve.launch.address import ip_of
 from stepvideo_serve.launch.install import is_loopback
 
 LOOPBACK = "127.0.0.1"
+READY_TIMEOUT_S = 3600.0  # 50 GB of engines from a slow disk, read, hashed and loaded; a start that fails ends sooner
 OPERATOR_CALLS = ("model-repository", "shared-memory", "trace", "logging")
 OPERATOR_HEADER = "stepvideo-operator-key"  # over HTTP
 GRPC_OPERATOR_HEADER = f"triton-grpc-protocol-{OPERATOR_HEADER}"  # Triton's prefix
@@ -169,7 +170,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int,
     add_security_arguments(parser)
     add("--log", type=Path, help="a file to append the server's log to; default: standard error")
     add("--exit-timeout", type=int, default=10, metavar="S", help="for requests when told to stop; %(default)s")
-    add("--ready-timeout", type=float, default=300.0, metavar="S", help="default: %(default)g s")
+    add("--ready-timeout", type=float, default=READY_TIMEOUT_S, metavar="S", help="default: %(default)g s")
     add("--server-argument", action="append", default=[], metavar="--NAME=VALUE", help="passed on; may be repeated")
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.health import SERVER, State, ask, check
 from stepvideo_serve.launch.install import STUB
-from stepvideo_serve.launch.options import add_server_arguments, server_options
+from stepvideo_serve.launch.options import READY_TIMEOUT_S, add_server_arguments, server_options
 from stepvideo_serve.launch.server import TritonServer, announce, raise_on_sigterm
 
 LOOK_S = 1.0
@@ -45,13 +45,13 @@ DEAD, STOPPED = "Z", "T"  # states in /proc/PID/stat
 class Rules:
     """check_s: between two checks of all models' answers; answer_s: how long an answer may take; stopped_s: how long a
     process may be stopped; load_s: how long a model may take to load; revivals of one model and restarts of the server
-    that are allowed within window_s."""
+    that are allowed within window_s; ready_s: how long a start of the server may take."""
 
     check_s: float = 15.0
     answer_s: float = 10.0
     stopped_s: float = 10.0
     load_s: float = 1800.0
-    ready_s: float = 300.0
+    ready_s: float = READY_TIMEOUT_S
     revivals: int = 3
     restarts: int = 5
     window_s: float = 3600.0

@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from stepvideo_serve.__main__ import COMMANDS
-from stepvideo_serve.config import ServeConfig
-from stepvideo_serve.launch.options import add_server_arguments
+from stepvideo_serve.config import DenoiserConfig, ServeConfig
+from stepvideo_serve.launch.options import READY_TIMEOUT_S, add_server_arguments
 from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
+from stepvideo_serve.launch.supervise import Rules
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.serving.observe.metric_families import FAMILIES
 from tests.docker.chart import VERSION, Helm, Manifest, Values, only
@@ -184,6 +185,24 @@ def test_probes_wait_for_the_engines(manifests: list[Manifest]) -> None:
     assert "--exit-timeout=600" in server["args"]
     _, pause_s = server["lifecycle"]["preStop"]["exec"]["command"]
     assert grace_s >= int(pause_s) + 600 + TRITON_EXIT_S + EXIT_MARGIN_S
+
+
+def test_every_start_may_take_as_long(
+    manifests: list[Manifest], compose: dict[str, Any], dockerfile: str, root: Path
+) -> None:
+    """Whichever way a server is started, and the ranks and the probes fit into that."""
+    [run] = re.findall(r"^docker run .*\\\n.* stepvideo-serve( .*)?$", (root / "README.md").read_text(), re.MULTILINE)
+    given = {
+        "by default": [],
+        "README": run.split(),
+        "compose": compose["services"]["stepvideo"]["command"],
+        "chart": container(manifests)["args"],
+    }
+    times = {where: server_arguments(arguments).ready_timeout for where, arguments in given.items()}
+    assert times == dict.fromkeys(given, READY_TIMEOUT_S)
+    assert Rules().ready_s == READY_TIMEOUT_S
+    assert DenoiserConfig().start_timeout_s <= READY_TIMEOUT_S
+    assert re.findall(r"--start-period=(\d+)m", dockerfile) == [f"{READY_TIMEOUT_S / 60:g}"]
 
 
 def test_the_arguments_are_ones_that_the_server_takes(manifests: list[Manifest]) -> None:
