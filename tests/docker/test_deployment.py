@@ -188,7 +188,7 @@ def test_probes_wait_for_the_engines(manifests: list[Manifest]) -> None:
 
 
 def test_every_start_may_take_as_long(
-    manifests: list[Manifest], compose: dict[str, Any], dockerfile: str, root: Path
+    manifests: list[Manifest], compose: dict[str, Any], docker: Path, root: Path
 ) -> None:
     """Whichever way a server is started, and the ranks and the probes fit into that."""
     [run] = re.findall(r"^docker run .*\\\n.* stepvideo-serve( .*)?$", (root / "README.md").read_text(), re.MULTILINE)
@@ -202,7 +202,7 @@ def test_every_start_may_take_as_long(
     assert times == dict.fromkeys(given, READY_TIMEOUT_S)
     assert Rules().ready_s == READY_TIMEOUT_S
     assert DenoiserConfig().start_timeout_s <= READY_TIMEOUT_S
-    assert re.findall(r"--start-period=(\d+)m", dockerfile) == [f"{READY_TIMEOUT_S / 60:g}"]
+    assert re.findall(r"--start-period=(\d+)m", (docker / "Dockerfile").read_text()) == [f"{READY_TIMEOUT_S / 60:g}"]
 
 
 def test_the_arguments_are_ones_that_the_server_takes(manifests: list[Manifest]) -> None:
