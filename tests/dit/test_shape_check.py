@@ -39,7 +39,7 @@ def test_what_fits(parts: int) -> None:
         ((3, 4, 3, 6), [text()], 1, "multiples of 2, got 3 and 6"),
         ((1, 4, 2, 4), [text()], 1, "tokens=2 is out of range"),
         (SHAPE, [text()], 7, "tokens=2 is out of range"),  # the shortest part; the longest is within the range
-        ((3, 4, 1000, 1000), [text()], 8, "dit_core_2h: .* tokens=750000 is out of range"),
+        ((3, 4, 1000, 1000), [text()], 8, r"dit_core_2h: .*tokens=750000 is out of range"),
         (SHAPE, [text(), text(321)], 1, "llm_tokens=321 is out of range"),
         (SHAPE, [text(llm_channels=7)], 1, 'dit_context: input "llm_states"'),
         (SHAPE, [text(clip_tokens=76)], 1, 'dit_context: input "clip_states"'),
