@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepvideo_serve.errors import DeviceLost, RequestError, ServiceUnavailable, SetupError
+from stepvideo_serve.errors import DeviceLost, RequestError, ServiceUnavailable, SetupError, WorkerFailed
 from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonObject, encode, error_from_json
 from stepvideo_serve.parallel.shared_memory import Arena, Array, TensorEntry
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS, Heartbeats, StepClock
@@ -330,6 +330,6 @@ class Ranks:
 
 
 def _start_error(rank: int, description: JsonObject) -> RequestError:
-    if description["class"] is not None:
+    if description["class"] not in (None, WorkerFailed.__name__):
         return ServiceUnavailable(description["message"])
     return error_from_json(description, f"Rank {rank} failed while it started")
