@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +39,21 @@ class Dim:
             raise EngineError(f"A dimension needs 1 <= min <= opt <= max, got {self}: correct the range.")
 
 
+class Multiple(NamedTuple):
+    """A symbolic dimension: `factor` times the size of `symbol`."""
+
+    factor: int
+    symbol: str
+
+    @classmethod
+    def of(cls, dim: str) -> "Multiple":
+        """Of "symbol" or "<int>*symbol". Raises EngineError."""
+        match = _DIM_PATTERN.fullmatch(dim)
+        if match is None:
+            raise EngineError(f'A symbolic dimension must be a name or "<int>*<name>", got {dim!r}.')
+        return cls(int(match[1] or 1), match[2])
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output: `dtype` is a key of TORCH_DTYPES; `shape` mixes sizes, "symbol" and "<int>*symbol"."""
@@ -46,6 +61,8 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    axes: "tuple[int | Multiple, ...]" = field(init=False, repr=False, compare=False)
+    """The shape, its texts read once: engines are called some hundred times a step."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -53,10 +70,10 @@ class TensorSpec:
         if self.dtype not in TORCH_DTYPES:
             raise EngineError(f'Tensor "{self.name}" must have a dtype of {sorted(TORCH_DTYPES)}, got {self.dtype!r}.')
         for dim in self.shape:
-            if isinstance(dim, str):
-                _split(dim)
-            elif type(dim) is not int or dim < 0:
+            if not isinstance(dim, str) and (type(dim) is not int or dim < 0):
                 raise EngineError(f'Tensor "{self.name}" must have integer sizes >= 0, got {dim!r}: correct the shape.')
+        axes = tuple(Multiple.of(dim) if isinstance(dim, str) else dim for dim in self.shape)
+        object.__setattr__(self, "axes", axes)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -65,11 +82,16 @@ class TensorSpec:
     @property
     def symbols(self) -> frozenset[str]:
         """The symbols in the shape, without their factors."""
-        return frozenset(_split(dim)[1] for dim in self.shape if isinstance(dim, str))
+        return frozenset(axis.symbol for axis in self.axes if isinstance(axis, Multiple))
 
     def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape in numbers, given a size for each symbol."""
-        return tuple(_size(dim, dims) for dim in self.shape)
+        try:
+            return tuple(axis if isinstance(axis, int) else axis.factor * dims[axis.symbol] for axis in self.axes)
+        except KeyError as error:
+            raise EngineError(
+                f"A size is needed for {error.args[0]!r}, got sizes for {sorted(dims)} only: add it."
+            ) from None
 
     def __str__(self) -> str:
         return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
@@ -114,15 +136,17 @@ class EngineSpec:
                 raise EngineError(
                     f'Engine {self.name}: input "{spec.name}" must be a tensor {spec}, got {type(tensor).__name__}.'
                 )
-            shape = tuple(tensor.shape)
+            shape = tensor.shape
             if tensor.dtype != spec.torch_dtype or len(shape) != len(spec.shape):
                 raise self._mismatch(spec, tensor)
-            for axis, (expected, size) in enumerate(zip(spec.shape, shape, strict=True)):
+            if shape == spec.shape:  # no symbols, as of most tensors
+                continue
+            for axis, (expected, size) in enumerate(zip(spec.axes, shape, strict=True)):
                 if isinstance(expected, int):
                     if size != expected:
                         raise self._mismatch(spec, tensor, f"axis {axis} must be {expected}")
                     continue
-                factor, symbol = _split(expected)
+                factor, symbol = expected
                 if size % factor:
                     raise self._mismatch(spec, tensor, f"axis {axis} must be a multiple of {factor}")
                 value = dims.setdefault(symbol, size // factor)
@@ -211,7 +235,7 @@ class EngineSpec:
             ) from error
 
     def _check_names(self, what: str, expected: list[str], received: Mapping[str, object]) -> None:
-        if set(expected) != set(received):
+        if received.keys() != set(expected):
             raise EngineError(
                 f"Engine {self.name}: {what} must be {expected}, got {list(received)}: "
                 f"missing {sorted(set(expected) - set(received))}, unknown {sorted(set(received) - set(expected))}."
@@ -227,29 +251,10 @@ class EngineSpec:
         )
 
 
-def _split(dim: str) -> tuple[int, str]:
-    """(factor, symbol) of "symbol" or "<int>*symbol"."""
-    match = _DIM_PATTERN.fullmatch(dim)
-    if match is None:
-        raise EngineError(f'A symbolic dimension must be a name or "<int>*<name>", got {dim!r}.')
-    return int(match[1] or 1), match[2]
-
-
-def _size(dim: int | str, dims: Mapping[str, int]) -> int:
-    if isinstance(dim, int):
-        return dim
-    factor, symbol = _split(dim)
-    if symbol not in dims:
-        raise EngineError(f"A size is needed for {symbol!r}, got sizes for {sorted(dims)} only: add it.")
-    return factor * dims[symbol]
-
-
 def _export_axes(tensor: TensorSpec, roots: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
-    for axis, dim in enumerate(tensor.shape):
-        if isinstance(dim, str):
-            factor, symbol = _split(dim)
-            if symbol in roots:
-                yield axis, roots[symbol] if factor == 1 else factor * roots[symbol]
+    for index, axis in enumerate(tensor.axes):
+        if isinstance(axis, Multiple) and axis.symbol in roots:
+            yield index, roots[axis.symbol] if axis.factor == 1 else axis.factor * roots[axis.symbol]
 
 
 def _describe(tensor: torch.Tensor) -> str:
