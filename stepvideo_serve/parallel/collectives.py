@@ -76,12 +76,13 @@ def communicator_errors() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Summing:
-    """A sum under way."""
+class Exchange:
+    """A collective under way. What is sent stays as it is until then."""
 
     work: dist.Work
     result: Tensor
     clock: WaitClock
+    sent: Tensor
 
     def wait(self) -> Tensor:
         """Raises RuntimeError when a rank of the group is gone, or its part does not come within the timeout."""
@@ -101,7 +102,7 @@ class Collectives:
         self.clock = WaitClock()
         self._groups = {axis: _make_groups(layout, axis, rank) for axis in SIZES if getattr(layout, axis) > 1}
 
-    def sum_tp(self, partial: Tensor) -> Done | Summing:
+    def sum_tp(self, partial: Tensor) -> Done | Exchange:
         """See Communicator."""
         if self.tp == 1:
             return Done(partial)
@@ -110,29 +111,32 @@ class Collectives:
         work = dist.all_reduce(partial, group=self._groups["tp"], async_op=True)
         if work is None:
             raise RuntimeError("this rank is not part of its tensor-parallel group")
-        return Summing(work, partial, self.clock)
+        return Exchange(work, partial, self.clock, partial)
 
     def to_heads(self, qkv: Tensor, counts: list[int]) -> Tensor:
-        """See Communicator. To each rank go its heads of our tokens."""
-        heads, head_dim = qkv.shape[1] // self.sp, qkv.shape[3]
-        sent = qkv.unflatten(1, (self.sp, heads)).transpose(0, 1).contiguous()
-        sizes = [3 * heads * n * head_dim for n in counts]
-        received = self._all_to_all("to_heads", [part.flatten() for part in sent], sizes)
-        parts = [part.view(3, heads, n, head_dim) for part, n in zip(received, counts, strict=True)]
-        return torch.cat(parts, dim=2)
+        """See Communicator. To each rank go its heads of our tokens: q, k and v one after the other, since the heads of
+        one rank lie together in each, ready to be sent."""
+        heads, own, head_dim = qkv.shape[1] // self.sp, qkv.shape[2], qkv.shape[3]
+        exchanged = qkv.new_empty(3, heads, sum(counts), head_dim)
+        sent, received = [heads * own * head_dim] * self.sp, [heads * n * head_dim for n in counts]
+        under_way = [self._all_to_all("to_heads", part.flatten(), sent, received) for part in qkv]
+        for whole, exchange in zip(exchanged, under_way, strict=True):
+            parts = exchange.wait().split(received)
+            torch.cat([part.view(heads, -1, head_dim) for part in parts], dim=1, out=whole)
+        return exchanged
 
     def to_tokens(self, out: Tensor, counts: list[int]) -> Tensor:
         """See Communicator. To each rank go its tokens of our heads."""
         own, channels = counts[self.sp_index], out.shape[1]
-        sent = [part.flatten() for part in out.split(counts)]
-        received = self._all_to_all("to_tokens", sent, [own * channels] * self.sp)
-        return torch.cat([part.view(own, channels) for part in received], dim=1)
+        sent, received = [n * channels for n in counts], [own * channels] * self.sp
+        exchange = self._all_to_all("to_tokens", out.flatten(), sent, received)
+        return torch.cat(list(exchange.wait().view(self.sp, own, channels)), dim=1)
 
     def gather_tokens(self, own: Tensor, counts: list[int]) -> Tensor:
         """See Communicator. An all-to-all in which everyone gets the same, since counts may differ."""
-        sent = [own.flatten()] * self.sp
-        received = self._all_to_all("gather_tokens", sent, [n * own.shape[1] for n in counts])
-        return torch.cat([part.view(-1, own.shape[1]) for part in received])
+        sent, received = [own.numel()] * self.sp, [n * own.shape[1] for n in counts]
+        exchange = self._all_to_all("gather_tokens", own.flatten().repeat(self.sp), sent, received)
+        return exchange.wait().view(-1, own.shape[1])
 
     def exchange_branches(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """See Communicator."""
@@ -174,14 +178,16 @@ class Collectives:
                 dist.recv(received[-1], src=owner)
         return received
 
-    def _all_to_all(self, kind: str, sent: list[Tensor], received_sizes: list[int]) -> list[Tensor]:
-        outgoing = torch.cat(sent)
-        incoming = outgoing.new_empty(sum(received_sizes))
+    def _all_to_all(self, kind: str, outgoing: Tensor, sent: list[int], received: list[int]) -> Exchange:
+        """Starts it. The tensor, of one dimension, is sent as it lies: `sent` elements for each rank, in their order;
+        `received` come from each."""
+        incoming = outgoing.new_empty(sum(received))
         self._count(kind, outgoing)
-        sizes = [part.numel() for part in sent]
-        with self.clock.waiting(outgoing):
-            dist.all_to_all_single(incoming, outgoing, received_sizes, sizes, group=self._groups["sp"])
-        return list(incoming.split(received_sizes))
+        group = self._groups["sp"]
+        work = dist.all_to_all_single(incoming, outgoing, received, sent, group=group, async_op=True)
+        if work is None:
+            raise RuntimeError("this rank is not part of its sequence-parallel group")
+        return Exchange(work, incoming, self.clock, outgoing)
 
     def _count(self, kind: str, payload: Tensor) -> None:
         self.sent_bytes[kind] += payload.nbytes
