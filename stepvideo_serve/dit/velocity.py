@@ -44,7 +44,8 @@ class PreparedRequest:
 
 
 class DiTVelocity:
-    """Runs the graphs `dit_*` on their device, in their dtype; latents and velocities outside are fp32 on the CPU.
+    """Runs the graphs `dit_*` on their device, in their dtype; latents and velocities outside are fp32, and stay on the
+    device, so that a step waits for nothing.
 
     `graphs` are this rank's: whole blocks without tensor and sequence parallelism, else the segments of
     dit/segments.py.
@@ -62,6 +63,11 @@ class DiTVelocity:
         self._graphs, self._dtype, self._device = graphs, dtype, torch.device(device)
         self._ranks = ranks or OneRank()
         self._whole_blocks = self._ranks.tp == self._ranks.sp == 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where velocities are; latents may be elsewhere."""
+        return self._device
 
     def prepare(
         self, shape: tuple[int, ...], condition: Tensor, motion_score: float, texts: tuple[TextStates, ...]
@@ -94,11 +100,11 @@ class DiTVelocity:
 
     def __call__(self, latents: Tensor, time: float, request: PreparedRequest) -> tuple[Tensor, ...]:
         """latents [F, C, h, w] fp32, time in 0..1 -> one velocity [F, C', h, w] fp32 per branch of the request, on
-        every rank with the same bits."""
+        every rank with the same bits and on `device`."""
         start = self._graphs["dit_embed"](
             latent_tokens=self._own(self._slice(patchify(latents[None], self.config.patch_size), request.counts, 1)),
             condition_tokens=request.condition_tokens,
-            timestep=torch.tensor([time], device=self._device),
+            timestep=torch.full((1,), time, device=self._device),  # unlike a copy, this waits for no step before
             motion_score=request.motion_score,
         )
         if self._whole_blocks:
@@ -108,7 +114,7 @@ class DiTVelocity:
         velocities = tuple(self._assemble(tokens, request) for tokens in finished)
         if self._ranks.cfg > 1 and request.guided:
             velocities = self._ranks.exchange_branches(velocities[0])
-        return tuple(velocity.cpu() for velocity in velocities)
+        return velocities
 
     def _whole_branch(self, start: dict[str, Tensor], request: PreparedRequest, branch: KeysValues) -> Tensor:
         """Without tensor and sequence parallelism nothing is exchanged within a branch: velocity tokens [N, P]."""

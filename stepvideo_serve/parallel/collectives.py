@@ -10,7 +10,7 @@ no port is needed, and nothing is left behind: the memory is gone with the last 
 
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class WaitClock:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def waiting(self, payload: Tensor) -> Iterator[None]:
@@ -51,17 +51,21 @@ class WaitClock:
         self._pairs.append((began, ended))
 
     def settle(self) -> None:
-        """Reads the events so far; waits until the GPU has passed them."""
-        for began, ended in self._pairs:
-            ended.synchronize()
-            self._seconds += began.elapsed_time(ended) / 1000.0
-        self._pairs = []
+        """Reads the events that the GPU has passed, so that they do not pile up; waits for none."""
+        while self._pairs and self._pairs[0][1].query():
+            self._read_first()
 
     def take(self) -> float:
-        """Seconds since the last call."""
-        self.settle()
+        """Seconds since the last call; waits until the GPU has passed the events so far."""
+        while self._pairs:
+            self._pairs[0][1].synchronize()
+            self._read_first()
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _read_first(self) -> None:
+        began, ended = self._pairs.popleft()
+        self._seconds += began.elapsed_time(ended) / 1000.0
 
 
 @contextmanager
@@ -151,7 +155,7 @@ class Collectives:
         """The leader's value, on every rank: how all ranks take the same decision at a step boundary."""
         decision = torch.tensor([value])
         dist.broadcast(decision, src=LEADER)
-        self.clock.settle()  # the GPU has done the step by now
+        self.clock.settle()
         return int(decision)
 
     def from_all(self, values: Sequence[float]) -> list[list[float]]:

@@ -32,8 +32,9 @@ def flow_times(steps: int, shift: float) -> Tensor:
 
 
 def euler_step(latents: Tensor, velocity: Tensor, times: Tensor, step: int) -> Tensor:
-    """x + v * (t[step + 1] - t[step]) in fp32."""
-    return latents.float() + velocity.float() * (times[step + 1] - times[step]).to(latents.device)
+    """x + v * (t[step + 1] - t[step]) in fp32, on the device of both; times are on the CPU, and one of them is a number
+    to any device, for which nobody waits."""
+    return latents.float() + velocity.float() * (times[step + 1] - times[step])
 
 
 def request_noise(seed: int, latent_shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:

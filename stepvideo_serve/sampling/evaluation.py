@@ -15,7 +15,7 @@ So a decision is one number, the next step to evaluate, and one rank's decision 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -199,6 +199,10 @@ class LoopState:
     def tensors(self) -> dict[str, Tensor]:
         """The history's velocities fp32 [F, C, h, w], named by their step (counted from 0)."""
         return {velocity_name(step): velocity for step, velocity in self.history.velocities}
+
+    def on(self, velocities: Mapping[int, Tensor]) -> "LoopState":
+        """The same state with these copies of its velocities, by step."""
+        return replace(self, history=History(tuple((step, velocities[step]) for step in self.history.steps)))
 
     @classmethod
     def restored(cls, scalars: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "LoopState":

@@ -1,6 +1,7 @@
 """One request's denoising, from its noise and conditions to the clean latents, on whatever runs the DiT."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from stepvideo_serve.request.presets import EVALUATED, EXACT_PRESET, Preset
 from stepvideo_serve.request.settings import chosen_preset
 from stepvideo_serve.sampling.denoise import denoise, flow_times, guide, needs_guidance
 from stepvideo_serve.sampling.evaluation import Agree, EvaluatedSteps, EvaluationPlan, LoopState, own_decision
+from stepvideo_serve.sampling.host_copy import HostCopy, steps_behind
 from stepvideo_serve.text.states import TextStates
 
 Message = tuple[dict[str, Any], dict[str, NDArray[Any]]]
@@ -158,13 +160,60 @@ class StepDone:
 Preview = Callable[[Tensor], NDArray[np.uint8]]
 
 
-def run_job(job: DenoiseJob, dit: DiTVelocity, preview: Preview, agree: Agree = own_decision) -> Iterator[StepDone]:
-    """Yields after each step; whoever iterates may stop at any step boundary.
+@dataclass(frozen=True)
+class _Begun:
+    """A step that the device may still be computing."""
+
+    step: int
+    latents: HostCopy
+    state: LoopState
+    velocities: Mapping[int, HostCopy]
+
+    def done(self, job: DenoiseJob, preview: Preview, plan: EvaluationPlan, began_s: float) -> StepDone:
+        """Waits until the step is done; its seconds count from `began_s` (time.monotonic())."""
+        latents = self.latents.wait()
+        state = self.state.on({step: copy.wait() for step, copy in self.velocities.items()})
+        due = job.preview_every > 0 and self.step % job.preview_every == 0 and self.step < job.steps
+        image = preview(latents) if due else None
+        took_s, evaluated = time.monotonic() - began_s, state.mask[-1] == EVALUATED
+        guided = plan.guided[self.step - 1]
+        return StepDone(self.step, job.steps, took_s, image, latents, evaluated, state.evaluations, state, guided)
+
+
+def run_job(
+    job: DenoiseJob,
+    dit: DiTVelocity,
+    preview: Preview,
+    agree: Agree = own_decision,
+    behind: int | None = None,
+) -> Iterator[StepDone]:
+    """Yields after each step; whoever iterates may stop at any step boundary, and a later job go on from there with the
+    same bits.
 
     `agree` is called once behind each evaluated step of a job that may forecast some, on every rank in the same order.
+    `behind`: how many steps are begun before one is yielded, by default what `steps_behind` says of the device: the
+    steps begun are computed while whoever iterates looks at the last one, and in vain if nobody goes on.
     Raises InvalidRequest when preset or state do not fit the job.
     """
-    plan = job.plan()
+    plan, lag = job.plan(), steps_behind(dit.device) if behind is None else behind
+    velocity = _velocity(job, plan, dit, agree)
+    times, latents = flow_times(job.steps, job.time_shift), job.latents.to(dit.device)
+    under_way: deque[_Begun] = deque()
+    copies: dict[int, HostCopy] = {}
+    began_s = time.monotonic()
+    for step, after in enumerate(denoise(latents, times, velocity, job.start_step), start=job.start_step + 1):
+        state = velocity.state
+        copies = {i: copies.get(i) or HostCopy(kept) for i, kept in state.history.velocities}
+        under_way.append(_Begun(step, HostCopy(after), state, copies))
+        while len(under_way) > lag or (under_way and step == job.steps):
+            done = under_way.popleft().done(job, preview, plan, began_s)
+            began_s += done.seconds
+            yield done
+            began_s = began_s if lag else time.monotonic()  # with a lag the device computes while others look
+
+
+def _velocity(job: DenoiseJob, plan: EvaluationPlan, dit: DiTVelocity, agree: Agree) -> EvaluatedSteps:
+    """The velocity that the loop calls, with all that stays the same over its steps prepared."""
     texts = (job.positive, job.negative) if job.guided and job.negative is not None else (job.positive,)
     request = dit.prepare(tuple(job.latents.shape), job.condition, job.motion_score, texts)
     alone = dit.conditional(request) if job.guided else request
@@ -175,14 +224,7 @@ def run_job(job: DenoiseJob, dit: DiTVelocity, preview: Preview, agree: Agree = 
         branches = dit(latents, at, request)
         return guide(branches[0], branches[1], job.cfg_scale)
 
-    velocity = EvaluatedSteps(plan, evaluate, job.start_step, job.state, agree)
-    times = flow_times(job.steps, job.time_shift)
-    step_began_s = time.monotonic()
-    for step, latents in enumerate(denoise(job.latents, times, velocity, job.start_step), start=job.start_step + 1):
-        due = job.preview_every > 0 and step % job.preview_every == 0 and step < job.steps
-        image = preview(latents) if due else None
-        now_s = time.monotonic()
-        state, took_s, guided = velocity.state, now_s - step_began_s, plan.guided[step - 1]
-        evaluated = state.mask[-1] == EVALUATED
-        yield StepDone(step, job.steps, took_s, image, latents, evaluated, state.evaluations, state, guided)
-        step_began_s = time.monotonic()
+    state = job.state
+    if state is not None:
+        state = state.on({step: kept.to(dit.device) for step, kept in state.history.velocities})
+    return EvaluatedSteps(plan, evaluate, job.start_step, state, agree)

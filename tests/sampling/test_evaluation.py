@@ -322,3 +322,39 @@ def test_a_job_goes_on_with_the_same_bits(dit: DiTVelocity) -> None:
         rest = done(replace(job, start_step=step.step, latents=step.latents, state=step.state), dit)
         assert torch.equal(rest[-1].latents, whole[-1].latents)  # type: ignore[arg-type]
         assert rest[-1].evaluations == whole[-1].evaluations
+
+
+@pytest.mark.parametrize("forecasts", [False, True])
+def test_a_step_is_told_when_the_next_one_has_been_begun_and_the_bits_are_the_same(
+    dit: DiTVelocity, forecasts: bool
+) -> None:
+    job = make_job(preset=adaptive(**{**NEVER, "longest_streak": 3}), settings=job_settings(14, 4.0, preview_every=3))
+    job = job if forecasts else replace(job, preset=EXACT_PRESET)
+    calls: list[float] = []
+
+    class Counting(DiTVelocity):
+        def __call__(self, latents: Tensor, time: float, request: Any) -> tuple[Tensor, ...]:
+            calls.append(time)
+            return dit(latents, time, request)
+
+    counting = Counting.__new__(Counting)
+    counting.__dict__.update(dit.__dict__)
+    at_once = done(job, dit)
+    seen: list[int] = []
+    behind: list[StepDone] = []
+    for step in run_job(job, counting, LatentPreview(torch.eye(3, 4), torch.zeros(3)).render, behind=1):
+        seen.append(len(calls))
+        behind.append(step)
+    assert [step.step for step in behind] == list(range(1, 15))
+    if not forecasts:
+        assert seen == [*range(2, 15), 14], "the next step has been begun; behind the last one there is none"
+    for late, early in zip(behind, at_once, strict=True):
+        assert torch.equal(late.latents, early.latents)  # type: ignore[arg-type]
+        assert (late.evaluated, late.guided, late.evaluations) == (early.evaluated, early.guided, early.evaluations)
+        assert (late.preview is None) == (early.preview is None) == (late.step % 3 != 0)
+        assert late.state is not None
+        assert early.state is not None
+        assert late.state.scalars() == early.state.scalars()
+        if late.step < 14:
+            rest = done(replace(job, start_step=late.step, latents=late.latents, state=late.state), dit, behind=1)
+            assert torch.equal(rest[-1].latents, at_once[-1].latents)  # type: ignore[arg-type]

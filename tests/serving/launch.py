@@ -15,6 +15,7 @@ from stepvideo_serve.parallel.group import RankGroup
 from tests.server_deaths import WatchServer
 
 READY_S = 300.0
+RANK_FACTORY = "stepvideo_serve.serving.rank_factory:build_rank"
 
 CONFIG = """
 [model]
@@ -108,7 +109,7 @@ def serving(root: Path, folder: Path, config: str, watch: WatchServer = unwatche
 
 
 @contextmanager
-def ranks(root: Path, config: Path, size: int, **overrides: Any) -> Iterator[RankGroup]:
+def ranks(root: Path, config: Path, size: int, factory: str = RANK_FACTORY, **overrides: Any) -> Iterator[RankGroup]:
     """The ranks of `dit_denoiser` without a server, ready; `config` is a serve.toml."""
     arguments: dict[str, Any] = {
         "start_timeout_s": 120.0,
@@ -116,7 +117,6 @@ def ranks(root: Path, config: Path, size: int, **overrides: Any) -> Iterator[Ran
         "threads_per_rank": 1,
         "env": {"PYTHONPATH": str(root)},
     }
-    factory = "stepvideo_serve.serving.rank_factory:build_rank"
     with RankGroup(factory, {"config": str(config)}, size=size, **{**arguments, **overrides}) as group:
         group.start()
         yield group
