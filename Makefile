@@ -175,6 +175,7 @@ SHAPES ?= 544x992x102
 CALIBRATION ?=
 KEEP_BF16 ?=
 SPLIT_LLM ?=
+KERNELS ?=
 # OUT and BACKEND have other meanings, and defaults, above.
 ENGINES_OUT = $(if $(filter file,$(origin OUT)),build/engines,$(OUT))
 ENGINES_BACKEND = $(if $(filter file,$(origin BACKEND)),tensorrt_rtx,$(BACKEND))
@@ -189,7 +190,8 @@ engines: $(KERNELS_INSTALLED) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.
 		$(if $(SPLIT_LLM),--split-llm)
 	$(SAY) "engines of $(ENGINES_BACKEND) for SM $(SM) in $(ENGINES_OUT), videos up to $(SHAPES)"
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --model-dir '$(MODEL_DIR)' --onnx '$(ENGINES_OUT)/onnx' \
-		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)'
+		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' \
+		$(if $(KERNELS),--kernels '$(KERNELS)')
 
 REQUESTS ?= ../shared/eval
 calibrate: $(INSTALLED) ## FP8 ranges of MODEL_DIR's activations over the image/prompt pairs in REQUESTS: CALIBRATION

@@ -8,6 +8,7 @@ field `presets`. serve.toml at the top of the repository describes each key.
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -27,13 +28,23 @@ LINKS_VARIABLE = "STEPVIDEO_LINKS"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which weights and graphs are served, and what runs them."""
+    """Which weights and graphs are served, and what runs them.
+
+    manifests  SHA-256 of each manifest.json that may be read, that of engines_dir and of its ranks' folders; none: any.
+               A manifest has the hashes of all else: who can write the engines, but not this file, changes nothing
+    """
 
     dir: Path
     engines_dir: Path
     backend: Literal["ort", "eager", "tensorrt", "tensorrt_rtx"] = "ort"
     precision: Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"] = "fp32"
     device: Literal["cpu", "cuda"] = "cpu"
+    manifests: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for digest in self.manifests:
+            if re.fullmatch("[0-9a-f]{64}", digest) is None:
+                raise ConfigError(f"manifests must be SHA-256 hashes, 64 digits of 0-9 and a-f, got {digest!r}.")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     <out>/manifest.json            what the engines are, and for what (engine/manifest.py: EngineTarget)
     <out>/<graph>.engine           and <graph>.plan.json, its layers
     <out>/logs/<graph>.log         all that TensorRT said
+    <out>/kernels/                 machine code that engines with plugins run, named by hash in the manifest
     <out>/tp0of2/...               the same for a tensor-parallel rank's own graphs
 
 An engine is there whole or not at all: it is built in a folder beside, moved in, and then recorded. It is built again
@@ -26,13 +27,16 @@ from tqdm import tqdm
 from export.engines.child import Job
 from export.engines.engine_plan import Plan, parse_plan
 from export.engines.expectations import Expected, expected_of, summary, violations
+from export.engines.kernel_files import chosen_kernels, copy_kernels
 from export.engines.process import Built, run_child
 from export.engines.profiles import profile_spec
 from export.engines.toolkit import check_local_gpu, check_target, child_environment, toolkit_version
 from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.engines import KERNELS_FOLDER
 from stepvideo_serve.engine.manifest import (
     FILE_NAME,
     GRAPH,
+    KERNELS,
     KEY,
     EngineTarget,
     GraphEntry,
@@ -42,7 +46,7 @@ from stepvideo_serve.engine.manifest import (
 )
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError, ExportError
-from stepvideo_serve.fused.kernels_package import KERNELS
+from stepvideo_serve.fused.kernels_package import LOOKED_UP
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
 
@@ -51,9 +55,10 @@ from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
 class Options:
     """What to build.
 
-    videos  sizes to build for (export/engines/profiles.py); none: the ranges of the graphs
-    fixed   engines of one size
-    only    globs of names; all by default
+    videos   sizes to build for (export/engines/profiles.py); none: the ranges of the graphs
+    fixed    engines of one size
+    only     globs of names; all by default
+    kernels  folder of `make kernels`, for engines with plugins; none: those that are there stay
     """
 
     backend: str
@@ -62,6 +67,7 @@ class Options:
     videos: tuple[VideoGeometry, ...] = ()
     fixed: bool = False
     only: tuple[str, ...] = ("*",)
+    kernels: Path | None = None
 
 
 @dataclass
@@ -83,6 +89,8 @@ def build_engines(onnx_dir: Path, out: Path, options: Options, show_progress: bo
     check_target(options.backend, options.sm, source.precision)
     check_local_gpu(options.backend, options.sm)
     version = toolkit_version(options.backend)
+    if options.kernels is not None:
+        chosen_kernels(options.kernels, options.sm)  # before the hours of a build
     report = Report()
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out):
@@ -171,6 +179,18 @@ class _Folder:
             self._manifest = replace(self._manifest, graphs={**self._manifest.graphs, name: entry})
             self._manifest.save(self._out)
             report.built.append(self._label(name))
+        self._take_kernels()
+
+    def _take_kernels(self) -> None:
+        """Copies the kernels to the folder that all parts share, and records them, where there are new ones and engines
+        that run them."""
+        source, plans = self._options.kernels, [entry.extras["plan"] for entry in self._manifest.graphs.values()]
+        if source is None or not any(plan.get("plugins") for plan in plans):
+            return
+        shared = self._out.parent if self._target.part else self._out
+        described = copy_kernels(source, shared / KERNELS_FOLDER, self._target.sm)
+        self._manifest = replace(self._manifest, extra={**self._manifest.extra, KERNELS: described})
+        self._manifest.save(self._out)
 
     def _label(self, name: str) -> str:
         return f"{self._target.part}/{name}" if self._target.part else name
@@ -195,7 +215,10 @@ class _Folder:
                 f"{self._out} must hold engines in {source.precision} for {target}, found {found.precision} for "
                 f"{before}: choose another --out, or delete it."
             )
-        return replace(fresh, graphs=found.graphs if before == target else {})
+        if before != target:
+            return fresh
+        kept = {KERNELS: found.extra[KERNELS]} if KERNELS in found.extra else {}
+        return replace(fresh, graphs=found.graphs, extra={**extra, **kept})
 
     def _key(self, name: str, spec: EngineSpec) -> str:
         entry = self._source.graph(name)
@@ -262,5 +285,5 @@ class _Folder:
             "seconds": built.seconds,
             "peak_bytes": built.peak_bytes,
             "plan": {**summary(plan), **figures},
-            KERNELS: list(built.kernels),
+            LOOKED_UP: list(built.kernels),
         }

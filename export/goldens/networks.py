@@ -88,4 +88,4 @@ def _exported_on_demand(checkpoint: Checkpoint, out: Path) -> OpenRunner:
 
 def _open(manifest: Manifest, directory: Path, name: str) -> EngineRunner:
     entry = manifest.graph(name)
-    return OrtRunner(entry.spec, directory / entry.file)
+    return OrtRunner(entry.spec, directory / entry.file, content=entry.read(directory))

@@ -48,7 +48,7 @@ def load_engines(
     device = _current_gpu(model.backend)
     require_target(manifest, model.engines_dir, replace(target, sm=_sm(device)))
     entries = {name: manifest.graph(name) for name in names}
-    register_plugins(trt, kernels, entries)
+    register_plugins(trt, kernels, entries, manifest)
     memory = activation_memory(device)
     weights = {name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}
     activations = _activation_bytes(entries)
@@ -76,7 +76,7 @@ def open_alone(directory: Path, manifest: Manifest, kernels: Path) -> Callable[[
     trt = load_tensorrt(found.backend)
     device = _current_gpu(found.backend)
     require_target(manifest, directory, replace(found, version=trt.__version__, sm=_sm(device)))
-    register_plugins(trt, kernels, manifest.graphs)
+    register_plugins(trt, kernels, manifest.graphs, manifest)
     memory = activation_memory(device)
 
     def open_engine(name: str) -> EngineRunner:

@@ -5,6 +5,7 @@ A symbolic link is followed. What exists and is no regular file (a device, a pip
 
 import io
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 def _write_whole(target: Path, data: bytes) -> None:
     """Writes a temporary file beside the target and renames it, so that nobody sees half a file."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary = target.with_name(f".stepvideo.{secrets.token_hex(8)}.part")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # a name that nobody could foresee and take
             file.write(data)
         temporary.replace(target)
     finally:

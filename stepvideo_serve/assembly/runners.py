@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import DTYPES, components
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.engine.cores import usable_cores
-from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.manifest import GraphEntry, Manifest
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.errors import EngineError
@@ -50,19 +51,22 @@ def load_runners(
         manifest.verify(directory, names)
         entries = {name: manifest.graph(name) for name in names}
         cores = threads or max(usable_cores() // share, 1)
-        return {
-            name: OrtRunner(entry.spec, directory / entry.file, cores, engine_id=f"{name}@{entry.key[:12]}")
-            for name, entry in entries.items()
-        }
+        return {name: _open_graph(directory, name, entry, cores) for name, entry in entries.items()}
     from stepvideo_serve.assembly.engines import KERNELS_FOLDER, load_engines  # for GPUs only
 
     return load_engines(local, manifest, names, model.engines_dir / KERNELS_FOLDER, part)
 
 
+def _open_graph(directory: Path, name: str, entry: GraphEntry, threads: int) -> OrtRunner:
+    """From the bytes that were compared with the manifest, not from the files, which may change."""
+    path, content = directory / entry.file, entry.read(directory)
+    return OrtRunner(entry.spec, path, threads, engine_id=f"{name}@{entry.key[:12]}", content=content)
+
+
 def open_manifest(config: ServeConfig) -> Manifest:
     """The manifest of the engine directory, made for the configured checkpoint's dimensions, configurations
     and tokenizers, and the configured precision."""
-    manifest = Manifest.load(config.model.engines_dir)
+    manifest = Manifest.load(config.model.engines_dir, config.model.manifests)
     manifest.require(precision=config.model.precision)
     checkpoint = Checkpoint(config.model.dir)
     expected = asdict(checkpoint.dit_config)

@@ -8,7 +8,8 @@ profile. All of that is compared before an engine is opened, so that a mismatch 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,6 +40,18 @@ class GraphFile:
         file = directory / path
         return cls(path, _size_bytes(file), hash_file(file))
 
+    def read(self, graph: str, directory: Path) -> bytes:
+        """The file's bytes, read once and compared: a copy that stays what it is, whatever becomes of the file.
+        EngineError, with the name of the `graph`, for a file that is absent or another one."""
+        file = directory / self.path
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise EngineError(f"Graph {graph}: {file} must be readable, {error.strerror}: export it again.") from error
+        if (digest := hashlib.sha256(content).hexdigest()) != self.sha256:
+            raise EngineError(_exchanged(graph, file, self.sha256, digest))
+        return content
+
 
 @dataclass(frozen=True)
 class GraphEntry:
@@ -64,6 +77,15 @@ class GraphEntry:
         """The file to open, relative to the engine directory."""
         return self.files[0].path
 
+    def read(self, directory: Path) -> dict[str, bytes]:
+        """The bytes of all files by their names in the folder of the first, the first first: compared with the hashes,
+        and private, so that nobody changes them any more. EngineError for a file that is absent or another one."""
+        folder = PurePosixPath(self.file).parent
+        return {
+            str(PurePosixPath(record.path).relative_to(folder)): record.read(self.spec.name, directory)
+            for record in self.files
+        }
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -83,11 +105,18 @@ class Manifest:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, directory: Path) -> "Manifest":
-        """The manifest of `directory`; EngineError if it is missing, malformed or of another format version."""
+    def load(cls, directory: Path, accepted: Collection[str] = ()) -> "Manifest":
+        """The manifest of `directory`; EngineError if it is missing, malformed or of another format version, or where
+        `accepted` names manifests by the SHA-256 of their bytes, and not this one."""
         path = directory / FILE_NAME
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            if accepted and (digest := hashlib.sha256(content).hexdigest()) not in accepted:
+                raise EngineError(
+                    f"{path} must be a manifest that [model] manifests names, found one with SHA-256 {digest}: restore "
+                    "the file, or add its hash if the graphs were made anew."
+                )
+            data = json.loads(content.decode("utf-8"))
         except OSError as error:
             raise EngineError(f"An engine directory needs {path}, {error.strerror}: export the graphs.") from error
         except ValueError as error:
@@ -112,9 +141,9 @@ class Manifest:
         except (TypeError, ValueError) as error:
             raise EngineError(f"A manifest must hold finite JSON values only, got: {error}; convert them.") from error
         path = directory / FILE_NAME
-        temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+        temporary = path.with_name(f".{FILE_NAME}.{secrets.token_hex(8)}")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -154,9 +183,7 @@ class Manifest:
                         f"Graph {name}: {file} must have {record.size_bytes} bytes, found {size}: export it again."
                     )
                 if hashes and (digest := hash_file(file)) != record.sha256:
-                    raise EngineError(
-                        f"Graph {name}: {file} must have SHA-256 {record.sha256}, found {digest}: export it again."
-                    )
+                    raise EngineError(_exchanged(name, file, record.sha256, digest))
 
 
 def hash_file(path: Path) -> str:
@@ -169,6 +196,10 @@ def content_key(**parts: Any) -> str:
     """SHA-256 of JSON values by name, whatever their order: GraphEntry.key."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _exchanged(graph: str, file: Path, expected: str, found: str) -> str:
+    return f"Graph {graph}: {file} must have SHA-256 {expected}, found {found}: export it again."
 
 
 def _size_bytes(file: Path) -> int:
@@ -231,6 +262,9 @@ GRAPH = "graph_key"
 """Key in `GraphEntry.extras` of an engine: the key of the graph that it was built from."""
 LOOP = "loop_parity"
 """Key in `Manifest.extra` of the report on a short loop through all graphs (export/parity.py)."""
+KERNELS = "kernels"
+"""Key in `Manifest.extra` of engines with plugins: file name -> SHA-256 of each kernel's description. A description has
+the hash of its machine code, so that the manifest alone decides what code the plugins run."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +332,17 @@ def require_parity(manifest: Manifest, names: Iterable[str]) -> None:
                     f"Engine {name} must be within {row['allowed']:.1e} of the reference, its report has "
                     f"{row['error']:.1e} for {row.get('output', 'an output')}: do not serve it."
                 )
+
+
+def require_kernels_named(manifest: Manifest, directory: Path, engine: str) -> dict[str, str]:
+    """What the manifest has under KERNELS. EngineError, with the name of an `engine` that needs them, for none."""
+    found = manifest.extra.get(KERNELS)
+    if not isinstance(found, dict) or not found or not all(isinstance(value, str) for value in found.values()):
+        raise EngineError(
+            f"The engine {engine} has plugins, and the manifest of {directory} must name their kernels by hash, found "
+            "none: run export.build_engine again with --kernels build/kernels."
+        )
+    return found
 
 
 def require_profile(entries: Mapping[str, GraphEntry], largest: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ Measured with onnxruntime 1.31 on two cores, transformer blocks of width 256 cal
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,22 @@ class OrtRunner(EngineRunner):
 
     `threads`: how many threads one operator may use; None or 0 means every core that the process may use.
     `engine_id`: what reports call this graph; by default the backend and the file name.
+    `content`: the bytes of that file and of its external data, by their names in the graph, the file first, as
+    `GraphEntry.read` gives them. They are run in the place of the files, which ONNX Runtime would map, and so follow
+    through every later change.
     Inputs are read and outputs are written in place, without a copy, where the inputs are contiguous.
     EngineError if onnxruntime or the file is missing, the file is corrupt, the graph's inputs and outputs are not
     those of the spec, or the spec has a dtype other than float32, float16, int64, int32, bool and uint8.
     """
 
-    def __init__(self, spec: EngineSpec, path: Path, threads: int | None = None, engine_id: str | None = None) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        path: Path,
+        threads: int | None = None,
+        engine_id: str | None = None,
+        content: Mapping[str, bytes] | None = None,
+    ) -> None:
         ort = _onnxruntime(spec)
         super().__init__(spec, "cpu", engine_id or f"onnxruntime-{ort.__version__}:{path.name}")
         for tensor in (*spec.inputs, *spec.outputs):
@@ -57,10 +68,10 @@ class OrtRunner(EngineRunner):
             raise EngineError(f"Engine {spec.name}: {path} must be an ONNX file, found none: export the graph.")
         self._path = path
         self._errors = _failures(ort)
+        options = _session_options(ort, threads)
+        graph = str(path) if content is None else _in_memory(content, options)
         try:
-            self._session = ort.InferenceSession(
-                str(path), _session_options(ort, threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except self._errors as error:
             raise EngineError(
                 f"Engine {spec.name}: {path} must be a valid ONNX graph with its external data, "
@@ -91,6 +102,15 @@ class OrtRunner(EngineRunner):
 
     def _release(self) -> None:
         del self._session
+
+
+def _in_memory(content: Mapping[str, bytes], options: Any) -> bytes:
+    """The graph's own bytes; its external data go into the options, and from there, as copies, into a session."""
+    (_, graph), *external = content.items()
+    if external:
+        names, data = zip(*external, strict=True)
+        options.add_external_initializers_from_files_in_memory(names, data, [len(part) for part in data])
+    return graph
 
 
 def _onnxruntime(spec: EngineSpec) -> Any:

@@ -8,7 +8,7 @@ It holds on every layout and backend: forecasts are made of latents, on which th
 
 import json
 import math
-import os
+import secrets
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -153,8 +153,9 @@ class PriceFile:
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f"{path.name}.{os.getpid()}.part")
-        whole.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        whole = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+        with whole.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         whole.replace(path)
 
 

@@ -3,19 +3,21 @@
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stepvideo_serve.assembly.runners import latent_channels
 from stepvideo_serve.assembly.stages import describe
-from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.config import ENVIRONMENT_VARIABLE, ServeConfig
 from stepvideo_serve.errors import InvalidRequest, QueueFull, ServiceUnavailable, WorkerFailed
 from stepvideo_serve.launch.boundary import Boundary
 from stepvideo_serve.launch.stopping import StopSign, shutting_down
@@ -53,6 +55,7 @@ from stepvideo_serve.serving.stage_models import StageModel
 from stepvideo_serve.video.decoding_room import DecodingRoom
 from stepvideo_serve.video.mp4 import standard_size
 from stepvideo_serve.video.preview import encode_jpeg
+from stepvideo_serve.weights.exposed import exposed
 
 HEARTBEAT_S = 15.0
 
@@ -233,9 +236,22 @@ def _unwanted(answer: Answer) -> bool:
 
 
 class StreamingModel(PublicModel):
-    """`ti2v`."""
+    """`ti2v`. At the start the log hears, once for all models, which of the server's files others could change."""
 
     decoupled = True
+
+    def initialize(self, args: dict[str, str]) -> None:
+        super().initialize(args)
+        for sentence in exposed(files_of(self._config, Path(args["model_repository"]).parent)):
+            _logger.warning("files: %s.", sentence)
+
+
+def files_of(config: ServeConfig, model_repository: Path) -> list[Path]:
+    """What decides a server's results, or is run by its processes: folders, and files outside them."""
+    graphs = [] if config.model.backend == "eager" else [config.model.engines_dir]
+    code = [model_repository, Path(__file__).absolute().parents[1]]
+    configuration = [Path(name)] if (name := os.environ.get(ENVIRONMENT_VARIABLE)) else []
+    return [config.model.dir, *graphs, *config.pricing.files, *configuration, *code]
 
 
 class UnaryModel(PublicModel):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from stepvideo_serve.engine.manifest import FILE_NAME, GraphEntry, GraphFile, Manifest, content_key, hash_file
+from stepvideo_serve.engine.manifest import (
+    FILE_NAME,
+    KERNELS,
+    GraphEntry,
+    GraphFile,
+    Manifest,
+    content_key,
+    hash_file,
+    require_kernels_named,
+)
 from stepvideo_serve.errors import EngineError
 from tests.engine.toy import SPEC
 
@@ -149,3 +159,52 @@ def test_content_key() -> None:
     key = content_key(spec=SPEC.to_json(), opset=23)
     assert key == content_key(opset=23, spec=SPEC.to_json())
     assert key != content_key(spec=SPEC.to_json(), opset=24)
+
+
+def test_a_graph_is_read_as_the_manifest_has_it(manifest: Manifest, tmp_path: Path) -> None:
+    """By the names that the graph has for its files: relative to its own folder."""
+    assert manifest.graph("two").read(tmp_path) == {"two.onnx": b"two.onnx", "data/two.data": b"data/two.data"}
+    moved = replace(manifest.graph("two"), files=(GraphFile.of(tmp_path, "data/two.data"),))
+    assert moved.read(tmp_path) == {"two.data": b"data/two.data"}
+
+
+@pytest.mark.parametrize("content", [b"DATA/two.data", b"", b"data/two.data and more"])
+def test_external_data_that_was_exchanged_is_not_read(manifest: Manifest, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "data/two.data").write_bytes(content)
+    expected, found = (hashlib.sha256(data).hexdigest() for data in (b"data/two.data", content))
+    with pytest.raises(EngineError, match=rf"Graph two: .*two\.data must have SHA-256 {expected}, found {found}"):
+        manifest.graph("two").read(tmp_path)
+
+
+def test_a_file_that_is_gone_is_not_read(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "two.onnx").unlink()
+    with pytest.raises(EngineError, match=r"Graph two: .*two\.onnx must be readable, No such file"):
+        manifest.graph("two").read(tmp_path)
+
+
+def test_only_a_manifest_that_the_configuration_names_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    accepted = ("0" * 64, hash_file(tmp_path / FILE_NAME))
+    assert Manifest.load(tmp_path, accepted) == manifest
+    replace(manifest, checkpoint="sha256:other").save(tmp_path)
+    with pytest.raises(
+        EngineError, match=r"manifest\.json must be a manifest that \[model\] manifests names, found one"
+    ):
+        Manifest.load(tmp_path, accepted)
+
+
+@pytest.mark.parametrize("kernels", [None, {}, [], {"attention.json": 1}])
+def test_plugins_need_kernels_that_the_manifest_names(manifest: Manifest, tmp_path: Path, kernels: object) -> None:
+    with pytest.raises(
+        EngineError, match=r"one has plugins, .* must name their kernels by hash, found none: run export"
+    ):
+        require_kernels_named(replace(manifest, extra={KERNELS: kernels}), tmp_path, "one")
+    named = {"attention.sm89.json": "0" * 64}
+    assert require_kernels_named(replace(manifest, extra={KERNELS: named}), tmp_path, "one") == named
+
+
+def test_a_foreseen_temporary_file_is_not_written_through(manifest: Manifest, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".{FILE_NAME}.{os.getpid()}").symlink_to(victim)
+    manifest.save(tmp_path)
+    assert victim.read_text() == "mine"

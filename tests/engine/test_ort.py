@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from stepvideo_serve.engine.manifest import GraphEntry, GraphFile
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError
@@ -134,3 +135,42 @@ def test_several_runners_at_once(toy: Graph) -> None:
         with runner:
             for name, output in runner(**inputs).items():
                 assert torch.equal(output, expected[name])
+
+
+@pytest.fixture
+def copied(toy: Graph, tmp_path: Path) -> tuple[Path, GraphEntry]:
+    """The toy graph with its external data in a folder of its own, and its record."""
+    names = (toy.onnx_path.name, f"{toy.onnx_path.name}.data")
+    for name in names:
+        shutil.copy(toy.onnx_path.with_name(name), tmp_path)
+    return tmp_path, GraphEntry(tuple(GraphFile.of(tmp_path, name) for name in names), "key", SPEC)
+
+
+def test_what_was_compared_is_run_whatever_becomes_of_the_files(toy: Graph, copied: tuple[Path, GraphEntry]) -> None:
+    """Bit for bit what the files give that ONNX Runtime opens itself, and gives no more once they are changed."""
+    folder, entry = copied
+    path, inputs = folder / entry.file, toy_inputs(4, 3)
+    content = entry.read(folder)
+    for record in entry.files:
+        (folder / record.path).write_bytes(b"exchanged after the comparison")
+    with OrtRunner(SPEC, toy.onnx_path) as plain, OrtRunner(SPEC, path, content=content) as runner:
+        del content
+        expected = plain(**inputs)
+        for name, output in runner(**inputs).items():
+            assert torch.equal(output, expected[name])
+    with pytest.raises(EngineError, match="must be a valid ONNX graph"):
+        OrtRunner(SPEC, path)
+
+
+def test_external_data_changed_in_place_do_not_change_a_session(copied: tuple[Path, GraphEntry]) -> None:
+    """Which a new session of the changed file shows to be no idle worry."""
+    folder, entry = copied
+    path, inputs, data = folder / entry.file, toy_inputs(4, 3), folder / entry.files[1].path
+    with OrtRunner(SPEC, path, content=entry.read(folder)) as runner:
+        before = {name: output.clone() for name, output in runner(**inputs).items()}
+        with data.open("r+b") as file:
+            file.write(b"\x40" * data.stat().st_size)
+        for name, output in runner(**inputs).items():
+            assert torch.equal(output, before[name])
+    with OrtRunner(SPEC, path) as changed:
+        assert any(not torch.equal(output, before[name]) for name, output in changed(**inputs).items())

@@ -14,7 +14,7 @@ SENTENCE = (
 )
 ENGINE = """
 from pathlib import Path
-from stepvideo_serve.engine.manifest import GraphEntry, GraphFile
+from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.fused.kernels_package import register_plugins
@@ -23,9 +23,10 @@ def entry(plugins):
     file = GraphFile("one.engine", 1, "0" * 64)
     return GraphEntry((file,), "key", EngineSpec("one", (), (), {}), {"plan": {"plugins": plugins}})
 
-register_plugins(None, Path(), {"step_llm": entry([])})
+manifest = Manifest("", "bf16", {}, {})
+register_plugins(None, Path(), {"step_llm": entry([])}, manifest)
 try:
-    register_plugins(None, Path(), {"step_llm": entry([]), "dit_block_00": entry(["attention"])})
+    register_plugins(None, Path(), {"step_llm": entry([]), "dit_block_00": entry(["attention"])}, manifest)
 except SetupError as error:
     print(error)
 """

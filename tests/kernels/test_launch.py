@@ -234,6 +234,27 @@ def test_machine_code_other_than_described_is_refused(tmp_path: Path) -> None:
         KernelLibrary(tmp_path, 90, RecordingDriver()).find("attention", "bf16")
 
 
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def test_kernels_are_those_that_the_engines_came_with(tmp_path: Path) -> None:
+    """Whoever can write this folder alone changes nothing: neither a description and its machine code together, nor a
+    file more."""
+    write(tmp_path, make_binary())
+    name = "attention.bf16.sm90.m64.json"
+    described = {name: digest(tmp_path / name), "attention.bf16.sm80.m64.json": "of another architecture"}
+    write(tmp_path, make_binary(name="attention.bf16.sm90.m128"))
+    KernelLibrary(tmp_path, 90, RecordingDriver(), described=described).find("attention", "bf16")
+    with pytest.raises(EngineError, match="it has 2"):
+        KernelLibrary(tmp_path, 90, RecordingDriver()).find("attention", "bf16")
+    code = b"\x7fELF of somebody else"
+    write(tmp_path, make_binary(cubin_sha256=sha256(code).hexdigest()), code=code)
+    assert Binary.load(tmp_path / name).read_cubin(tmp_path) == code, "of one accord with each other"
+    with pytest.raises(EngineError, match=rf"{name} must have SHA-256 {described[name]}, as the manifest"):
+        KernelLibrary(tmp_path, 90, RecordingDriver(), described=described)
+
+
 def test_without_cuda_the_way_to_get_it_is_said() -> None:
     """No test machine has both the package and a driver; where one has, the driver is simply there."""
     import torch

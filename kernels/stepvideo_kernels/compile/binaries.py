@@ -82,10 +82,17 @@ class Binary:
         part.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> "Binary":
-        """Raises EngineError when the file is not such a description or the two parameter tables differ."""
+    def load(cls, path: Path, expected: str | None = None) -> "Binary":
+        """Raises EngineError when the file is not such a description, the two parameter tables differ, or the file's
+        SHA-256 is not the `expected` one."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            if expected is not None and (found := sha256(content).hexdigest()) != expected:
+                raise EngineError(
+                    f"{path} must have SHA-256 {expected}, as the manifest of the engines says, found {found}: restore "
+                    "the kernels that the engines came with."
+                )
+            values = json.loads(content.decode("utf-8"))
             values["parameters"] = tuple((name, kind) for name, kind in values["parameters"])
             values["slots"] = tuple(Slot(**slot) for slot in values["slots"])
             values["tensor_maps"] = tuple(values["tensor_maps"])

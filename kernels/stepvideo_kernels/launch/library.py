@@ -9,6 +9,7 @@ A launch needs a current CUDA context (TensorRT and torch make one) and an NVIDI
 so all that packs parameters, does not.
 """
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,19 @@ class Kernel:
 class KernelLibrary:
     """The kernels of a folder for one architecture: those for production, or all of one `tiling` (its label)."""
 
-    def __init__(self, folder: Path, sm: int, driver: Driver | None = None, tiling: str | None = None) -> None:
-        """Reads all descriptions. Raises EngineError when the folder has none for the architecture, or a bad one."""
-        binaries = [Binary.load(path) for path in sorted(folder.glob(f"*.sm{sm}.*.json"))]
+    def __init__(
+        self,
+        folder: Path,
+        sm: int,
+        driver: Driver | None = None,
+        tiling: str | None = None,
+        described: Mapping[str, str] | None = None,
+    ) -> None:
+        """Reads all descriptions; where `described` has hashes, those of these file names only, compared. Raises
+        EngineError when the folder has none for the architecture, or a bad or another one."""
+        names = [path.name for path in folder.glob("*.json")] if described is None else list(described)
+        ours = sorted(fnmatch.filter(names, f"*.sm{sm}.*.json"))
+        binaries = [Binary.load(folder / name, None if described is None else described[name]) for name in ours]
         self._folder = folder
         self._sm = sm
         self._driver = driver

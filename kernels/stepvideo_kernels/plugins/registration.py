@@ -75,15 +75,16 @@ def forms() -> tuple[PluginForm, ...]:
     return tuple(found)
 
 
-def device_kernels(folder: Path) -> Library:
-    """The kernels in a folder for the GPU that is current when they are first asked for."""
+def device_kernels(folder: Path, described: Mapping[str, str] | None = None) -> Library:
+    """The kernels in a folder for the GPU that is current when they are first asked for; `described`: hashes of their
+    descriptions by file name, with which these are compared."""
 
     @cache
     def library() -> KernelLibrary:
         from stepvideo_kernels.launch.cuda_driver import CudaDriver
 
         driver = CudaDriver()
-        return KernelLibrary(folder, driver.current_sm(), driver)
+        return KernelLibrary(folder, driver.current_sm(), driver, described=described)
 
     return library
 
