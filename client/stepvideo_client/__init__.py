@@ -17,6 +17,7 @@ from stepvideo_client.aio import AsyncClient
 from stepvideo_client.camera import MOVEMENTS, with_camera
 from stepvideo_client.client import Client
 from stepvideo_client.errors import (
+    ClearTextWarning,
     ClientError,
     ConnectionFailed,
     DeadlineExceeded,
@@ -39,6 +40,7 @@ from stepvideo_client.quote import Quote
 __all__ = [
     "MOVEMENTS",
     "AsyncClient",
+    "ClearTextWarning",
     "Client",
     "ClientError",
     "ConnectionFailed",

@@ -2,7 +2,7 @@
 
 import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from stepvideo_client.errors import InvalidInput
 
@@ -45,6 +45,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def clear_text_warning(url: str, encrypted: bool, headers: Collection[str]) -> str | None:
+    """A sentence about what other machines can read of calls to `url` (HOST:PORT); None for encrypted calls, and for
+    those that stay on this machine. `headers`: the names of those that are sent."""
+    if encrypted or is_loopback(host_port(url)[0]):
+        return None
+    sent = ", ".join(["prompts", "images", "videos", *(f"the header {name}" for name in headers)])
+    return (
+        f"Calls to {url} are not encrypted, others can read {sent} on the way: use TLS (--tls, --root-certificates; "
+        "tls=True in Python) with a server that has a certificate, or a tunnel to 127.0.0.1."
+    )
 
 
 def proxy_for(host: str, environ: Mapping[str, str] = os.environ) -> str | None:

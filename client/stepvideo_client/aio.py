@@ -53,6 +53,7 @@ class AsyncClient:
         certificate_chain: str | os.PathLike[str] | None = None,
     ) -> None:
         self._to = Connection.of(url, idle_timeout_s, headers, tls, root_certificates, private_key, certificate_chain)
+        self._to.warn_of_clear_text()
         self.url = self._to.url
         self._channel = self._to.channel(grpc.aio)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import cast
 from stepvideo_client.camera import MOVEMENTS, with_camera
 from stepvideo_client.client import Client
 from stepvideo_client.errors import (
+    ClearTextWarning,
     ClientError,
     ConnectionFailed,
     InvalidInput,
@@ -199,15 +201,19 @@ def _client(args: argparse.Namespace, idle_timeout_s: float | None) -> Client:
         if not separator or not name:
             raise InvalidInput(f"--header must be NAME=VALUE, got {header!r}.")
         headers[name] = value
-    return Client(
-        args.url,
-        idle_timeout_s=idle_timeout_s,
-        headers=headers,
-        tls=args.tls,
-        root_certificates=args.root_certificates,
-        private_key=args.private_key,
-        certificate_chain=args.certificate_chain,
-    )
+    with warnings.catch_warnings(record=True, action="always", category=ClearTextWarning) as caught:
+        client = Client(
+            args.url,
+            idle_timeout_s=idle_timeout_s,
+            headers=headers,
+            tls=args.tls,
+            root_certificates=args.root_certificates,
+            private_key=args.private_key,
+            certificate_chain=args.certificate_chain,
+        )
+    for warning in caught:
+        print(f"stepvideo: warning: {warning.message}", file=sys.stderr)
+    return client
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -269,7 +275,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", nargs="?", const="", metavar="FILE", help="write the report (to --out with .json, if no FILE)")
     add("--idle-timeout", type=float, default=60.0, metavar="S", help="give up when the server is silent (60)")
     add("--unary", action="store_true", help="one call without progress, through ti2v_unary")
-    add("--quiet", action="store_true", help="errors only")
+    add("--quiet", action="store_true", help="errors and warnings only")
 
 
 def _add_inputs(parser: argparse.ArgumentParser, command: Command) -> None:

@@ -42,7 +42,7 @@ class Client:
     15 s, however slow its steps are: silence means that the model's process or the connection is lost. headers: sent
     with every call, for instance for a gateway. TLS is used when `tls` is true or any of the PEM files is given:
     root_certificates (of the server's authority; the system's when absent), private_key and certificate_chain (this
-    client's, for mutual TLS).
+    client's, for mutual TLS). Without TLS, a connection to another machine is warned of (ClearTextWarning).
 
     Connects on first use. Closing it cancels the generations still running. Raises InvalidInput for PEM files that
     cannot be read.
@@ -60,6 +60,7 @@ class Client:
         certificate_chain: str | os.PathLike[str] | None = None,
     ) -> None:
         self._to = Connection.of(url, idle_timeout_s, headers, tls, root_certificates, private_key, certificate_chain)
+        self._to.warn_of_clear_text()
         self.url = self._to.url
         self._channel = self._to.channel(grpc)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)

@@ -1,6 +1,7 @@
 """What both clients, with threads and with asyncio, know of a connection: where it goes, and what its faults mean."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any, Self
 
 import grpc
 
-from stepvideo_client.address import host_port, is_loopback, joined, proxy_for
+from stepvideo_client.address import clear_text_warning, host_port, is_loopback, joined, proxy_for
 from stepvideo_client.errors import (
+    ClearTextWarning,
     ClientError,
     InvalidInput,
     MalformedResponse,
@@ -86,6 +88,12 @@ class Connection:
         if self.credentials is None:
             return maker.insecure_channel(self.url, options=options)
         return maker.secure_channel(self.url, self.credentials, options=options)
+
+    def warn_of_clear_text(self) -> None:
+        """ClearTextWarning, in the name of whoever makes the client, where others on the way could read along."""
+        names = tuple(name for name, _ in self.metadata)
+        if (sentence := clear_text_warning(self.url, self.credentials is not None, names)) is not None:
+            warnings.warn(sentence, ClearTextWarning, stacklevel=3)
 
     def failure(self, details: str, code: str, live: bool) -> ClientError:
         """The typed error of a failed call; `live`: whether something at the other end answers."""

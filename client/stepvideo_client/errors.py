@@ -21,6 +21,10 @@ ClientError
 import re
 
 
+class ClearTextWarning(UserWarning):
+    """Calls to another machine are not encrypted."""
+
+
 class ClientError(Exception):
     """Base of all errors of this package."""
 

@@ -1,12 +1,15 @@
 """Files that a generation leaves: checked before the server is asked, written whole or not at all.
 
 What is there and is no regular file (a device, a pipe, a socket's end) is written to, never replaced; a link is
-followed; "-" is standard output.
+followed; "-" is standard output. What is not yet whole has a name that nobody can foresee, and so put something else in
+its place; a file that is replaced keeps its mode.
 """
 
 import io
 import json
 import os
+import secrets
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,15 +70,24 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> int:
     if is_written_in_place(path):
         return _write_in_place(path, write)
     target = _target(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary = target.with_name(f".stepvideo.{secrets.token_hex(8)}.part")
     try:
-        with temporary.open("wb") as file:
+        with _new_file(temporary, target) as file:
             write(file)
             size = file.tell()
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return size
+
+
+def _new_file(path: Path, target: Path) -> BinaryIO:
+    """A file that was not there, with the mode of the `target` from its first byte on, where there is one."""
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600), "wb")
+    if mode is not None:
+        os.fchmod(file.fileno(), mode)
+    return file
 
 
 def _write_in_place(path: Path, write: Callable[[BinaryIO], object]) -> int:

@@ -1,4 +1,6 @@
+import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 from stepvideo_client import (
+    ClearTextWarning,
     Client,
     DeadlineExceeded,
     InvalidInput,
@@ -18,6 +21,7 @@ from stepvideo_client import (
 from stepvideo_client.address import proxy_for
 from tests.client.fake_server import MP4, FakeServer, abort, hang, result, step
 
+Cli = Callable[..., subprocess.CompletedProcess[str]]
 NOBODY = "127.0.0.1:1"  # a privileged port that nothing listens on
 
 
@@ -130,9 +134,35 @@ def test_an_error_about_the_connection_names_the_proxy(monkeypatch: pytest.Monke
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("http_proxy", f"http://{NOBODY}")
     said = r"video\.example\.org:8001 .*through the proxy of the environment, http_proxy=http://127\.0\.0\.1:1 "
-    with Client("video.example.org") as client:
+    with pytest.warns(ClearTextWarning):
+        client = Client("video.example.org")
+    with client:
         with pytest.raises(ServerUnreachable, match=said):
             client.generate_unary(b"png", "")
         with pytest.raises(ServerNotReady, match=said):
             client.wait_ready(0.5)
     assert proxy_for("video.example.org", {"http_proxy": "p", "no_proxy": "localhost,.example.org"}) is None
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8001", "127.9.9.9:8001", "[::1]:8001", "localhost"])
+def test_calls_that_stay_on_this_machine_are_not_warned_of(url: str) -> None:
+    Client(url, headers={"Authorization": "Bearer x"}).close()  # a warning would be an error here
+
+
+@pytest.mark.parametrize("url", ["video.example.org:8001", "192.0.2.7", "[2001:db8::1]:8001"])
+def test_clear_text_to_another_machine_is_warned_of_with_the_remedy(url: str) -> None:
+    with pytest.warns(ClearTextWarning, match="are not encrypted, others can read prompts, .*: use TLS") as warned:
+        Client(url, headers={"Authorization": "Bearer secret"}).close()
+    [one] = warned
+    assert "the header authorization" in str(one.message)
+    assert "secret" not in str(one.message), "the name is enough"
+    assert one.filename == __file__
+    Client(url, tls=True).close()
+
+
+def test_the_command_line_warns_once_on_standard_error(cli: Cli) -> None:
+    done = cli("ready", "--url", "video.invalid:8001", "--header", "x-token=secret", "--timeout", 0.3)
+    [line] = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert line.startswith("stepvideo: warning: Calls to video.invalid:8001 are not encrypted, others can read prompts")
+    assert "the header x-token" in line
+    assert "secret" not in done.stderr

@@ -141,3 +141,41 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     with path.open("rb") as reader:
         assert save_bytes(path, b"new") == 3
         assert (reader.read(), path.read_bytes()) == (b"old", b"new")
+
+
+def test_a_name_that_somebody_foresaw_is_not_written_through(tmp_path: Path) -> None:
+    """The part of before was called by the process: a link of that name led what was written elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    (tmp_path / f".file.{os.getpid()}.part").symlink_to(victim)
+    save_bytes(tmp_path / "file", b"new")
+    assert victim.read_bytes() == b"mine"
+
+
+def test_parts_have_new_names_and_are_made_by_who_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    opened: list[int] = []
+    original = os.open
+
+    def watched(path: Path, flags: int, mode: int = 0o777) -> int:
+        made.append(Path(path).name)
+        opened.append(flags)
+        return original(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", watched)
+    for _ in range(2):
+        save_bytes(tmp_path / "file", b"new")
+    assert len(set(made)) == 2
+    assert all(flags & os.O_EXCL and flags & os.O_CREAT for flags in opened)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    save_bytes(path, b"new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    save_bytes(tmp_path / "fresh", b"new")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "fresh").stat().st_mode == (tmp_path / "plain").stat().st_mode, "as the umask says"
