@@ -12,7 +12,8 @@ the others whether they answer.
             restart helps. Ranks that are being started anew, models that are being loaded, and requests that a
             stopping server ends are no reason
 
-Uses the standard library only, and the HTTP port of the server.
+Uses the standard library only, and the HTTP port of the server. Where that needs a key (mutual TLS), the user who runs
+the server must ask, with the same folder for temporary files.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.address import host_port
+from stepvideo_serve.launch.http_key import find_http_key
 
 HTTP_PORT = 8000
 RANKS_MODEL = "dit_denoiser"
@@ -157,9 +159,11 @@ def _call(
     url: str, method: str, path: str, body: Mapping[str, object] | None, timeout_s: float
 ) -> tuple[int | None, str]:
     """Status and text; None and the reason where nothing came."""
-    connection = http.client.HTTPConnection(*host_port(url, HTTP_PORT), timeout=timeout_s)
+    host, port = host_port(url, HTTP_PORT)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
-        connection.request(method, path, None if body is None else json.dumps(body))
+        content = None if body is None else json.dumps(body)
+        connection.request(method, path, content, find_http_key(host, port))
         response = connection.getresponse()
         return response.status, response.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:

@@ -2,7 +2,8 @@
 
 Triton has TLS on gRPC alone. With a certificate, its HTTP port therefore listens on loopback only. The calls that
 change the server (OPERATOR_CALLS) are always restricted: with a key file to those who send the key, without one to
-nobody.
+nobody. Where gRPC asks for a certificate of its callers, HTTP, which cannot, is restricted in the same way: whoever is
+on this machine gets the two answers about the server's health, and nothing else.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from stepvideo_serve.launch.install import is_loopback
 LOOPBACK = "127.0.0.1"
 READY_TIMEOUT_S = 3600.0  # 50 GB of engines from a slow disk, read, hashed and loaded; a start that fails ends sooner
 OPERATOR_CALLS = ("model-repository", "shared-memory", "trace", "logging")
+HTTP_CALLS = ("inference", "metadata", "model-config", "statistics")  # what others may call, but "health"
 OPERATOR_HEADER = "stepvideo-operator-key"  # over HTTP
 GRPC_OPERATOR_HEADER = f"triton-grpc-protocol-{OPERATOR_HEADER}"  # Triton's prefix
 KEY = re.compile(r"[A-Za-z0-9_-]{32,256}")  # nothing that the server's command line could take apart
@@ -28,7 +30,8 @@ class ServerSecurity:
     """Files that protect a server; all of them optional.
 
     certificate, private_key  PEM, the server's: gRPC is TLS only
-    client_authority          PEM; gRPC callers must show a certificate of this authority (mutual TLS)
+    client_authority          PEM; gRPC callers must show a certificate of this authority (mutual TLS), and HTTP is for
+                              operators
     operator_key              text file with the key of OPERATOR_CALLS: 32 to 256 letters, digits, _ or -
 
     Raises SetupError for files that do not go together, cannot be read, or are not what they should be.
@@ -62,16 +65,21 @@ class ServerSecurity:
         return f"gRPC and HTTP on {address} are not encrypted: add --grpc-certificate, or keep them behind a TLS proxy"
 
     @property
+    def http_needs_key(self) -> bool:
+        """Whether HTTP is for operators only, and for the probes of the server's own user (http_key.py)."""
+        return self.client_authority is not None
+
+    @property
     def operator_headers(self) -> dict[str, str]:
-        """What an HTTP call of OPERATOR_CALLS must carry."""
+        """What an HTTP call of OPERATOR_CALLS must carry, and of HTTP_CALLS where HTTP needs a key."""
         return {OPERATOR_HEADER: self._key}
 
     def server_arguments(self) -> list[str]:
         """The arguments of tritonserver. The key is among them: whoever may list this machine's processes sees it."""
-        calls = ",".join(OPERATOR_CALLS)
+        calls = OPERATOR_CALLS + (HTTP_CALLS if self.http_needs_key else ())
         arguments = [
-            f"--grpc-restricted-protocol={calls}:{OPERATOR_HEADER}={self._key}",
-            f"--http-restricted-api={calls}:{OPERATOR_HEADER}={self._key}",
+            f"--grpc-restricted-protocol={','.join(OPERATOR_CALLS)}:{OPERATOR_HEADER}={self._key}",
+            f"--http-restricted-api={','.join(calls)}:{OPERATOR_HEADER}={self._key}",
         ]
         if self.certificate is not None and self.private_key is not None:
             arguments += [
@@ -90,7 +98,8 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--grpc-certificate", type=Path, metavar="PEM", help="the server's: gRPC is TLS only, HTTP on loopback only")
     add("--grpc-private-key", type=Path, metavar="PEM", help="of the certificate")
-    add("--grpc-client-authority", type=Path, metavar="PEM", help="callers must show a certificate of this authority")
+    authority_help = "callers must show a certificate of this authority; HTTP is then for the operator key only"
+    add("--grpc-client-authority", type=Path, metavar="PEM", help=authority_help)
     calls = ", ".join(OPERATOR_CALLS)
     add("--operator-key", type=Path, metavar="FILE", help=f"who sends its text may use: {calls}; default: nobody may")
 

@@ -29,6 +29,7 @@ from typing import NoReturn, Self
 
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.address import choose_ports, for_grpc, for_http, from_here, joined
+from stepvideo_serve.launch.http_key import leave_http_key
 from stepvideo_serve.launch.install import (
     check_ascii,
     check_exposure,
@@ -131,6 +132,8 @@ class TritonServer:
             }
         )
         self._folder = LauncherFolder()
+        if options.security.http_needs_key:
+            leave_http_key(self._folder.path, self._http_port, options.security.operator_headers)
         self._log = ServerLog(options.log)
         self._process = subprocess.Popen(
             self._command(home),

@@ -1,8 +1,15 @@
 """TLS and mutual TLS on gRPC, with the real server and certificates made here."""
 
 import contextlib
+import http.client
+import os
+import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -12,8 +19,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from stepvideo_client import Client, Result, ServerUnreachable
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.launch.options import ServerOptions, ServerSecurity
+from stepvideo_serve.launch.http_key import find_http_key, leave_http_key
+from stepvideo_serve.launch.options import OPERATOR_HEADER, ServerOptions, ServerSecurity
 from stepvideo_serve.launch.server import TritonServer
+from stepvideo_serve.launch.stopping import LauncherFolder, unanswered
 from tests.launch.test_server import MODEL, model_repository
 from tests.server_deaths import WatchServer
 from tests.serving.calls import Values
@@ -161,6 +170,65 @@ def test_mutual_tls_refuses_everybody_else(mutual: TritonServer, ours: Authority
         pytest.raises(ServerUnreachable),
     ):
         client.generate_unary(b"an image", "a cat")
+
+
+FOR_NOBODY_ELSE = [
+    ("GET", "/v2"),
+    ("GET", "/v2/models/ti2v"),
+    ("GET", "/v2/models/ti2v/config"),
+    ("GET", "/v2/models/ti2v/stats"),
+    ("GET", "/v2/models/stats"),
+    ("POST", "/v2/models/ti2v_unary/infer"),
+    ("POST", "/v2/models/ti2v/generate"),
+    ("POST", "/v2/models/ti2v/generate_stream"),
+    ("POST", "/v2/models/dit_denoiser/infer"),
+    ("POST", "/v2/repository/index"),
+]
+
+
+def over_http(server: TritonServer, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and text."""
+    with contextlib.closing(http.client.HTTPConnection(server.http_url, timeout=ANSWER_S)) as connection:
+        connection.request(method, path, "{}" if method == "POST" else None, headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+@pytest.mark.parametrize(("method", "path"), FOR_NOBODY_ELSE)
+@pytest.mark.parametrize("headers", [{}, {OPERATOR_HEADER: "guessed" * 6}])
+def test_with_mutual_tls_http_is_not_a_way_around(
+    mutual: TritonServer, method: str, path: str, headers: dict[str, str]
+) -> None:
+    _, said = over_http(mutual, method, path, headers)
+    assert "This API is restricted" in said
+
+
+def test_with_mutual_tls_http_still_tells_health(mutual: TritonServer) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/ti2v/ready"):
+        assert over_http(mutual, "GET", path, {}) == (http.HTTPStatus.OK, "")
+
+
+def test_probes_of_the_servers_user_find_the_key(mutual: TritonServer, root: Path, tmp_path: Path) -> None:
+    assert unanswered(mutual.http_url) == 0
+    command = [sys.executable, "-m", "stepvideo_serve", "health", "--url", mutual.http_url, "--timeout", "30"]
+    run = partial(subprocess.run, command, cwd=root, capture_output=True, text=True, check=False)
+    done = run()
+    assert (done.returncode, done.stdout[:6]) == (0, "ready:"), done.stderr
+    elsewhere = run(env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert elsewhere.returncode == 1
+    assert "This API is restricted" in elsewhere.stderr
+
+
+def test_the_key_is_the_servers_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = LauncherFolder()
+    leave_http_key(folder.path, 8000, {OPERATOR_HEADER: "key"})
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    assert find_http_key("127.0.0.1", 8000) == {OPERATOR_HEADER: "key"}
+    assert find_http_key("127.0.0.1", 8001) == {}
+    assert find_http_key("video.example.org", 8000) == {}, "it never leaves the machine"
+    folder.remove()
+    assert find_http_key("127.0.0.1", 8000) == {}
 
 
 def test_http_has_no_tls_and_so_stays_on_loopback(service: Party) -> None:
