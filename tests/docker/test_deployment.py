@@ -33,7 +33,12 @@ SETTINGS: dict[str, Values] = {
     "defaults": {},
     "everything": {
         "replicas": 3,
-        "image": {"repository": "registry.example.org/stepvideo", "tag": "1.2", "pullSecrets": ["pull"]},
+        "image": {
+            "repository": "registry.example.org/stepvideo",
+            "tag": "1.2",
+            "digest": f"sha256:{'0a' * 32}",
+            "pullSecrets": ["pull"],
+        },
         "tls": {"secret": "stepvideo-tls", "mutual": True},
         "operatorKey": {"secret": "stepvideo-operator"},
         "service": {"type": "LoadBalancer", "annotations": {"example.org/internal": "true"}},
@@ -134,6 +139,9 @@ def test_every_kind_is_rendered(everything: list[Manifest]) -> None:
         ({"volumes": {"model": {"hostPath": "data"}}}, "hostPath"),
         ({"resources": {"limits": {"memory": "lots"}}}, "memory"),
         ({"config": "nothing"}, "config"),
+        ({"image": {"digest": "0a" * 32}}, "digest"),
+        ({"image": {"digest": "sha256:0a"}}, "digest"),
+        ({"temporary": ""}, "temporary"),
     ],
 )
 def test_values_that_helm_refuses(helm: Helm, tmp_path: Path, values: Values, message: str) -> None:
@@ -173,6 +181,18 @@ def test_nothing_runs_as_root_or_writes_but_to_scratch(manifests: list[Manifest]
     written = {mount["name"] for mount in server["volumeMounts"] if not mount.get("readOnly")}
     assert written == {"shared-memory", "tmp"}
     assert {mount["name"] for mount in server["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_what_is_written_is_bounded(manifests: list[Manifest]) -> None:
+    """Else one pod fills the disk of its node, and the kubelet evicts its neighbours."""
+    volumes = only(manifests, "Deployment")["spec"]["template"]["spec"]["volumes"]
+    limits = {volume["name"]: volume["emptyDir"].get("sizeLimit") for volume in volumes if "emptyDir" in volume}
+    assert limits == {"shared-memory": "4Gi", "tmp": "8Gi"}
+
+
+def test_a_digest_decides_which_image_runs(everything: list[Manifest], defaults: list[Manifest]) -> None:
+    assert container(everything)["image"] == f"registry.example.org/stepvideo:1.2@sha256:{'0a' * 32}"
+    assert container(defaults)["image"] == "stepvideo-serve:0.1.0"
 
 
 def test_probes_wait_for_the_engines(manifests: list[Manifest]) -> None:
@@ -315,10 +335,14 @@ def test_compose_publishes_on_loopback_only(compose: dict[str, Any]) -> None:
 
 def test_compose_pins_images_and_takes_rights_away(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
-        assert "build" in service or re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), name
+        image = re.fullmatch(r"\$\{([A-Z]+)_IMAGE:-(.+)\}", service["image"])
+        assert image is not None, "a variable names one by its digest"
+        assert image[1] == name.upper()
+        assert "build" in service or re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", image[2]), name
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
     assert compose["services"]["stepvideo"]["read_only"] is True
+    assert compose["services"]["stepvideo"]["tmpfs"] == ["/tmp:size=8g"]
     named = {
         volume.split(":")[0] for s in compose["services"].values() for volume in s["volumes"] if volume[0] not in ".$"
     }

@@ -14,6 +14,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
+{{- /* With a digest the tag is for people: what is pulled is what the digest names. */}}
+{{- define "stepvideo.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ with .Values.image.digest }}@{{ . }}{{ end }}
+{{- end }}
+
 {{- /* The layout's ranks are the product of its numbers; "single" has none, and is one rank. */}}
 {{- define "stepvideo.checkLayout" -}}
 {{- $ranks := 1 }}
