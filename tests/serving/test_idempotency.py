@@ -1,14 +1,18 @@
 """REQUEST_ID on the real server: a repeat gets the run under way, or the result of the one that has ended."""
 
+import re
+import urllib.request
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
+from stepvideo_serve.launch.server import TritonServer
 from tests.serving.calls import Outputs, Refused, Server, Values, outputs_of, report_of, until
 
 REPEATS: dict[str, Callable[[Server, Values], Outputs]] = {"grpc": Server.grpc, "http": Server.http}
@@ -184,14 +188,37 @@ def test_unary_requests_run_side_by_side(server: Server, long: Values, small: Va
     assert server.grpc(small)["SEED"] == [7]
 
 
-def test_an_image_and_a_prompt_are_encoded_once_whatever_the_seed(server: Server, small: Values) -> None:
+def encodings(triton: TritonServer) -> dict[tuple[str, str], float]:
+    """How many were computed and how many taken from a cache, since the start, by cache."""
+    with urllib.request.urlopen(triton.metrics_url) as answer:
+        lines = answer.read().decode().splitlines()
+    found = (re.fullmatch(r'stepvideo_cache_(hits|misses)_total\{cache="(\w+)"\} (\S+)', line) for line in lines)
+    return {(entry[1], entry[2]): float(entry[3]) for entry in found if entry is not None}
+
+
+def test_an_image_and_a_prompt_are_encoded_once_whatever_the_seed(
+    server: Server, triton: TritonServer, small: Values
+) -> None:
     unseen = {**small, "PROMPT": "此提示词独一无二".encode(), "HEIGHT": np.array([80], np.int32)}
-    cached = [
-        report_of(server.stream_result({**unseen, "SEED": np.array([seed], np.int64)}))["cached"] for seed in (1, 2)
-    ]
-    assert cached[0]["image"] == [False]
-    assert cached[0]["text"][0] is False
-    assert cached[1] == {"text": [True, True], "image": [True]}
+    counts = [encodings(triton)]
+    for seed in (1, 2):
+        server.stream_result({**unseen, "SEED": np.array([seed], np.int64)})
+        counts.append(encodings(triton))
+    first, second = ({key: after[key] - before[key] for key in after} for before, after in pairwise(counts))
+    assert (first["misses", "image"], first["hits", "image"]) == (1, 0)
+    assert first["misses", "text"] >= 1
+    assert second == {("misses", "image"): 0, ("hits", "image"): 1, ("misses", "text"): 0, ("hits", "text"): 2}
+
+
+def test_a_caller_does_not_learn_whether_a_prompt_was_used_before(server: Server, small: Values) -> None:
+    """REPORT of a prompt and an image that are new, and of one that somebody else has sent: equal but for seconds."""
+    unseen = {**small, "PROMPT": "谁也没有用过的提示词".encode(), "HEIGHT": np.array([96], np.int32)}
+    answers = [server.stream_result(unseen) for _ in range(2)] + [server.grpc(unseen)]
+    new, *known = ({**report_of(answer), "seconds": None} for answer in answers)
+    assert "cached" not in new
+    for report in known:
+        assert report == new
+    assert len({tuple(sorted(answer)) for answer in answers}) == 1, "nor by another output"
 
 
 def test_a_cached_image_gives_the_same_latent(server: Server) -> None:
