@@ -214,7 +214,7 @@ def test_a_caller_does_not_learn_whether_a_prompt_was_used_before(server: Server
     """REPORT of a prompt and an image that are new, and of one that somebody else has sent: equal but for seconds."""
     unseen = {**small, "PROMPT": "谁也没有用过的提示词".encode(), "HEIGHT": np.array([96], np.int32)}
     answers = [server.stream_result(unseen) for _ in range(2)] + [server.grpc(unseen)]
-    new, *known = ({**report_of(answer), "seconds": None} for answer in answers)
+    new, *known = ({**report_of(answer), "seconds": None, "step_seconds": None} for answer in answers)
     assert "cached" not in new
     for report in known:
         assert report == new
