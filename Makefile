@@ -27,29 +27,71 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quality prices precision-prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
+.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
-	test-engines-slow test-gpu test-toyworld test-prices coverage fields lint format clean
+	test-engines-slow test-gpu test-toyworld test-prices coverage resolve fields lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 SAY := @echo "==>"
+PIP = pip install -qq --disable-pip-version-check $(PIP_ARGS)
 
 # --- the environment: installed again when what it depends on changes --------------------------------------------
 EXTRAS := cpu,dev
 # Installed first and by exact version: left to the resolver, torch may come as a CUDA build of several GB. Where the
 # default index has no CPU wheel, say where they are: make setup PIP_ARGS='--extra-index-url ...'
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
-PINS := $(shell (cat pyproject.toml client/pyproject.toml; echo '$(EXTRAS)') | sha256sum | cut -c1-16)
+# What GPU machines have besides; GPU_EXTRAS=gpu-rtx on one with RTX GPUs.
+GPU_EXTRAS ?= gpu,rtx
+LANGUAGE := $(shell sed -n 's/^language = \["\(triton==[^"]*\)"\]$$/\1/p' pyproject.toml)
+PINS := $(shell (cat pyproject.toml client/pyproject.toml; echo '$(EXTRAS) $(GPU_EXTRAS)') | sha256sum | cut -c1-16)
 INSTALLED := .venv/.installed-$(PINS)
+NEED_PYTHON = @test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and none was found: pass PYTHON=PATH." >&2; exit 1; }
 
 $(INSTALLED):
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and none was found: pass PYTHON=PATH." >&2; exit 1; }
+	$(NEED_PYTHON)
 	$(SAY) "environment in .venv: $(PYTHON), $(TORCH), extras $(EXTRAS); the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(RUN) pip install -qq --disable-pip-version-check $(PIP_ARGS) '$(TORCH)'
-	@$(RUN) pip install -qq --disable-pip-version-check $(PIP_ARGS) --editable '.[$(EXTRAS)]' --editable client
+	@$(RUN) $(PIP) '$(TORCH)'
+	@$(RUN) $(PIP) --editable '.[$(EXTRAS)]' --editable client
 	@rm -f .venv/.installed-*
+	@touch $@
+
+# More in the same environment, for the targets that need it: TensorRT-RTX, which builds engines anywhere; with it the
+# Triton language, whose interpreter runs the kernels beside a torch for CPUs; TensorRT, beside a torch for CUDA.
+RTX_INSTALLED := .venv/.rtx-$(PINS)
+LANGUAGE_INSTALLED := .venv/.language-$(PINS)
+GPU_INSTALLED := .venv/.gpu-$(PINS)
+
+$(RTX_INSTALLED): $(INSTALLED)
+	$(SAY) "TensorRT-RTX"
+	@$(RUN) $(PIP) --editable '.[rtx]'
+	@touch $@
+
+$(LANGUAGE_INSTALLED): $(RTX_INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda and "The kernels are interpreted beside a torch \
+	for CPUs, found one for CUDA, which pins another version of the Triton language: use make test-gpu here.")'
+	$(SAY) "$(LANGUAGE): the Triton language"
+	@$(RUN) $(PIP) '$(LANGUAGE)'
+	@touch $@
+
+$(GPU_INSTALLED): $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda and f"A GPU needs a torch for CUDA, found \
+	{torch.__version__}: remove .venv, and name an index that has it with PIP_ARGS.")'
+	$(SAY) "for GPUs: extras $(GPU_EXTRAS)"
+	@$(RUN) $(PIP) --editable '.[$(GPU_EXTRAS)]'
+	@touch $@
+
+# The compiler of the kernels, apart: it needs nothing else, and torch for CUDA has another one.
+COMPILER := .venv-compiler/bin/python -m
+COMPILER_INSTALLED := .venv-compiler/.installed-$(LANGUAGE)
+
+$(COMPILER_INSTALLED):
+	$(NEED_PYTHON)
+	$(SAY) "compiler of the kernels in .venv-compiler: $(PYTHON), $(LANGUAGE)"
+	@test -x .venv-compiler/bin/python || $(PYTHON) -m venv .venv-compiler
+	@$(COMPILER) $(PIP) '$(LANGUAGE)'
+	@rm -f .venv-compiler/.installed-*
 	@touch $@
 
 # --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
@@ -89,6 +131,10 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make the environment in .venv
 
+setup-gpu: $(GPU_INSTALLED) ## the same on a machine with GPUs, with TensorRT
+
+compiler: $(COMPILER_INSTALLED) ## the compiler of the kernels, in an environment of its own
+
 demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint, export, real server, one generation: out/demo.mp4
 	@mkdir -p "$(dir $(OUT))"
 	$(SAY) "Triton Inference Server (log: build/demo-server.log), then one generation"
@@ -96,7 +142,7 @@ demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint
 		sh -c 'exec $(GENERATE) --out "$$OUT" --json "$${OUT%.*}.json"'
 	@$(SHOW_JSON) "$(basename $(OUT)).json"
 
-serve: $(SERVED) ## run the server in the foreground until Ctrl-C
+serve: $(SERVED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## run the server in the foreground until Ctrl-C (GPU=1: with TensorRT)
 	@$(RUN) stepvideo_serve serve --config '$(CONFIG)'
 
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
@@ -111,7 +157,7 @@ bench-parallel: $(INSTALLED) ## layouts of several ranks against one rank, on CP
 bench-dit: $(INSTALLED) ## one DiT step, eager and ONNX Runtime, against this machine's matrix-multiply rate
 	@$(RUN) perf.dit_step
 
-bench-gpu: $(INSTALLED) ## every stage of the full-size model on one GPU, in torch and with the fused kernels
+bench-gpu: $(GPU_INSTALLED) ## every stage of the full-size model on one GPU, in torch and with the fused kernels
 	@PYTHONPATH=kernels:. $(RUN) perf.full_size
 
 bench-scheduling: $(INSTALLED) $(ENGINE_DIR).made ## cold start, saturation, preemption, cancelling: what is lost around the steps
@@ -151,7 +197,7 @@ onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 
 # With OUT: the parity reports of the engines there. GPU=1 also runs them, and adds what they give.
 ifneq ($(if $(filter file,$(origin OUT)),,$(OUT))$(filter 1,$(GPU)),)
-verify: $(INSTALLED)
+verify: $(if $(filter 1,$(GPU)),$(GPU_INSTALLED),$(INSTALLED))
 	@PYTHONPATH=kernels:. $(RUN) export.verify --engines '$(ENGINES_OUT)' $(if $(filter 1,$(GPU)),--gpu \
 		--model-dir '$(MODEL_DIR)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)'))
 else
@@ -160,14 +206,9 @@ verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare; OUT
 	@test ! -f '$(ENGINES_OUT)/manifest.json' || $(RUN) export.verify --engines '$(ENGINES_OUT)'
 endif
 
-KERNELS_INSTALLED := .venv/.kernels-$(PINS)
-$(KERNELS_INSTALLED): $(INSTALLED)
-	$(SAY) "the Triton language and TensorRT-RTX, for the kernels"
-	@$(RUN) pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[kernels]'
-	@touch $@
-
 # --- TensorRT engines --------------------------------------------------------------------------------------------
 # make engines MODEL_DIR=... OUT=... BACKEND=tensorrt|tensorrt_rtx SM=89 PRECISION=bf16|fp8 LAYOUT=single|tp2|...
+# Those of tensorrt have this project's kernels as plugins; their machine code is put beside them, in OUT/kernels.
 SM ?= 89
 PRECISION ?= bf16
 LAYOUT ?= single
@@ -180,9 +221,17 @@ KERNELS ?=
 ENGINES_OUT = $(if $(filter file,$(origin OUT)),build/engines,$(OUT))
 ENGINES_BACKEND = $(if $(filter file,$(origin BACKEND)),tensorrt_rtx,$(BACKEND))
 
-engines: $(KERNELS_INSTALLED) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
+KERNEL_SMS := 80 89 90 100 120
+KERNELS_OUT ?= build/kernels
+KERNELS_ARGS ?=
+FOR_TENSORRT = $(filter tensorrt,$(ENGINES_BACKEND))
+OWN_KERNELS = $(if $(KERNELS),,$(if $(FOR_TENSORRT),$(if $(filter $(SM),$(KERNEL_SMS)),$(ENGINES_OUT)/kernels)))
+
+engines: $(if $(FOR_TENSORRT),$(GPU_INSTALLED) $(COMPILER_INSTALLED),$(RTX_INSTALLED)) \
+		$(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --check --onnx '$(ENGINES_OUT)/onnx' --out '$(ENGINES_OUT)' \
 		--backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)'
+	$(if $(OWN_KERNELS),@$(MAKE) kernels KERNELS_OUT='$(OWN_KERNELS)' KERNELS_ARGS='--sm $(SM) $(KERNELS_ARGS)')
 	$(SAY) "graphs of $(MODEL_DIR) in $(ENGINES_OUT)/onnx: $(PRECISION), layout $(LAYOUT)"
 	@PYTHONPATH=kernels:. $(RUN) export.to_onnx --model-dir '$(MODEL_DIR)' --out '$(ENGINES_OUT)/onnx' \
 		--precision $(PRECISION) --layout $(LAYOUT) --sm $(SM) --toolkit $(ENGINES_BACKEND) \
@@ -191,7 +240,7 @@ engines: $(KERNELS_INSTALLED) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.
 	$(SAY) "engines of $(ENGINES_BACKEND) for SM $(SM) in $(ENGINES_OUT), videos up to $(SHAPES)"
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --model-dir '$(MODEL_DIR)' --onnx '$(ENGINES_OUT)/onnx' \
 		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' \
-		$(if $(KERNELS),--kernels '$(KERNELS)')
+		$(if $(or $(KERNELS),$(OWN_KERNELS)),--kernels '$(or $(KERNELS),$(OWN_KERNELS))')
 
 REQUESTS ?= ../shared/eval
 calibrate: $(INSTALLED) ## FP8 ranges of MODEL_DIR's activations over the image/prompt pairs in REQUESTS: CALIBRATION
@@ -215,22 +264,22 @@ test: $(INSTALLED) ## the tests, with the real server; no GPU needed
 test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
 	@$(PYTEST) $(APART) $(SLOW) $(PYTEST_ARGS)
 
-kernels: $(KERNELS_INSTALLED) ## compile every fused kernel for every GPU generation: build/kernels
-	@PYTHONPATH=kernels:. $(RUN) stepvideo_kernels.compile --out build/kernels
+kernels: $(COMPILER_INSTALLED) ## compile every fused kernel for every GPU generation: build/kernels
+	@PYTHONPATH=kernels:. $(COMPILER) stepvideo_kernels.compile --out '$(KERNELS_OUT)' $(KERNELS_ARGS)
 
-test-kernels: $(KERNELS_INSTALLED) ## the tests of the fused kernels, in the interpreter
+test-kernels: $(LANGUAGE_INSTALLED) ## the tests of the fused kernels, in the interpreter
 	@$(PYTEST) $(QUICK) tests/kernels $(PYTEST_ARGS)
 
-test-kernels-slow: $(KERNELS_INSTALLED) ## the long tests of the kernels and their plugins
+test-kernels-slow: $(LANGUAGE_INSTALLED) ## the long tests of the kernels and their plugins
 	@$(PYTEST) $(SLOW) tests/kernels $(PYTEST_ARGS)
 
-test-engines: $(KERNELS_INSTALLED) ## the tests that build TensorRT engines of the tiny checkpoint; no GPU needed
+test-engines: $(RTX_INSTALLED) ## the tests that build TensorRT engines of the tiny checkpoint; no GPU needed
 	@$(PYTEST) $(QUICK) tests/engines $(PYTEST_ARGS)
 
-test-engines-slow: $(KERNELS_INSTALLED) ## engines at full width, one DiT block and one Step-LLM layer
+test-engines-slow: $(RTX_INSTALLED) ## engines at full width, one DiT block and one Step-LLM layer
 	@$(PYTEST) $(SLOW) tests/engines $(PYTEST_ARGS)
 
-test-gpu: $(KERNELS_INSTALLED) ## the tests that need an NVIDIA GPU, after make kernels
+test-gpu: $(GPU_INSTALLED) kernels ## the tests that need an NVIDIA GPU
 	@$(PYTEST) -m gpu tests $(PYTEST_ARGS)
 
 test-toyworld: $(INSTALLED) ## the tests of the toy world and its training
@@ -241,12 +290,15 @@ test-prices: $(INSTALLED) ## gates of what things cost on the toy world: FP8 gra
 
 # Every process measures itself, into build/coverage. A test that fails does not keep the table back.
 COVERAGE_OF ?= test test-kernels test-engines test-toyworld
-coverage: $(KERNELS_INSTALLED) ## line and branch coverage by folder, of the targets in COVERAGE_OF: build/coverage
+coverage: $(LANGUAGE_INSTALLED) ## line and branch coverage by folder, of the targets in COVERAGE_OF: build/coverage
 	@rm -rf build/coverage && mkdir -p build/coverage
 	@status=0; for target in $(COVERAGE_OF); do \
 		$(MAKE) $$target PYTEST='$(RUN) coverage run -m pytest -q -rs' || status=$$?; done; \
 	$(RUN) coverage combine -q; $(RUN) coverage json -q; \
 	$(RUN) tests.coverage_by_folder build/coverage/coverage.json; exit $$status
+
+resolve: $(INSTALLED) ## can all extras be installed beside torch for CUDA, Python 3.12? By metadata; asks the package index
+	@$(RUN) tests.resolve_extras
 
 fields: $(INSTALLED) ## write what follows from stepvideo_serve/request/fields.py: config.pbtxt, client, documents
 	@PYTHONPATH=. $(RUN) stepvideo_serve.serving.field_files

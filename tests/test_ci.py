@@ -1,11 +1,15 @@
-"""What CI prints: every part's result, whatever failed before it, and coverage by folder."""
+"""What CI prints: every part's result, whatever failed before it, coverage by folder, and what cannot be installed."""
 
 import os
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.coverage_by_folder import by_folder, table
+from tests.resolve_extras import NOT_ON_THE_INDEX, ask_pip, name_of, problems, requirements_of
 
 
 def run(root: Path, parts: str, minutes: int) -> tuple[int, list[str]]:
@@ -37,3 +41,50 @@ def test_coverage_is_added_up_by_folder() -> None:
         ["a/b", "20", "95", "%", "4", "25", "%"],
         ["all", "23", "91", "%", "4", "25", "%"],
     ]
+
+
+CUDA_TORCH = {
+    "version": "2.13.0",
+    "requires_dist": ["filelock", 'nvidia-nccl-cu13==2.29.7; platform_system == "Linux"'],
+}
+
+
+def test_what_is_pinned_is_asked_for(root: Path) -> None:
+    asked = requirements_of(root / "pyproject.toml", root / "client/pyproject.toml")
+    names = {name_of(one) for one in asked}
+    assert {"torch", "onnx", "tensorrt-rtx-cu13", "cuda-bindings", "pytest", "tritonclient"} <= names
+    assert names.isdisjoint({*NOT_ON_THE_INDEX, "stepvideo-serve", "triton"})
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f'"{name}==' in text for name in NOT_ON_THE_INDEX), "what is left out is named by the project"
+
+
+def test_an_answer_that_is_not_the_pinned_one_is_no_answer() -> None:
+    found = {"torch": CUDA_TORCH, "numpy": {"version": "2.1.0"}}
+    assert problems(["torch==2.13.0", "numpy>=1.26"], found) == []
+    assert problems(["numpy==1.26.4"], found) == ["numpy==1.26.4 was asked for, 2.1.0 would be installed"]
+    assert problems(["Pillow>=11"], found) == ["Pillow>=11 was asked for, none would be installed"]
+
+
+def test_a_torch_for_cpus_is_no_answer() -> None:
+    for torch in ({"version": "2.13.0", "requires_dist": ["filelock"]}, {"version": "2.13.0+cpu"}):
+        assert "torch must be a build for CUDA" in problems([], {"torch": torch})[0]
+
+
+def test_pip_is_heard_when_it_finds_none(tmp_path: Path) -> None:
+    """Two versions of one package cannot be installed together; no index is asked."""
+    for version in ("1.0", "2.0"):
+        make_wheel(tmp_path, "contested", version)
+    offline = ["--no-index", f"--find-links={tmp_path}"]
+    with pytest.raises(SystemExit, match=r"pip says they are not:\n(?s:.*)contested"):
+        ask_pip([*offline, "contested==1.0", "contested==2.0"], tmp_path / "report.json")
+    ask_pip([*offline, "contested"], tmp_path / "report.json")
+    assert '"2.0"' in (tmp_path / "report.json").read_text()
+
+
+def make_wheel(folder: Path, name: str, version: str) -> None:
+    """An empty distribution."""
+    information = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{information}/RECORD", "")

@@ -52,15 +52,40 @@ def check_local_gpu(backend: str, sm: int) -> None:
     """Raises ExportError where `tensorrt` has to build for another architecture than the GPU of this machine."""
     if backend != "tensorrt":
         return
-    import torch  # here, because processes that build need this module without it
-
-    if not torch.cuda.is_available():
+    found = _local_sm()
+    if found is None:
         raise ExportError(
             "tensorrt builds on a GPU, found none: build on the machine that serves, or use tensorrt_rtx."
         )
-    major, minor = torch.cuda.get_device_capability()
-    if sm != 10 * major + minor:
-        raise ExportError(f"tensorrt builds for the GPU of this machine, SM {10 * major + minor}, got --sm {sm}.")
+    if sm != found:
+        raise ExportError(f"tensorrt builds for the GPU of this machine, SM {found}, got --sm {sm}.")
+
+
+def _local_sm() -> int | None:
+    """Compute capability of the first GPU, 90 for 9.0, or None where there is no driver or no GPU. The driver is asked:
+    torch may be a build for CPUs, and processes that build do without it."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise ExportError(
+            f"tensorrt builds on a GPU, which is asked for by the package cuda-bindings, found none ({error}): "
+            "pip install 'stepvideo-serve[gpu]' on a machine with a GPU, or use tensorrt_rtx."
+        ) from None
+
+    def ask(name: str, *arguments: Any) -> Any:
+        status, *results = getattr(driver, name)(*arguments)
+        return None if int(status) else (results[0] if results else True)
+
+    try:
+        device = ask("cuDeviceGet", 0) if ask("cuInit", 0) else None
+    except RuntimeError:  # how cuda.bindings says that there is no driver
+        return None
+    if device is None:
+        return None
+    names = driver.CUdevice_attribute
+    major = ask("cuDeviceGetAttribute", names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+    minor = ask("cuDeviceGetAttribute", names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+    return int(10 * major + minor)
 
 
 def toolkit_version(backend: str) -> str:

@@ -125,10 +125,15 @@ def link_stub(home: Path) -> None:
 
 def server_environment(config: Path | None) -> dict[str, str]:
     """The server's environment: its stubs find this Python, its library, this package and the configuration, and its
-    models each other, by a token that no other server has."""
+    models each other, by a token that no other server has.
+
+    Only the server of the wheel needs to be told where Python's library is. In the image that folder holds the host's
+    CUDA driver, and the loader must go on to find the image's newer one first, where the host's is older.
+    """
     environment = {**os.environ, VARIABLE: new_token()}
     _prepend(environment, "PATH", str(Path(sys.executable).parent))
-    _prepend(environment, "LD_LIBRARY_PATH", sysconfig.get_config_var("LIBDIR"))
+    if server_home() != IMAGE_SERVER:
+        _prepend(environment, "LD_LIBRARY_PATH", sysconfig.get_config_var("LIBDIR"))
     root = Path(__file__).absolute().parents[2]
     if root not in map(Path, site.getsitepackages()):
         _prepend(environment, "PYTHONPATH", str(root))

@@ -1,10 +1,13 @@
 """The container's files, as far as they can be tried without a container engine: the entry point runs for real."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -55,6 +58,62 @@ def test_the_process_is_not_root_and_has_no_weights(dockerfile: str) -> None:
     assert re.search(r"^USER 10001$", last_stage, re.MULTILINE)
     assert "/model" not in re.sub("/model_repository", "", last_stage)
     assert not re.search(r"^(ADD|COPY) .*https?://", dockerfile, re.MULTILINE)
+
+
+def entry_point(stage: str) -> list[str]:
+    [found] = re.findall(r"^ENTRYPOINT (\[[^]]*\])", stage, re.MULTILINE)
+    words: list[str] = json.loads(found.replace("\\\n", ""))
+    return words
+
+
+def test_the_images_own_look_at_the_driver_runs_first(dockerfile: str) -> None:
+    _, build, _, serve = dockerfile.split("\nFROM ")
+    assert entry_point(serve)[:2] == ["/opt/nvidia/nvidia_entrypoint.sh", "/usr/local/bin/stepvideo"]
+    assert entry_point(build)[:2] == ["/opt/nvidia/nvidia_entrypoint.sh", "make"]
+    assert "LD_LIBRARY_PATH" not in dockerfile, "it would come before CUDA's compatibility library"
+
+
+def test_the_image_holds_what_serving_needs_and_no_more(root: Path, dockerfile: str) -> None:
+    _, _, packages, serve = dockerfile.split("\nFROM ")
+    assert re.findall(r'pip install .* "\.\[(.*)\]"$', packages, re.MULTILINE) == ["${EXTRA}"]
+    [extra] = re.findall(r"^ARG EXTRA=(.+)$", packages, re.MULTILINE)
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for name in (extra, "gpu-rtx"):
+        mine = [re.split(r"[=\[]", one)[0] for one in extras[name] if not one.startswith("stepvideo-serve")]
+        assert "cuda-bindings" in mine, "plugins are launched by it"
+    assert not [one for one in extras[extra] if "rtx" in one or "export" in one]
+    assert not re.search(r"^COPY .*\bexport\b", serve, re.MULTILINE)
+
+
+def test_the_build_stage_has_what_its_command_needs(root: Path, dockerfile: str, tmp_path: Path) -> None:
+    """In a folder with the files of the stage, after its installation, make only builds."""
+    stage = dockerfile.split("\nFROM ")[1]
+    for copied in re.findall(r"^COPY (.+) \./?\S*$", stage, re.MULTILINE):
+        for name in copied.split():
+            if (root / name).is_dir():
+                shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(root / name, tmp_path / name)
+
+    def printed_by(command: list[str]) -> str:
+        done = subprocess.run([*command, "-n"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    [setup] = re.findall(r"^RUN (make .+)$", stage, re.MULTILINE)
+    installed = printed_by(setup.split())
+    assert "pip install" in installed
+    for stamp in re.findall(r"^touch (\S+)$", installed, re.MULTILINE):
+        (tmp_path / stamp).parent.mkdir(exist_ok=True)
+        (tmp_path / stamp).touch()
+    for targets in (["engines", "SM=90", "LAYOUT=tp2"], ["verify", "GPU=1"]):
+        printed = printed_by([*entry_point(stage)[1:], *targets])
+        assert "pip install" not in printed
+        modules = set(re.findall(r" -m (\S+)", printed))
+        assert modules >= ({"export.to_onnx", "export.build_engine"} if "engines" in targets else {"export.verify"})
+        for module in modules:
+            path = module.replace(".", "/")
+            assert list(tmp_path.glob(f"{path}.py")) + list(tmp_path.glob(f"kernels/{path}/__main__.py")), module
+    assert "--backend tensorrt --sm 90" in printed_by([*entry_point(stage)[1:], "engines", "SM=90"])
 
 
 def run_entrypoint(docker: Path, *arguments: str, **variables: str) -> "subprocess.Popen[str]":

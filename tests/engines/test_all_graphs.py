@@ -54,7 +54,7 @@ def test_make_engines_of_two_tensor_parallel_ranks(
 ) -> None:
     """The command as it is typed; a rank of the DiT has one head. The environment is the one that runs the tests."""
     given = {"MODEL_DIR": CHECKPOINT, "OUT": tmp_path, "LAYOUT": "tp2", "PRECISION": precision, "SM": sm}
-    given |= {"BACKEND": "tensorrt_rtx", "SHAPES": "64x64x34", "INSTALLED": "", "KERNELS_INSTALLED": ""}
+    given |= {"BACKEND": "tensorrt_rtx", "SHAPES": "64x64x34", "INSTALLED": "", "RTX_INSTALLED": ""}
     if split_llm:
         given["SPLIT_LLM"] = "1"
     if precision == "fp8":

@@ -56,7 +56,7 @@ def test_make_engines_says_what_is_wrong_before_it_exports(
 ) -> None:
     """The export of a full model takes hours. The environment is the one that runs the tests."""
     out = tmp_path / "out"
-    command = ["make", "engines", f"MODEL_DIR={checkpoint}", f"OUT={out}", "INSTALLED=", "KERNELS_INSTALLED=", given]
+    command = ["make", "engines", f"MODEL_DIR={checkpoint}", f"OUT={out}", "INSTALLED=", "RTX_INSTALLED=", given]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode != 0
     assert message in done.stderr
@@ -138,7 +138,7 @@ def test_tensorrt_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tensorrt_builds_where_it_runs(graphs: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    with pytest.raises(ExportError, match="tensorrt builds on a GPU, found none"):
+    with pytest.raises(ExportError, match=r"tensorrt builds on a GPU, .*found none"):
         build_engines(graphs, tmp_path / "out", Options("tensorrt", 90, Layout()), show_progress=False)
 
 

@@ -1,11 +1,21 @@
-"""Old Triton releases stay on loopback."""
+"""Old Triton releases stay on loopback; which libraries the server's processes find."""
 
+import os
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.launch.install import check_exposure, is_loopback, outdated, server_home, server_version
+from stepvideo_serve.launch import install
+from stepvideo_serve.launch.install import (
+    check_exposure,
+    is_loopback,
+    outdated,
+    server_environment,
+    server_home,
+    server_version,
+)
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer, serve_main
 
@@ -54,3 +64,28 @@ def test_the_server_here_is_not_started_on_another_address(root: Path, capsys: p
         TritonServer(ServerOptions(root / "model_repository", address="0.0.0.0")).start()
     assert serve_main(["--address", "0.0.0.0"]) == 1
     assert "--allow-outdated-server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [None, "/opt/vendor/lib"])
+def test_the_server_of_the_wheel_finds_pythons_library(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    set_library_path(monkeypatch, before)
+    folders = server_environment(None)["LD_LIBRARY_PATH"].split(os.pathsep)
+    assert folders == [sysconfig.get_config_var("LIBDIR"), *([before] if before else [])]
+
+
+@pytest.mark.parametrize("before", [None, "/opt/vendor/lib"])
+def test_nothing_goes_before_the_images_own_libraries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str | None
+) -> None:
+    """LD_LIBRARY_PATH is searched before ld.so.cache, where the image names CUDA's compatibility library."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/tritonserver").touch()
+    monkeypatch.setattr(install, "IMAGE_SERVER", tmp_path)
+    set_library_path(monkeypatch, before)
+    assert server_environment(None).get("LD_LIBRARY_PATH") == before
+
+
+def set_library_path(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LD_LIBRARY_PATH", value)
