@@ -227,8 +227,9 @@ KERNELS_ARGS ?=
 FOR_TENSORRT = $(filter tensorrt,$(ENGINES_BACKEND))
 OWN_KERNELS = $(if $(KERNELS),,$(if $(FOR_TENSORRT),$(if $(filter $(SM),$(KERNEL_SMS)),$(ENGINES_OUT)/kernels)))
 
-engines: $(if $(FOR_TENSORRT),$(GPU_INSTALLED) $(COMPILER_INSTALLED),$(RTX_INSTALLED)) \
-		$(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
+BUILDER := $(if $(FOR_TENSORRT),$(GPU_INSTALLED) $(COMPILER_INSTALLED),$(RTX_INSTALLED))
+
+engines: $(BUILDER) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --check --onnx '$(ENGINES_OUT)/onnx' --out '$(ENGINES_OUT)' \
 		--backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)'
 	$(if $(OWN_KERNELS),@$(MAKE) kernels KERNELS_OUT='$(OWN_KERNELS)' KERNELS_ARGS='--sm $(SM) $(KERNELS_ARGS)')
