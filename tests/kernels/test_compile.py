@@ -53,6 +53,21 @@ def test_writes_machine_code_and_its_description(built: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_compiler_needs_nothing_but_the_language(root: Path) -> None:
+    """In its own environment there is no torch: `make kernels` installs none. Each kernel is imported for its key."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "numpy", "transformers")))
+from stepvideo_kernels.choice import OPS, builds_of
+from stepvideo_kernels.compile.build import content_key
+from stepvideo_kernels.kernel_spec import FullSize
+print(len({content_key(build) for op in OPS for build in builds_of(op, FullSize())}))
+"""
+    done = run(root, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
+
+
 def test_table_has_a_row_for_each(built: Path) -> None:
     rows = {row["name"]: row for row in json.loads((built / "table.json").read_text())}
     assert sorted(rows) == sorted(NAMES)

@@ -6,12 +6,16 @@ held whole in registers, so that the variance is taken about the mean in a secon
 next row is loaded while this one is reduced.
 """
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from stepvideo_kernels.adaln_modulate import spec
 from stepvideo_kernels.kernel_spec import TileConfig
+
+if TYPE_CHECKING:  # the compiler's environment has no torch
+    from torch import Tensor
 
 FP8_LIMIT = tl.constexpr(448.0)
 
@@ -58,12 +62,12 @@ def adaln_modulate_kernel(
 
 
 def launch(
-    x: Tensor,
-    residual: tuple[Tensor, Tensor] | None,
-    affine: tuple[Tensor, Tensor],
-    modulation: tuple[Tensor, Tensor],
-    out_scale: Tensor | None,
-    outputs: tuple[Tensor | None, Tensor],
+    x: "Tensor",
+    residual: "tuple[Tensor, Tensor] | None",
+    affine: "tuple[Tensor, Tensor]",
+    modulation: "tuple[Tensor, Tensor]",
+    out_scale: "Tensor | None",
+    outputs: "tuple[Tensor | None, Tensor]",
     eps: float,
     tile: TileConfig,
 ) -> None:

@@ -5,13 +5,17 @@ or copied; the bias is computed from the positions, so that no [H, L, L] tensor 
 side by side and share their keys and values through L2.
 """
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from stepvideo_kernels.alibi_attention import spec
 from stepvideo_kernels.kernel_spec import TileConfig
 from stepvideo_kernels.online_softmax import dot, softmax_step
+
+if TYPE_CHECKING:  # the compiler's environment has no torch
+    from torch import Tensor
 
 HEAD = tl.constexpr(128)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -57,7 +61,7 @@ def alibi_attention_kernel(
     tl.store(out + offsets, result, mask=rows[:, None] < tokens)
 
 
-def launch(qkv: Tensor, slopes: Tensor, out: Tensor, tile: TileConfig) -> None:
+def launch(qkv: "Tensor", slopes: "Tensor", out: "Tensor", tile: TileConfig) -> None:
     """Writes the attention of `qkv` into `out`.
 
     Compiles at the first call on a GPU, or runs in the interpreter: production uses the binaries instead.

@@ -12,14 +12,18 @@ AHEAD          the scores of the next tile are multiplied while the softmax of t
                section 3.2)
 """
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepvideo_kernels.attention import spec
 from stepvideo_kernels.kernel_spec import TileConfig
 from stepvideo_kernels.online_softmax import dot, fresh_dot, softmax_step
+
+if TYPE_CHECKING:  # the compiler's environment has no torch
+    from torch import Tensor
 
 HEAD = tl.constexpr(128)
 SHIFT = tl.constexpr(8)
@@ -172,13 +176,13 @@ def attention_kernel(
 
 
 def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
+    q: "Tensor",
+    k: "Tensor",
+    v: "Tensor",
+    out: "Tensor",
     tile: TileConfig,
     *,
-    scales: tuple[Tensor, Tensor, Tensor] | None = None,
+    scales: "tuple[Tensor, Tensor, Tensor] | None" = None,
 ) -> None:
     """Writes the attention of q to k and v into `out`; with `scales` all three are FP8, and v is transposed.
 

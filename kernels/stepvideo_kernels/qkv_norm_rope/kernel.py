@@ -6,12 +6,16 @@ read once for all of them. The two members of a RoPE pair are loaded as separate
 the first half of each table part is read, since the second repeats it. Each run of 16 channels is one 32-byte sector.
 """
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from stepvideo_kernels.kernel_spec import TileConfig
 from stepvideo_kernels.qkv_norm_rope import spec
+
+if TYPE_CHECKING:  # the compiler's environment has no torch
+    from torch import Tensor
 
 HALF = tl.constexpr(64)
 HEAD = tl.constexpr(128)
@@ -96,11 +100,11 @@ def qkv_norm_rope_kernel(
 
 
 def launch(
-    qkv: Tensor,
-    gains: tuple[Tensor, Tensor],
-    tables: tuple[Tensor, Tensor],
-    scales: tuple[Tensor, Tensor, Tensor] | None,
-    outputs: tuple[Tensor, Tensor, Tensor],
+    qkv: "Tensor",
+    gains: "tuple[Tensor, Tensor]",
+    tables: "tuple[Tensor, Tensor]",
+    scales: "tuple[Tensor, Tensor, Tensor] | None",
+    outputs: "tuple[Tensor, Tensor, Tensor]",
     eps: float,
     tile: TileConfig,
 ) -> None:

@@ -9,14 +9,18 @@ TMA       q, k, v and out come as tensor maps (SM 90 and newer); otherwise they 
 STREAM_Q  the chunks of q are loaded again for each tile of keys, where shared memory does not hold them all
 """
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepvideo_kernels.kernel_spec import TileConfig
 from stepvideo_kernels.online_softmax import dot, softmax_step
 from stepvideo_kernels.vae_attention import spec
+
+if TYPE_CHECKING:  # the compiler's environment has no torch
+    from torch import Tensor
 
 
 @triton.jit
@@ -85,7 +89,7 @@ def vae_attention_kernel(
         tl.store(out + offsets, result, mask=(rows[:, None] < tokens) & (channels[None, :] < WIDTH))
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, tile: TileConfig) -> None:
+def launch(q: "Tensor", k: "Tensor", v: "Tensor", out: "Tensor", tile: TileConfig) -> None:
     """Writes the attention of q to k and v into `out`.
 
     Compiles at the first call on a GPU, or runs in the interpreter: production uses the binaries instead.
