@@ -130,6 +130,7 @@ class DenoiserModel(QueuedModel):
         tensors = {name: inputs[name] for name in TENSORS[kind] if name in inputs}
         if "latents" in tensors:
             self.bounds.check_latents(tensors)
+        self.tensor_bounds.check(tensors)
         if kind != "denoise":
             return RunTerms(Repeated(kind, tensors), URGENT, timeout_s)
         settings = checked_settings(_json_object(inputs, "SETTINGS"), self._limits)

@@ -30,7 +30,7 @@ from stepvideo_serve.serving.adapter import Arrays, Sender, end_process, is_prob
 from stepvideo_serve.serving.mailbox import Backlog, Mailbox
 from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.observe.traces import origin_of
-from stepvideo_serve.serving.stage_bounds import MAX_RUN_ID_BYTES, StageBounds
+from stepvideo_serve.serving.stage_bounds import MAX_RUN_ID_BYTES, StageBounds, TensorBounds
 
 LEASE_S = 60.0
 LAST_RESPONSES_S = 5.0  # how long a stopping model waits until its runs' callers know
@@ -46,9 +46,10 @@ class QueuedModel(ABC):
         self._lock = threading.Lock()  # guards them
 
     def prepare(self, model: str, config: ServeConfig) -> None:
-        """Raises SetupError where the launcher gave no token."""
+        """Raises SetupError where the launcher gave no token, or the checkpoint does not say what its tensors are."""
         self._name, self._boundary = model, Boundary.from_environment()
         self._deaths, self.bounds = ThreadDeaths.watched(), StageBounds.of(config)
+        self.tensor_bounds = TensorBounds.of(config.model.dir)
         self._backlog = Backlog(self.bounds.max_unfetched_bytes)
 
     def is_ready(self) -> bool:

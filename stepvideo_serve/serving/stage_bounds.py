@@ -7,15 +7,20 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.dit.config import DiTConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.geometry import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK, PIXELS_PER_LATENT
 from stepvideo_serve.planning.pace import LONGEST_S, MOST_WORK, WORK
 from stepvideo_serve.request import RequestLimits
+from stepvideo_serve.request.fields import MAX_TEXT_TOKENS
+from stepvideo_serve.weights.json_file import integer, read_json_object
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -23,6 +28,8 @@ MAX_RUN_ID_BYTES = 128
 MAX_NOTE_BYTES = 4096
 PUBLIC_MODELS = 2  # that have runs at one time, each as many as it accepts requests
 ANSWERS_KEPT = 4  # of the largest: one is made while others are fetched
+CLIP_TOKENS = 77  # as in text/states.py, which needs torch
+LARGEST_STATE = 1e15  # of the values of text states: the squares of a state's values must sum up in fp32
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,74 @@ class StageBounds:
         if height > most[0] or width > most[1]:
             raise InvalidRequest(f"{name} must be at most {most[0]}x{most[1]}, got {height}x{width}: ask for less.")
         return height // step, width // step
+
+
+@dataclass(frozen=True)
+class TensorBounds:
+    """What the tensors of a run may be, from the configuration files of the checkpoint.
+
+    channels               of a latent
+    llm_width, clip_width  of the text states
+    vocabulary             of Step-LLM
+    """
+
+    channels: int
+    llm_width: int
+    clip_width: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model_dir: Path) -> "TensorBounds":
+        """Raises CheckpointError."""
+        dit, llm = DiTConfig.load(model_dir / "transformer" / "config.json"), model_dir / "step_llm" / "config.json"
+        vocabulary = integer(read_json_object(llm), "padded_vocab_size", str(llm))
+        return cls(dit.in_channels, dit.llm_channels, dit.clip_channels, vocabulary)
+
+    def check(self, tensors: Arrays) -> None:
+        """Raises InvalidRequest for a tensor of a run that is too large for this checkpoint, or whose values are not
+        finite, or out of range."""
+        for name, tensor in tensors.items():
+            if name == "input_ids":
+                self._check_ids(tensor)
+            elif name.endswith(("_llm", "_clip")):
+                self._check_states(name, tensor)
+            else:
+                self.check_latent(name, tensor)
+
+    def check_latent(self, name: str, tensor: NDArray[Any]) -> None:
+        """Raises InvalidRequest unless the tensor [..., C, h, w] has values, at most `channels` of them to a cell, and
+        all finite."""
+        channels = tensor.shape[-3]
+        if channels > self.channels:
+            raise InvalidRequest(f"{name} must have at most {self.channels} channels, got {channels}: correct it.")
+        if not tensor.size or not np.isfinite(tensor).all():
+            raise InvalidRequest(
+                f"{name} must be a finite tensor, got {'NaN or infinite' if tensor.size else 'no'} values: correct it."
+            )
+
+    def _check_ids(self, ids: NDArray[Any]) -> None:
+        rows, length = ids.shape
+        if rows != 1 or not 1 <= length <= MAX_TEXT_TOKENS:
+            raise InvalidRequest(
+                f"input_ids must be one row of 1 to {MAX_TEXT_TOKENS} tokens, got {rows}x{length}: call ti2v instead."
+            )
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            raise InvalidRequest(
+                f"input_ids must be from 0 to {self.vocabulary - 1}, got {ids.min()} to {ids.max()}: call ti2v instead."
+            )
+
+    def _check_states(self, name: str, states: NDArray[Any]) -> None:
+        length, width = states.shape
+        llm = name.endswith("_llm")
+        most = (MAX_TEXT_TOKENS, self.llm_width) if llm else (CLIP_TOKENS, self.clip_width)
+        if not 1 <= length <= most[0] or not 1 <= width <= most[1]:
+            raise InvalidRequest(
+                f"{name} must be from 1x1 to {most[0]}x{most[1]}, got {length}x{width}: call ti2v instead."
+            )
+        if not (np.abs(states) <= LARGEST_STATE).all():
+            raise InvalidRequest(
+                f"{name} must hold finite values of at most {LARGEST_STATE:g}, got others: call ti2v instead."
+            )
 
 
 def read_note(note: bytes) -> dict[str, tuple[float, float]]:

@@ -27,7 +27,7 @@ from stepvideo_serve.serving.observe.metrics import CacheMetrics, Heartbeats, Me
 from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.queued_model import QueuedModel
 from stepvideo_serve.serving.remote_stages import RanksLLM
-from stepvideo_serve.serving.stage_bounds import StageBounds
+from stepvideo_serve.serving.stage_bounds import StageBounds, TensorBounds
 from stepvideo_serve.serving.stage_work import CALL_ID, CANCEL_CALL, StageWork, Task
 
 
@@ -108,11 +108,12 @@ class VaeEncoderModel(StageModel):
     """PIXELS, NOISE -> LATENT, CACHED."""
 
     def load(self, config: ServeConfig) -> None:
-        self._encoder = ImageEncoder(config)
+        self._encoder, self._tensors = ImageEncoder(config), TensorBounds.of(config.model.dir)
         self._cache = CacheMetrics(self.metrics, "image")
 
     def answer(self, inputs: Arrays) -> Arrays:
         self.bounds.check_pixels(inputs)
+        self._tensors.check_latent("NOISE", inputs["NOISE"])
         pixels, noise = (torch.from_numpy(inputs[name]) for name in ("PIXELS", "NOISE"))
         if not (torch.isfinite(pixels).all() and torch.isfinite(noise).all()):
             raise InvalidRequest("PIXELS and NOISE must be finite, got NaN or infinite values: correct them.")
@@ -142,6 +143,7 @@ class VaeDecoderModel(QueuedModel):
         if "latents" not in inputs:
             raise InvalidRequest("A run needs latents, got none: call the model ti2v instead.")
         self.bounds.check_latents(inputs)
+        self.tensor_bounds.check_latent("latents", inputs["latents"])
         return RunTerms(Repeated("decode", {"latents": inputs["latents"]}))
 
     def probed(self) -> Arrays:

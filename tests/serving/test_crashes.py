@@ -75,9 +75,38 @@ MALFORMED: dict[str, tuple[str, Values, str]] = {
     "no-time": ("dit_denoiser", {**RUN, "TIMEOUT_S": np.array([-1], np.float32)}, "DEADLINE_EXCEEDED: "),
     "decode-nothing": ("vae_decoder", {"RUN_ID": b"r"}, "INVALID_ARGUMENT: A run needs latents"),
     "decode-no-run-id": ("vae_decoder", {"latents": RUN["latents"]}, "INVALID_ARGUMENT: A run needs RUN_ID"),
-    "decode-nan": ("vae_decoder", {"RUN_ID": b"r", "latents": NAN}, "INTERNAL: The decoded video must be finite"),
+    "decode-nan": ("vae_decoder", {"RUN_ID": b"r", "latents": NAN}, "INVALID_ARGUMENT: latents must be a finite"),
     "decode-channels": ("vae_decoder", {"RUN_ID": b"r", "latents": np.zeros((3, 5, 2, 2), np.float32)}, "INTERNAL: "),
-    "decode-no-frames": ("vae_decoder", {"RUN_ID": b"r", "latents": np.zeros((0, 8, 2, 2), np.float32)}, "INTERNAL: "),
+    "decode-more-channels": (
+        "vae_decoder",
+        {"RUN_ID": b"r", "latents": np.zeros((3, 9, 2, 2), np.float32)},
+        "INVALID_ARGUMENT: latents must have at most 8 channels, got 9",
+    ),
+    "decode-no-frames": (
+        "vae_decoder",
+        {"RUN_ID": b"r", "latents": np.zeros((0, 8, 2, 2), np.float32)},
+        "INVALID_ARGUMENT: latents must be a finite tensor, got no values",
+    ),
+    "text-length": (
+        "dit_denoiser",
+        {**RUN, "positive_llm": np.zeros((321, 96), np.float32)},
+        "INVALID_ARGUMENT: positive_llm must be from 1x1 to 320x96, got 321x96",
+    ),
+    "text-infinite": (
+        "dit_denoiser",
+        {**RUN, "positive_clip": np.full((77, 64), np.inf, np.float32)},
+        "INVALID_ARGUMENT: positive_clip must hold finite values",
+    ),
+    "too-many-ids": (
+        "dit_denoiser",
+        {"RUN_ID": b"r", "KIND": b"text", "input_ids": np.ones((1, 321), np.int64)},
+        "INVALID_ARGUMENT: input_ids must be one row of 1 to 320 tokens, got 1x321",
+    ),
+    "ids-below-the-vocabulary": (
+        "dit_denoiser",
+        {"RUN_ID": b"r", "KIND": b"text", "input_ids": np.full((1, 3), -1, np.int64)},
+        "INVALID_ARGUMENT: input_ids must be from 0 to",
+    ),
 }
 PIXELS = np.zeros((3, 32, 32), np.float32)
 NOISE = np.zeros((8, 2, 2), np.float32)
@@ -87,6 +116,7 @@ MALFORMED_UNARY: dict[str, tuple[str, Values, str]] = {
     "text-overlong": ("text_encoder", {"PROMPT": "猫 跳 ".encode() * 200}, "INVALID_ARGUMENT: .* at most 320 tokens"),
     "pixels-nan": ("vae_encoder", {"PIXELS": PIXELS * np.nan, "NOISE": NOISE}, "INVALID_ARGUMENT: PIXELS and NOISE"),
     "pixels-off-grid": ("vae_encoder", {"PIXELS": PIXELS[:, :30], "NOISE": NOISE}, "(INTERNAL|INVALID_ARGUMENT): "),
+    "noise-nan": ("vae_encoder", {"PIXELS": PIXELS, "NOISE": NOISE * np.nan}, "INVALID_ARGUMENT: NOISE must be"),
     "noise-of-another-size": ("vae_encoder", {"PIXELS": PIXELS, "NOISE": NOISE[:, :1]}, "INVALID_ARGUMENT: NOISE"),
 }
 

@@ -7,14 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.planning.pace import LONGEST_S, MOST_WORK, Ledger
 from stepvideo_serve.request import RequestLimits
-from stepvideo_serve.serving.stage_bounds import MAX_NOTE_BYTES, StageBounds, read_note
+from stepvideo_serve.serving.stage_bounds import (
+    CLIP_TOKENS,
+    LARGEST_STATE,
+    MAX_NOTE_BYTES,
+    StageBounds,
+    TensorBounds,
+    read_note,
+)
+from stepvideo_serve.text import states
 
 LIMITS = RequestLimits(max_frames=34, max_height=64, max_width=96, max_tokens=100, max_prompt_bytes=10)
 BOUNDS = StageBounds(LIMITS, max_runs=4)
+TENSORS = TensorBounds(channels=8, llm_width=96, clip_width=64, vocabulary=512)
 
 
 def zeros(*shape: int) -> np.ndarray[Any, Any]:
@@ -52,6 +62,61 @@ def test_a_prompt_beyond_the_limits() -> None:
 def test_latents_beyond_the_limits(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRequest, match="latents must be at most"):
         BOUNDS.check_latents({"latents": zeros(*shape)})
+
+
+def just_inside() -> dict[str, np.ndarray[Any, Any]]:
+    """The largest tensors of a run, with the largest values."""
+    return {
+        "latents": np.full((6, 8, 4, 4), np.finfo(np.float32).max),
+        "condition": np.full((8, 4, 4), np.finfo(np.float32).min),
+        "positive_llm": np.full((320, 96), LARGEST_STATE, np.float32),
+        "positive_clip": np.full((77, 64), -LARGEST_STATE, np.float32),
+        "negative_llm": zeros(1, 1),
+        "negative_clip": zeros(77, 64),
+        "input_ids": np.array([[0, *[511] * 319]]),
+    }
+
+
+def test_tensors_just_inside_the_bounds_pass() -> None:
+    TENSORS.check(just_inside())
+    TENSORS.check({"input_ids": np.zeros((1, 1), np.int64)})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("input_ids", np.ones((1, 321), np.int64), "input_ids must be one row of 1 to 320 tokens, got 1x321"),
+        ("input_ids", np.ones((1, 0), np.int64), "got 1x0"),
+        ("input_ids", np.ones((0, 3), np.int64), "got 0x3"),
+        ("input_ids", np.ones((2, 3), np.int64), "got 2x3"),
+        ("input_ids", np.array([[1, 512]]), "input_ids must be from 0 to 511, got 1 to 512"),
+        ("input_ids", np.array([[-1, 511]]), "input_ids must be from 0 to 511, got -1 to 511"),
+        ("input_ids", np.array([[np.iinfo(np.int64).min]]), "input_ids must be from 0 to 511"),
+        ("positive_llm", zeros(321, 96), "positive_llm must be from 1x1 to 320x96, got 321x96"),
+        ("positive_llm", zeros(320, 97), "got 320x97"),
+        ("negative_llm", zeros(0, 96), "negative_llm must be from 1x1 to 320x96, got 0x96"),
+        ("positive_clip", zeros(78, 64), "positive_clip must be from 1x1 to 77x64, got 78x64"),
+        ("negative_clip", zeros(77, 65), "got 77x65"),
+        ("positive_llm", np.full((1, 1), 1.01 * LARGEST_STATE), "positive_llm must hold finite values of at most 1e"),
+        ("positive_llm", np.full((3, 96), np.nan, np.float32), "positive_llm must hold finite values"),
+        ("negative_clip", np.full((77, 64), -np.inf, np.float32), "negative_clip must hold finite values"),
+        ("latents", zeros(3, 9, 2, 2), "latents must have at most 8 channels, got 9"),
+        ("condition", zeros(9, 2, 2), "condition must have at most 8 channels, got 9"),
+        ("condition", np.full((8, 2, 2), np.inf), "condition must be a finite tensor, got NaN or infinite values"),
+        ("latents", zeros(0, 8, 2, 2), "latents must be a finite tensor, got no values"),
+    ],
+)
+def test_tensors_just_outside_the_bounds(name: str, tensor: np.ndarray[Any, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        TENSORS.check({**just_inside(), name: tensor})
+
+
+def test_the_bounds_of_tensors_follow_the_checkpoint(tiny_checkpoint: Path) -> None:
+    found = Checkpoint(tiny_checkpoint)
+    dit = found.dit_config
+    expected = TensorBounds(dit.in_channels, dit.llm_channels, dit.clip_channels, found.llm_config.vocab_size)
+    assert TensorBounds.of(tiny_checkpoint) == expected
+    assert CLIP_TOKENS == states.CLIP_TOKENS
 
 
 def test_the_bounds_follow_the_configuration(root: Path) -> None:
