@@ -78,16 +78,18 @@ class ServerLog:
         return " (see the log above)" if self.path is None else f" (see {self.path})"
 
     def _copy(self, read_end: int) -> None:
-        with os.fdopen(read_end, "rb", buffering=0) as pipe:
-            while chunk := pipe.read(CHUNK_BYTES):
-                with contextlib.suppress(OSError):  # the server must not wait for a disk that is full
-                    self._write(chunk)
-                *lines, rest = (self._rest + chunk).split(b"\n")
-                self._rest = rest[-LONGEST_LINE:]
-                for line in lines:
-                    self._read(line.decode(errors="replace"))
-        if self._file is not None:
-            self._file.close()
+        try:
+            with os.fdopen(read_end, "rb", buffering=0) as pipe:
+                while chunk := pipe.read(CHUNK_BYTES):
+                    with contextlib.suppress(OSError):  # the server must not wait for a disk that is full
+                        self._write(chunk)
+                    *lines, rest = (self._rest + chunk).split(b"\n")
+                    self._rest = rest[-LONGEST_LINE:]
+                    for line in lines:
+                        self._read(line.decode(errors="replace"))
+        finally:
+            if self._file is not None:
+                self._file.close()
 
     def _write(self, chunk: bytes) -> None:
         if self._file is None or self.path is None:

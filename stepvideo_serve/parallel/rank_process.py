@@ -169,10 +169,15 @@ class RankLoop:
                 self._channel.send(encode({"kind": "raised", "id": context.job_id, "error": error_to_json(error)}))
 
     def _beat(self, heartbeat_s: float) -> None:
-        with contextlib.suppress(ChannelClosedError):  # the reading thread sees it, too, and acts
+        try:
             while True:
                 self._channel.send(BEAT)
                 time.sleep(heartbeat_s)
+        except ChannelClosedError:
+            return  # the reading thread sees it, too, and acts
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the parent starts the ranks anew at once, and not when it misses the beats
 
     def _read(self) -> None:
         try:

@@ -240,7 +240,7 @@ class RunQueue:
         if run.terms.timeout_s is not None:
             left_s = max(run.accepted_s + run.terms.timeout_s - time.monotonic(), 0.0)
             self._expiries[run.run_id] = expiry = threading.Timer(left_s, self._expire, (run,))
-            expiry.daemon = True
+            expiry.daemon, expiry.name = True, "expiry"
             expiry.start()
         self._tell_positions()
 

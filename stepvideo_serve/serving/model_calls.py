@@ -139,8 +139,9 @@ class _Reader:
 @contextlib.contextmanager
 def _cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Callable[[], bool]) -> Iterator[None]:
     """While the block runs, a cancel of the public request becomes one of the model's run; leaving the block by an
-    exception ends the run too."""
+    exception ends the run too. A watch that fails ends the run, which then fails with WorkerFailed."""
     left = threading.Event()
+    failures: list[BaseException] = []
 
     def cancel_run() -> None:
         with contextlib.suppress(TimeoutError, RequestError):  # a process that is gone runs nothing
@@ -148,17 +149,25 @@ def _cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Callable[[]
 
     def watch() -> None:
         pause_s = CANCEL_POLL_S
-        while not left.wait(pause_s):
-            if cancelled():
-                cancel_run()
-                pause_s = CANCEL_AGAIN_S  # in case it was there before the run
+        try:
+            while not left.wait(pause_s):
+                if cancelled():
+                    cancel_run()
+                    pause_s = CANCEL_AGAIN_S  # in case it was there before the run
+        except BaseException as error:
+            failures.append(error)
+            cancel_run()
+            raise  # to whoever watches the threads of this process
 
     watcher = threading.Thread(target=watch, name="cancel-watch")
     watcher.start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         cancel_run()
+        if failures and isinstance(error, RequestCancelled):
+            reason = type(failures[0]).__name__
+            raise WorkerFailed(f"The watch over a cancel has failed ({reason}): see the server's log.") from error
         raise
     finally:
         left.set()

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -134,7 +134,7 @@ class PublicModel:
                     return
                 answer = run
             self._accept()
-            self._threads.submit(self._run, parsed, answer, watch)
+            self._threads.submit(self._run, parsed, answer, watch).add_done_callback(_log_what_was_lost)
         except Exception as error:  # every error becomes this request's response
             answer.fail(error)
 
@@ -229,6 +229,13 @@ class PublicModel:
         return [{"gate": "price", "message": sentence}]
 
 
+def _log_what_was_lost(run: Future[None]) -> None:
+    """A request whose answer, error or not, could not be sent: the pool of threads keeps such an exception to itself.
+    Its thread goes on to the next request."""
+    if (error := run.exception()) is not None:
+        _logger.error("request_unanswered: %s", type(error).__name__, exc_info=error)
+
+
 def _unwanted(answer: Answer) -> bool:
     """Whether nobody waits for the answer any more; callers who have left while others wait are answered first."""
     answer.dismiss_gone()
@@ -262,7 +269,8 @@ class UnaryModel(PublicModel):
 
 class Heartbeat:
     """Sends a request's progress, and the latest (step 0 at first) again whenever 15 s pass without any, so that a
-    client can tell a slow stage or a queue from a dead server."""
+    client can tell a slow stage or a queue from a dead server. Once its thread has died `send` and the end of the
+    context raise WorkerFailed."""
 
     def __init__(self, answer: Answer, total_steps: int) -> None:
         self._answer = answer
@@ -270,9 +278,11 @@ class Heartbeat:
         self._latest = Progress(0, total_steps, 0.0, None)
         self._changed = threading.Condition()  # also keeps the responses in order
         self._sent = self._ended = False
-        self._thread = threading.Thread(target=self._repeat, name="heartbeat")
+        self._died: str | None = None  # by which exception
+        self._thread = threading.Thread(target=self._watched, name="heartbeat")
 
     def send(self, progress: Progress) -> None:
+        self._check()
         with self._changed:
             self._latest = replace(progress, preview=None)
             self._sent = True
@@ -283,11 +293,24 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._changed:
             self._ended = True
             self._changed.notify()
         self._thread.join()
+        if kind is None:
+            self._check()
+
+    def _check(self) -> None:
+        if self._died is not None:
+            raise WorkerFailed(f"The heartbeat of the request has failed ({self._died}): see the server's log.")
+
+    def _watched(self) -> None:
+        try:
+            self._repeat()
+        except BaseException as error:
+            self._died = type(error).__name__
+            raise  # to whoever watches the threads of this process
 
     def _repeat(self) -> None:
         with self._changed:

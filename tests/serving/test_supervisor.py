@@ -30,6 +30,9 @@ PATIENCE_S = 600.0  # models are loaded anew, on a machine that may be busy
 IDLE_S = 20.0  # longer than the 15 s after which the server repeats itself
 GPU_MODELS = ("text_encoder", "vae_encoder", "vae_decoder")
 STUB = "triton_python_backend_stub"
+# dit_denoiser of these tests: one of its threads dies when the file is there that TRIGGER names.
+MODEL = "from tests.serving.fault_site.planted_denoiser import PlantedDenoiser as TritonPythonModel\n"
+TRIGGER = "STEPVIDEO_TEST_TRIGGER"
 READY = re.compile(r"ready: gRPC (\S+), HTTP (\S+), ")
 
 pytestmark = pytest.mark.slow
@@ -40,6 +43,7 @@ class Supervised:
     """A supervisor, its server, and what it has said so far."""
 
     process: subprocess.Popen[str]
+    folder: Path
     said: list[str] = field(default_factory=list)
     grpc_url: str = ""
     http_url: str = ""
@@ -70,12 +74,13 @@ class Supervised:
 
 
 def repository_with_faults(root: Path, folder: Path) -> Path:
-    """The model repository, in which a signal costs a model that computes its GPU."""
+    """The model repository, in which a signal costs a model that computes its GPU, and `dit_denoiser` may lose a thread."""
     copy = shutil.copytree(root / "model_repository", folder / "repository")
     for model in GPU_MODELS:
         file = copy / model / "1" / "model.py"
         faults = "from tests.parallel.failing import fail_at_signals\n\nfail_at_signals()\n"
         file.write_text(file.read_text(encoding="utf-8") + faults, encoding="utf-8")
+    (copy / "dit_denoiser" / "1" / "model.py").write_text(MODEL, encoding="utf-8")
     return copy
 
 
@@ -96,8 +101,11 @@ def supervised(
     ]
     command += ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--exit-timeout=2", "--check-every=5"]
     command += [f"--ready-timeout={PATIENCE_S}", f"--model-repository={repository_with_faults(root, folder)}"]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        run = Supervised(process)
+    env = {**os.environ, TRIGGER: str(folder / "trigger")}
+    with subprocess.Popen(
+        command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        run = Supervised(process, folder)
         assert process.stderr is not None
         assert process.stdout is not None
         stderr = process.stderr
@@ -196,6 +204,22 @@ def test_a_model_that_has_lost_its_gpu_is_found_by_its_probe(supervised: Supervi
     old.send_signal(SIGNALS["TensorRT refuses"])
     supervised.wait_for(f"{model} is loaded anew: its process {old.pid} has died", since)
     supervised.wait_for(f"{model} answers again", since)
+    assert_right(supervised, small)
+
+
+def test_a_model_that_has_lost_a_thread_is_loaded_anew(supervised: Supervised, small: Values) -> None:
+    """Its process lives and answers requests all the while."""
+    since, old = len(supervised.said), supervised.stub("dit_denoiser")
+    (supervised.folder / "trigger").touch()
+    supervised.until(lambda: not check(supervised.http_url, "live", 30.0).well, "a probe to be refused")
+    health = check(supervised.http_url, "ready", 30.0)
+    assert not health.well
+    supervised.wait_for("dit_denoiser is loaded anew: it has lost a thread", since)
+    supervised.wait_for("dit_denoiser answers again", since)
+    assert supervised.stub("dit_denoiser").pid != old.pid
+    log = (supervised.folder / "log").read_text(encoding="utf-8", errors="replace")
+    assert "dit_denoiser: thread_died: rank-watch" in log
+    assert "OverflowError: planted" in log
     assert_right(supervised, small)
 
 

@@ -24,7 +24,7 @@ def deaths() -> Iterator[ThreadDeaths]:
     threading.excepthook = hook
 
 
-def planted(*_: object) -> Any:
+def planted(*_: object, **__: object) -> Any:
     raise OverflowError("planted")
 
 
