@@ -5,11 +5,10 @@ Source of the pixel rules, the crop, the filter, 25 fps and CRF 25: the official
 writer uses by default). Unlike there, colours are converted by BT.709 and tagged, so that every player shows the same.
 """
 
+import contextlib
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -78,8 +77,9 @@ def encode_mp4(chunks: Iterable[NDArray[np.uint8]], threads: int = DEFAULT_THREA
 class Mp4Encoder:
     """H.264 (yuv420p, faststart) through ffmpeg: write() chunks inside a `with`, then finish() for the file's bytes.
 
-    The same frames with the same number of threads give the same bytes. Leaving the `with` early stops ffmpeg; its
-    files are removed in every case. Raises StepVideoError for frames of an odd or another size, or when ffmpeg fails.
+    The same frames with the same number of threads give the same bytes. The file is written in memory: no disk can be
+    full, and nothing is left of a process that is killed. Leaving the `with` early stops ffmpeg. Raises StepVideoError
+    for frames of an odd or another size, or when ffmpeg fails.
     """
 
     def __init__(
@@ -92,23 +92,24 @@ class Mp4Encoder:
         self._options = {"fps": fps, "crf": crf, "threads": threads}
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="stepvideo-mp4-")
-        self._target = Path(self._folder.name, "video.mp4")
-        self._log = Path(self._folder.name, "ffmpeg.log")
-        try:
-            with self._log.open("wb") as log:
+        with contextlib.ExitStack() as files:
+            self._target, self._log = (os.memfd_create(f"stepvideo-{name}") for name in ("mp4", "ffmpeg-log"))
+            files.callback(os.close, self._target)
+            files.callback(os.close, self._log)
+            try:
                 # Unbuffered: nothing is left to flush when ffmpeg has died. Own session: Ctrl-C is for the server.
                 self._process = subprocess.Popen(
                     self._command(),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
-                    stderr=log,
+                    stderr=self._log,
                     bufsize=0,
                     start_new_session=True,
+                    pass_fds=(self._target,),
                 )
-        except (OSError, RuntimeError) as error:
-            self._folder.cleanup()
-            raise StepVideoError(f"ffmpeg must be runnable, got {error}: reinstall imageio-ffmpeg.") from error
+            except (OSError, RuntimeError) as error:
+                raise StepVideoError(f"ffmpeg must be runnable, got {error}: reinstall imageio-ffmpeg.") from error
+            self._files = files.pop_all()
         return self
 
     def __exit__(
@@ -120,7 +121,7 @@ class Mp4Encoder:
             self._process.kill()  # of no effect when finish() has waited for its end
             self._process.wait()
         finally:
-            self._folder.cleanup()
+            self._files.close()
 
     def write(self, frames: NDArray[np.uint8]) -> None:
         """Append uint8 [F, H, W, 3]; blocks while ffmpeg is behind."""
@@ -145,7 +146,7 @@ class Mp4Encoder:
             ) from error
         if code != 0:
             raise self._failure(code)
-        return self._target.read_bytes()
+        return _content(self._target)
 
     def _feed(self, pixels: bytes) -> None:
         if self._process.stdin is None or self._process.stdin.closed:
@@ -159,7 +160,7 @@ class Mp4Encoder:
             raise self._failure(self._process.wait()) from error
 
     def _failure(self, code: int) -> StepVideoError:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = _content(self._log).decode(errors="replace").strip().splitlines()
         last = lines[-1] if lines else "no message"
         return StepVideoError(f"ffmpeg must end with code 0, got {code} ({last}): check the ffmpeg of imageio-ffmpeg.")
 
@@ -171,8 +172,15 @@ class Mp4Encoder:
         exact = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1"]
         filters = ["-filter_threads", threads, "-vf", _FILTERS]
         quiet = ["-hide_banner", "-nostdin", "-loglevel", "error", "-y"]
+        # By name, not as a pipe: ffmpeg opens the file twice to move the index to the front.
+        target = ["-movflags", "+faststart", "-f", "mp4", f"/proc/self/fd/{self._target}"]
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-        return [ffmpeg, *quiet, *source, "-an", *filters, *codec, *exact, "-movflags", "+faststart", str(self._target)]
+        return [ffmpeg, *quiet, *source, "-an", *filters, *codec, *exact, *target]
+
+
+def _content(file: int) -> bytes:
+    """All of a file in memory."""
+    return os.pread(file, os.fstat(file).st_size, 0)
 
 
 def _check_chunk(frames: NDArray[Any]) -> None:

@@ -1,5 +1,8 @@
 """The mp4 that leaves the server, decoded again."""
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,15 @@ from safetensors.torch import load_file
 from stepvideo_serve.errors import StepVideoError
 from stepvideo_serve.video.mp4 import Mp4Encoder, crop_to_standard, encode_mp4, to_uint8
 from tests.video.decode import decode_mp4
+
+OPEN_FILES = Path("/proc/self/fd")
+ENCODE_AND_WAIT = """
+from tests.video.test_mp4 import Mp4Encoder, clip
+with Mp4Encoder(64, 96) as encoder:
+    encoder.write(clip())
+    print("up", flush=True)
+    input()
+"""
 
 
 @pytest.fixture
@@ -80,7 +92,7 @@ def test_the_file_holds_the_frames(temporary: Path) -> None:
     assert "yuv420p(tv, bt709, progressive)" in stream
     assert "25 fps" in stream
     assert data.index(b"moov") < data.index(b"mdat"), "faststart: the index comes first"
-    assert not list(temporary.glob("stepvideo-*"))
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (100, 150, 200), (255, 255, 255), (0, 0, 0)])
@@ -111,17 +123,40 @@ def test_more_quality_is_closer() -> None:
     assert distance[5] < distance[45]
 
 
-def test_an_error_of_the_decoder_stops_ffmpeg_and_removes_its_files(temporary: Path) -> None:
+def test_an_error_of_the_decoder_stops_ffmpeg_and_closes_its_files(temporary: Path) -> None:
     def chunks() -> Iterator[NDArray[np.uint8]]:
         yield clip()
         assert len(running_encoders()) == 1
-        assert len(list(temporary.glob("stepvideo-*"))) == 1
+        assert not list(temporary.iterdir())
         raise KeyError("the decoder failed")
+
+    open_files = len(list(OPEN_FILES.iterdir()))
 
     with pytest.raises(KeyError, match="the decoder failed"):
         encode_mp4(chunks())
     assert not running_encoders()
-    assert not list(temporary.glob("stepvideo-*"))
+    assert len(list(OPEN_FILES.iterdir())) == open_files
+
+
+def test_no_disk_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full or may only be read costs nobody the video that has been computed."""
+    with monkeypatch.context() as full:
+        full.setattr(tempfile, "tempdir", "/nowhere")
+        data = encode_mp4([clip(2)])
+    assert decode_mp4(data)[0].shape == (2, 64, 96, 3)
+
+
+def test_an_encoder_that_is_killed_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    """As the process of a model is that has to be replaced."""
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", ENCODE_AND_WAIT]
+    with subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        [encoder] = psutil.Process(process.pid).children()
+        process.kill()
+    assert not psutil.wait_procs([encoder], timeout=30.0)[1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_ffmpeg_is_an_error_with_its_last_line(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,20 +166,20 @@ def test_a_failing_ffmpeg_is_an_error_with_its_last_line(temporary: Path, monkey
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
     with pytest.raises(StepVideoError, match=r"got 3 \(no space left on device\)"):
         encode_mp4([clip(34)])
-    assert not list(temporary.glob("stepvideo-*"))
+    assert list(temporary.iterdir()) == [broken]
 
 
 def test_a_real_refusal_of_ffmpeg_is_an_error(temporary: Path) -> None:
     with Mp4Encoder(64, 96, fps=0) as encoder, pytest.raises(StepVideoError, match=r"^ffmpeg must end with code 0"):
         encoder.finish()
-    assert not list(temporary.glob("stepvideo-*"))
+    assert not list(temporary.iterdir())
 
 
 def test_a_missing_ffmpeg_is_an_error(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(temporary / "absent"))
     with pytest.raises(StepVideoError, match=r"^ffmpeg must be runnable"):
         encode_mp4([clip()])
-    assert not list(temporary.glob("stepvideo-*"))
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -160,7 +195,7 @@ def test_a_missing_ffmpeg_is_an_error(temporary: Path, monkeypatch: pytest.Monke
 def test_wrong_frames_are_refused(temporary: Path, chunks: list[NDArray[Any]], message: str) -> None:
     with pytest.raises(StepVideoError, match=message):
         encode_mp4(chunks)
-    assert not list(temporary.glob("stepvideo-*"))
+    assert not list(temporary.iterdir())
 
 
 def test_frames_after_the_end_are_refused() -> None:
