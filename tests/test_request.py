@@ -56,6 +56,13 @@ def parse_inputs(extra: Inputs, limits: RequestLimits | None = None) -> Generati
     return parse_request({**inputs, **extra}, limits or RequestLimits(), CHANNELS)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text() -> None:
+    """Editors write one; as tokens of the prompt, the mark would make another video of the same words."""
+    for name, attribute in (("PROMPT", "prompt"), ("NEGATIVE_PROMPT", "negative_prompt")):
+        assert getattr(parse(**{name: text("\ufeff一只猫")}), attribute) == "一只猫"
+    assert parse(PROMPT=text("a\ufeffcat")).prompt == "a\ufeffcat", "in the middle the mark is a character"
+
+
 def test_prompt_and_image_are_enough() -> None:
     request = parse_request({"PROMPT": text("一只猫"), "IMAGE": text(b"\x89PNG")}, RequestLimits(), 64)
     assert request.prompt == "一只猫"

@@ -21,6 +21,7 @@ Bound = Callable[[RequestLimits], int]
 Bounds = Callable[[RequestLimits], tuple[float, float]]
 
 ALLOWED_CONTROLS: Final = "\t\n\r"
+BYTE_ORDER_MARK: Final = "\ufeff"  # editors put one before a text that they save as UTF-8
 
 
 class Rule(Protocol):
@@ -105,7 +106,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Text:
-    """UTF-8 text; empty is allowed, control characters other than tab, line feed and carriage return are not."""
+    """UTF-8 text; empty is allowed, control characters other than tab, line feed and carriage return are not. A byte
+    order mark at the beginning is no part of the text: as tokens, the mark would make another video."""
 
     most: Bound
 
@@ -125,7 +127,7 @@ class Text:
                     f"{name} must be text without control characters (tab and line breaks are fine), "
                     f"got U+{ord(character):04X} at character {offset}: remove it."
                 )
-        return text
+        return text.removeprefix(BYTE_ORDER_MARK)
 
     def words(self, limits: RequestLimits) -> str:
         return f"UTF-8, at most {self.most(limits)} bytes; may be empty"
