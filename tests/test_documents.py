@@ -1,6 +1,8 @@
 """SECURITY.md and docs/operations.md say what is so: tests that they cite, codes, alerts, predicted figures."""
 
+import argparse
 import ast
+import configparser
 import json
 import os
 import re
@@ -15,7 +17,8 @@ import yaml
 
 from stepvideo_serve.errors import RequestError
 from stepvideo_serve.launch.install import ADVISORIES, MINIMUM_NAME
-from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER
+from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, add_server_arguments
+from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
 from stepvideo_serve.planning.layouts import main as plan_layout
 
 
@@ -147,3 +150,19 @@ def test_links_and_paths_lead_somewhere(root: Path, name: str) -> None:
     for target in [path.parent / link for link in links] + [root / found for found in paths]:
         assert target.exists(), target
     assert links or paths
+
+
+def test_the_systemd_unit_gives_the_requests_their_time(operations: str) -> None:
+    """The launcher alone is signalled, and SIGKILL comes after all that it waits for."""
+    [text] = re.findall(r"^```ini\n(.*?)^```", operations, re.MULTILINE | re.DOTALL)
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(text)
+    service = unit["Service"]
+    program, *words = service["ExecStart"].split()
+    assert (Path(program).is_absolute(), words[:3]) == (True, ["-m", "stepvideo_serve", "supervise"])
+    parser = argparse.ArgumentParser()
+    add_server_arguments(parser, (1, 2, 3))
+    exit_timeout_s = parser.parse_args(words[3:]).exit_timeout
+    assert service["KillMode"] == "mixed"
+    assert int(service["TimeoutStopSec"]) > exit_timeout_s + TRITON_EXIT_S + EXIT_MARGIN_S

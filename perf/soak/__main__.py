@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import re
-import signal
 import sys
 import threading
 import time
@@ -29,7 +28,8 @@ from perf.soak.report import Books, Ended, Soak, growing, summary, table, violat
 from perf.soak.wire import OK, Leave, Outcome, Values, exchange, exchange_unary
 from stepvideo_serve.errors import SetupError, StepVideoError
 from stepvideo_serve.launch.options import ServerOptions
-from stepvideo_serve.launch.server import TritonServer, raise_on_sigterm
+from stepvideo_serve.launch.server import TritonServer
+from stepvideo_serve.launch.stop_signals import heed_stop_signals
 
 LIMIT_S = 600.0  # a request that takes longer is stuck
 BACKOFF_S = (0.05, 2.0)  # first and longest wait after RESOURCE_EXHAUSTED
@@ -208,7 +208,7 @@ def soak_server(url: str, server: TritonServer | None, options: argparse.Namespa
 
 def main() -> int:
     options = _parser().parse_args()
-    signal.signal(signal.SIGTERM, raise_on_sigterm)
+    heed_stop_signals()
     try:
         if options.url:
             figures = soak_server(options.url, None, options)

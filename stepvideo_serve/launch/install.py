@@ -115,6 +115,7 @@ def link_stub(home: Path) -> None:
         return
     fresh = link.with_name(f"{STUB}.{os.getpid()}")
     try:
+        fresh.unlink(missing_ok=True)  # of a launcher that was killed and had this number, as in containers
         fresh.symlink_to(target)
         fresh.replace(link)  # atomic: another server may be starting from the same environment
     except OSError as error:

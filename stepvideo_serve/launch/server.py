@@ -7,12 +7,12 @@ The server is the one of /opt/tritonserver (the production image) or of the nvid
 in Python stubs of the running environment; they find the configuration file in STEPVIDEO_CONFIG. COMMAND finds the
 server in STEPVIDEO_GRPC_URL, STEPVIDEO_HTTP_URL and STEPVIDEO_METRICS_URL.
 
-A signal lets the requests end that were accepted (stopping.py); a second one stops at once, a third kills the server.
+A signal lets the requests end that were accepted (stopping.py); a second one stops at once, a third kills the server
+(stop_signals.py). What a launcher that was killed has left, the next one removes (leftovers.py).
 """
 
 import argparse
 import contextlib
-import ctypes
 import http.client
 import os
 import secrets
@@ -24,11 +24,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from types import TracebackType
+from typing import Self
 
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.address import choose_ports, for_grpc, for_http, from_here, joined
+from stepvideo_serve.launch.deliveries import QUIET_S, wait_until_delivered
 from stepvideo_serve.launch.http_key import leave_http_key
 from stepvideo_serve.launch.install import (
     check_ascii,
@@ -38,16 +39,17 @@ from stepvideo_serve.launch.install import (
     server_environment,
     server_home,
 )
-from stepvideo_serve.launch.options import ServerOptions, add_server_arguments, server_options
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY, Claim, remove_leftovers
+from stepvideo_serve.launch.options import READY_TIMEOUT_S, ServerOptions, add_server_arguments, server_options
 from stepvideo_serve.launch.server_log import ServerLog
+from stepvideo_serve.launch.start_watch import StartWatch
+from stepvideo_serve.launch.stop_signals import die_with_parent, heed_stop_signals, say
 from stepvideo_serve.launch.stopping import LauncherFolder, unanswered, wait_until_answered
 
-SHARED_MEMORY = Path("/dev/shm")
 TRITON_EXIT_S = 10  # for its own end, once there is no request left
 EXIT_MARGIN_S = 5.0
 PACKAGE_ROOT = Path(__file__).absolute().parents[2]
 POLL_S = 0.1
-PR_SET_PDEATHSIG = 1
 MODEL_CONTROL = ("--model-control-mode=explicit", "--load-model=*")
 # A unary call says nothing for minutes: callers may ping every 5 s (the least that Go sends is 10 s) with or without a
 # call, and the server pings every minute, which keeps NAT and load balancers from forgetting the connection.
@@ -70,10 +72,12 @@ class TritonServer:
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        self.shm_prefix = f"stepvideo_{os.getpid()}_{secrets.token_hex(4)}_"
+        name = f"stepvideo_{os.getpid()}_{secrets.token_hex(4)}"
+        self.shm_prefix = f"{name}_"
         self._process: subprocess.Popen[bytes] | None = None
         self._grpc_port = self._http_port = self._metrics_port = 0
-        self._folder: LauncherFolder | None = None
+        self._folder = LauncherFolder(name)
+        self._claim: Claim | None = None
         self._log: ServerLog | None = None
         self._may_have_requests = False
 
@@ -131,7 +135,9 @@ class TritonServer:
                 "metrics": (options.address, options.metrics_port),
             }
         )
-        self._folder = LauncherFolder()
+        remove_leftovers()
+        self._claim = Claim(self._folder.path.name, self._folder.path)
+        self._folder.make()
         if options.security.http_needs_key:
             leave_http_key(self._folder.path, self._http_port, options.security.operator_headers)
         self._log = ServerLog(options.log)
@@ -145,16 +151,18 @@ class TritonServer:
             process_group=0,
             umask=PRIVATE,
             restore_signals=False,  # a log that is not read any more must not end the server: SIGPIPE stays ignored
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
+            pass_fds=(self._claim.fd,),
         )
         self._log.started()
 
-    def wait_ready(self, timeout_s: float = 120.0) -> None:
+    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Returns when every model is loaded and every port answers.
 
-        Raises SetupError with the reason as soon as the process exits, or when the time is over.
+        Raises SetupError with the reason as soon as the process exits or cannot become ready any more, or when the time
+        is over.
         """
-        process = self._started()
+        process, watch = self._started(), StartWatch(self.pid)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             answers = self._answers()
@@ -165,6 +173,8 @@ class TritonServer:
             try:
                 code = process.wait(POLL_S)
             except subprocess.TimeoutExpired:
+                if not (self._log and self._log.model_refused) and (trouble := watch.trouble()) is not None:
+                    raise SetupError(trouble) from None
                 continue
             raise SetupError(self._log.reason() if self._log else f"The server must start, its code is {code}.")
         pending = self._log.still_loading() if self._log else ""
@@ -193,22 +203,21 @@ class TritonServer:
         return TritonServer(replace(self.options, grpc_port=grpc, http_port=http, metrics_port=metrics))
 
     def drain(self) -> None:
-        """Has new requests refused, and waits until those under way and waiting are answered, `exit_timeout_s` at most.
+        """Has new requests refused, and waits until those under way and waiting are answered and their callers have the
+        answers, `exit_timeout_s` at most.
 
         Does nothing the second time, and where the server has exited or never was ready.
         """
-        if self._folder is None or not self._may_have_requests or not self.running():
+        if not self._may_have_requests or not self.running():
             return
         self._may_have_requests = False  # also when a second signal cuts the waiting short
         self._folder.raise_sign()
         limit_s = self.options.exit_timeout_s
+        deadline_s = time.monotonic() + limit_s
         if count := unanswered(self.http_url):
-            print(
-                f"stopping: {count} requests have up to {limit_s} s to end; a second signal stops at once.",
-                file=sys.stderr,
-                flush=True,
-            )
-            wait_until_answered(self.http_url, limit_s, self.running)
+            say(f"stopping: {count} requests have up to {limit_s} s to end; a second signal stops at once.")
+            wait_until_answered(self.http_url, deadline_s, self.running)
+        wait_until_delivered((self._grpc_port, self._http_port), deadline_s, self.running, QUIET_S if count else 0.0)
 
     def stop(self) -> None:
         """Asks the server to finish, kills its process group when it does not, and removes what it leaves.
@@ -233,9 +242,10 @@ class TritonServer:
             self._let_go()
 
     def _let_go(self) -> None:
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            folder.remove()
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            self._folder.remove()
+            claim.release()
         log, self._log = self._log, None
         if log is not None:
             log.close()
@@ -308,18 +318,6 @@ class TritonServer:
         return True
 
 
-def _die_with_parent() -> Callable[[], None]:
-    """What the child does between fork and exec; the library is loaded here, because a fork must not allocate much."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def ask_for_signal() -> None:
-        if prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0 or os.getppid() != parent:
-            os._exit(1)
-
-    return ask_for_signal
-
-
 def announce(server: TritonServer) -> None:
     """Says where a server that is ready is, and what is open that should not be."""
     if (sentence := outdated(server_home())) is not None:
@@ -358,16 +356,11 @@ def _environment_of_command(server: TritonServer) -> dict[str, str]:
     return environment
 
 
-def raise_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    """A signal handler that ends the process by way of its context managers."""
-    raise SystemExit(128 + number)
-
-
 def serve_main(argv: Sequence[str] | None = None) -> int:
-    """`serve`: 0 when Ctrl-C ended the server, else the server's own code; 1 when it could not start, 128 + 15 after
-    SIGTERM."""
+    """`serve`: 0 when Ctrl-C ended the server, else the server's own code; 1 when it could not start, 128 + the number
+    of another signal."""
     parser = argparse.ArgumentParser(
-        prog="python -m stepvideo_serve serve", description="Runs the server until Ctrl-C or SIGTERM."
+        prog="python -m stepvideo_serve serve", description="Runs the server until it is told to stop."
     )
     add_server_arguments(parser, (8001, 8000, 8002))
     arguments = parser.parse_args(argv)
@@ -375,7 +368,8 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_main(argv: Sequence[str] | None = None) -> int:
-    """`run`: COMMAND's exit code; 1 when the server could not start, 130 after Ctrl-C, 128 + 15 after SIGTERM."""
+    """`run`: COMMAND's exit code; 1 when the server could not start, 130 after Ctrl-C, 128 + the number of another
+    signal."""
     parser = argparse.ArgumentParser(
         prog="python -m stepvideo_serve run", description="Runs the server as long as COMMAND runs."
     )
@@ -386,11 +380,11 @@ def run_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace, act: Callable[[TritonServer, float], int]) -> int:
-    signal.signal(signal.SIGTERM, raise_on_sigterm)
+    heed_stop_signals()
     try:
         return act(TritonServer(server_options(arguments)), arguments.ready_timeout)
     except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

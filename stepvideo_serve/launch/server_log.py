@@ -22,6 +22,7 @@ LAST_WORDS_S = 2.0  # for what is still in the pipe when the server has exited
 LOADING = re.compile(r"\"loading: (\w+):\d+\"")
 LOADED = re.compile(r"\"successfully loaded '(\w+)'")
 FAILED = re.compile(r"failed to load '(\w+)' version \d+: [\w ]+: (.*)")
+REFUSED = "Failed to initialize Python stub"  # said by a model's process, which then ends
 OURS = "TritonModelException: "
 SERVER_ERROR = re.compile(r"^(?:error: |E\d{4} \S+ \d+ \S+\] )(.+)$")
 SECOND_HAND = re.compile(r"\brank \d+ exited\b")  # a clause about a process whose own words are in the log
@@ -34,6 +35,8 @@ class ServerLog:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.model_refused = False
+        """Whether a model has said that it cannot be loaded: the server will end by itself."""
         self._file = None if path is None else _open(path)
         self._loading: list[str] = []
         self._failures: dict[str, str] = {}  # by model
@@ -110,6 +113,8 @@ class ServerLog:
             self._loading.remove(found[1])
         elif (found := FAILED.search(line)) is not None:
             self._failures.setdefault(found[1], _first_line(found[2]))
+        elif REFUSED in line:
+            self.model_refused = True
         elif (found := OWN_WORDS.match(line)) is not None:
             self._own_words = found[2] if found[1].startswith("stepvideo_serve.") else found[0]
         elif (found := SERVER_ERROR.match(line)) is not None:

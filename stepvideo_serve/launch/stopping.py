@@ -44,17 +44,21 @@ class StopSign:
 
 
 class LauncherFolder:
-    """The launcher's side: a folder of its own with the sign, made at once; the models may put links into the folder.
-    Raises SetupError."""
+    """The launcher's side: a folder called `name` for the sign, among the temporary files, and made by `make`; the
+    models may put links into the folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.path = Path(tempfile.gettempdir(), name)
+        self.sign = self.path / "stop"
+
+    def make(self) -> None:
+        """Raises SetupError where no folder can be made, or this one is there."""
         try:
-            self.path = Path(tempfile.mkdtemp(prefix="stepvideo_"))  # nobody else may enter it
+            self.path.mkdir(mode=0o700)  # nobody else may enter it
         except OSError as error:
             raise SetupError(
                 f"A folder for temporary files must be writable, found none ({error.strerror}): set TMPDIR to one."
             ) from None
-        self.sign = self.path / "stop"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -82,8 +86,8 @@ def unanswered(http_url: str) -> int:
     return count
 
 
-def wait_until_answered(http_url: str, limit_s: float, running: Callable[[], bool]) -> None:
-    """Returns when all accepted requests are answered, after limit_s, or when the server is not `running` any more."""
-    deadline_s = time.monotonic() + limit_s
+def wait_until_answered(http_url: str, deadline_s: float, running: Callable[[], bool]) -> None:
+    """Returns when all accepted requests are answered, at deadline_s (time.monotonic()), or when the server is not
+    `running` any more."""
     while running() and unanswered(http_url) and (left_s := deadline_s - time.monotonic()) > 0:
         time.sleep(min(LOOK_S, left_s))

@@ -11,8 +11,8 @@ The ranks are started anew by `dit_denoiser`, and a request in flight goes on. W
     the server has exited                           the same
     the server is needed anew too often             exit code 1, with the reason: whoever started this must decide
 
-The pause before a new start doubles from RESTART_PAUSE_S. Every act is a line on standard error. SIGTERM and Ctrl-C
-let the requests end that were accepted, for the exit timeout at most, stop the server, and leave nothing behind.
+The pause before a new start doubles from RESTART_PAUSE_S. Every act is a line on standard error. SIGTERM, SIGHUP and
+Ctrl-C let the requests end that were accepted, for the exit timeout at most, stop the server, and leave nothing behind.
 """
 
 import argparse
@@ -23,22 +23,21 @@ import signal
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch import stop_signals
 from stepvideo_serve.launch.health import SERVER, State, ask, check
-from stepvideo_serve.launch.install import STUB
 from stepvideo_serve.launch.options import READY_TIMEOUT_S, add_server_arguments, server_options
-from stepvideo_serve.launch.server import TritonServer, announce, raise_on_sigterm
+from stepvideo_serve.launch.server import TritonServer, announce
+from stepvideo_serve.launch.stub_processes import DEAD, STOPPED, Stub, state_of, stubs_of
 
 LOOK_S = 1.0
 RESTART_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 PROCESS_END_S = 5.0  # from SIGKILL of a model's process to its end
-DEAD, STOPPED = "Z", "T"  # states in /proc/PID/stat
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,6 @@ class Rules:
     revivals: int = 3
     restarts: int = 5
     window_s: float = 3600.0
-
-
-@dataclass(frozen=True)
-class Stub:
-    """A process that runs one instance of a model."""
-
-    pid: int
-    model: str
-    state: str
 
 
 class Recent:
@@ -185,7 +175,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(stub.pid, signal.SIGKILL)
             self._buried.add(stub.pid)
-        while time.monotonic() < deadline_s and any(_state(stub.pid)[0] not in ("", DEAD) for stub in mine):
+        while time.monotonic() < deadline_s and any(state_of(stub.pid)[0] not in ("", DEAD) for stub in mine):
             time.sleep(0.05)
 
     def _control(self, model: str, act: str) -> str | None:
@@ -201,33 +191,6 @@ class Supervisor:
             return str(error) or type(error).__name__
         finally:
             connection.close()
-
-
-def stubs_of(server_pid: int, models: dict[int, str]) -> Iterator[Stub]:
-    """The model processes below the server; `models` remembers which process is whose."""
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        pid = int(folder.name)
-        state, parent = _state(pid)
-        if parent != server_pid:
-            continue
-        if pid not in models:
-            with contextlib.suppress(OSError):
-                arguments = (folder / "cmdline").read_bytes().split(b"\0")
-                if arguments[0].endswith(STUB.encode()):
-                    models[pid] = Path(os.fsdecode(arguments[1])).parts[-3]  # .../MODEL/VERSION/model.py
-        if pid in models:
-            yield Stub(pid, models[pid], state)
-
-
-def _state(pid: int) -> tuple[str, int]:
-    """State and parent of a process; ("", 0) when it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return fields[0], int(fields[1])
-    except OSError:
-        return "", 0
 
 
 def supervise(server: TritonServer, rules: Rules, say: Callable[[str], None]) -> int:
@@ -267,7 +230,8 @@ def supervise(server: TritonServer, rules: Rules, say: Callable[[str], None]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 after Ctrl-C, 128 + 15 after SIGTERM, 1 when the server could not be started or was needed anew too often."""
+    """0 after Ctrl-C, 128 + the number of another signal, 1 when the server could not be started or was needed anew too
+    often."""
     parser = argparse.ArgumentParser(
         prog="python -m stepvideo_serve supervise", description=__doc__.splitlines()[0] if __doc__ else None
     )
@@ -275,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check-every", type=float, default=Rules.check_s, metavar="S", help="default: %(default)g s")
     parser.add_argument("--max-restarts", type=int, default=Rules.restarts, metavar="N", help="an hour; %(default)s")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, raise_on_sigterm)
+    stop_signals.heed_stop_signals()
     rules = Rules(check_s=arguments.check_every, restarts=arguments.max_restarts, ready_s=arguments.ready_timeout)
     try:
         options = replace(server_options(arguments), model_control=True)
@@ -288,4 +252,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(line: str) -> None:
-    print(f"supervisor {time.strftime('%Y-%m-%dT%H:%M:%S%z')}: {line}.", file=sys.stderr, flush=True)
+    stop_signals.say(f"supervisor {time.strftime('%Y-%m-%dT%H:%M:%S%z')}: {line}.")

@@ -17,8 +17,9 @@ from tritonclient import grpc
 
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.install import link_stub
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from stepvideo_serve.launch.options import ServerOptions
-from stepvideo_serve.launch.server import SHARED_MEMORY, TritonServer, run_main
+from stepvideo_serve.launch.server import TritonServer, run_main
 from tests import signals
 from tests.server_deaths import WatchServer
 

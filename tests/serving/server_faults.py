@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from stepvideo_serve.launch.server import SHARED_MEMORY
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from tests.parallel.failing import LOST_DEVICE, SIGNALS
 from tests.parallel.faults import rank_name
 from tests.server_deaths import WatchServer

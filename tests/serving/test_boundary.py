@@ -17,8 +17,9 @@ from tritonclient.utils import InferenceServerException
 from stepvideo_serve.errors import InvalidRequest, SetupError
 from stepvideo_serve.launch.boundary import INTERNAL_MODELS, PARAMETER, VARIABLE, Boundary, new_token
 from stepvideo_serve.launch.install import server_environment
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER
-from stepvideo_serve.launch.server import SHARED_MEMORY, TritonServer
+from stepvideo_serve.launch.server import TritonServer
 from tests.serving.calls import Refused, Server, Values, http_inputs, report_of
 from tests.serving.test_crashes import NOISE, PIXELS, RUN, settings
 

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from stepvideo_serve.launch.server import SHARED_MEMORY
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from tests.mini import job_settings
 from tests.server_deaths import WatchServer
 from tests.serving.calls import Refused, Server, Values

@@ -7,35 +7,50 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from stepvideo_serve.launch.health import check
-from stepvideo_serve.launch.server import EXIT_MARGIN_S, SHARED_MEMORY, TRITON_EXIT_S
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY
+from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
 from tests.serving.calls import PATIENCE_S, Refused, Server, Values, until
+from tests.serving.slow_line import SlowLine
 from tests.signals import interrupt, start
 
 READY = re.compile(r"ready: gRPC (\S+), HTTP (\S+), ")
 PORTS = ("--grpc-port=0", "--http-port=0", "--metrics-port=0", "--ready-timeout=150")
 LONG_ENOUGH_S = 300
 SERVE = (sys.executable, "-m", "stepvideo_serve", "serve")
+LARGE = {
+    "NUM_FRAMES": np.array([102], np.int32),
+    "HEIGHT": np.array([192], np.int32),
+    "WIDTH": np.array([192], np.int32),
+}
+BEGUN_BYTES = 100_000  # more than progress and headers take
 
 
 @contextmanager
 def launched(
-    root: Path, folder: Path, config_text: str, *arguments: str, command: tuple[str, ...] = SERVE
+    root: Path,
+    folder: Path,
+    config_text: str,
+    *arguments: str,
+    command: tuple[str, ...] = SERVE,
+    **options: Any,
 ) -> Iterator[tuple[subprocess.Popen[str], Server]]:
-    """The launcher and its server, ready. `command` begins the command line."""
+    """The launcher and its server, ready. `command` begins the command line; `options` are those of Popen."""
     config = folder / "serve.toml"
     config.write_text(config_text, encoding="utf-8")
     env = {**os.environ, "STEPVIDEO_PYTHON": sys.executable, "STEPVIDEO_SUPERVISE": "1", "TMPDIR": str(folder)}
     env["STEPVIDEO_CONFIG"] = str(config)
-    line = [*command, *([] if command != SERVE else [f"--config={config}"]), f"--log={folder / 'log'}", *PORTS]
-    with start([*line, *arguments], cwd=root, env=env, stdout=subprocess.PIPE) as process:
+    line = [*command, *([f"--config={config}"] if command[-1] == SERVE[-1] else []), f"--log={folder / 'log'}", *PORTS]
+    with start([*line, *arguments], cwd=root, env=env, stdout=subprocess.PIPE, **options) as process:
         try:
             assert process.stdout is not None
             ready = READY.match(process.stdout.readline())
@@ -86,6 +101,49 @@ def test_requests_under_way_and_waiting_end_and_new_ones_are_refused_at_once(
     assert_nothing_left(tmp_path, process)
 
 
+def test_a_slow_line_has_the_time_too(root: Path, config_text: str, small: Values, tmp_path: Path) -> None:
+    """Answers that are given, and still on their way to their callers, are requests under way."""
+    large: Values = {**small, **LARGE, "OUTPUT": b"frames"}
+    with launched(root, tmp_path, config_text, f"--exit-timeout={LONG_ENOUGH_S}") as (process, server):
+        with SlowLine(server.grpc_url) as grpc_line, SlowLine(server.http_url) as http_line:
+            slow = Server(grpc_line.url, http_line.url, server.pid)
+            with ThreadPoolExecutor(2) as callers:
+                answers = [callers.submit(ask, large) for ask in (slow.stream_result, slow.http)]
+                until(lambda: min(grpc_line.passed_bytes, http_line.passed_bytes) > BEGUN_BYTES, "both answers")
+                began_s = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                until(lambda: not check(server.http_url, "ready", 30.0).well, "the server to let go")
+                frames = [answer.result(PATIENCE_S)["FRAMES"] for answer in answers]
+            took_s = time.monotonic() - began_s
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    assert took_s > TRITON_EXIT_S + EXIT_MARGIN_S, "Triton alone would have had the time"
+    assert frames[0].shape == (102, 128, 128, 3)
+    np.testing.assert_array_equal(*frames)
+    assert_nothing_left(tmp_path, process)
+
+
+def test_a_terminal_that_is_closed_lets_the_requests_end(
+    root: Path, config_text: str, small: Values, tmp_path: Path
+) -> None:
+    """SIGHUP from the kernel, with standard error gone: as where a connection to the machine is lost."""
+    master, slave = os.openpty()
+    terminal = {"command": ("setsid", "--ctty", *SERVE), "stdin": slave, "stderr": slave}
+    with ExitStack() as ends:
+        ends.callback(os.close, slave)
+        terminal_end = ends.enter_context(os.fdopen(master, "rb", buffering=0))
+        arguments = f"--exit-timeout={LONG_ENOUGH_S}"
+        with launched(root, tmp_path, config_text, arguments, **terminal) as (process, server):
+            with server.open(with_steps(small, 200, 1)) as running:
+                running.wait_for_step(10)
+                terminal_end.close()
+                until(lambda: not check(server.http_url, "ready", 30.0).well, "the server to let go")
+                with pytest.raises(Refused, match="UNAVAILABLE: The server is shutting down"):
+                    server.grpc(small)
+                assert running.collect().result["SEED"][0] == 1
+            assert process.wait(PATIENCE_S) == 128 + signal.SIGHUP
+    assert_nothing_left(tmp_path, process)
+
+
 def test_what_is_not_done_in_time_is_unavailable_never_internal(
     root: Path, config_text: str, long: Values, tmp_path: Path
 ) -> None:
@@ -121,7 +179,8 @@ from stepvideo_serve.launch.stopping import LauncherFolder, StopSign
 from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.public import StreamingModel, UnaryModel
 
-folder = LauncherFolder()
+folder = LauncherFolder("stepvideo_1_0")
+folder.make()
 os.environ.update(folder.environment)
 models = [StreamingModel(), UnaryModel()]
 for model in models:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from stepvideo_client import Client, Result, StepEvent, StreamStalled
 from stepvideo_serve.launch.health import check
-from stepvideo_serve.launch.server import SHARED_MEMORY
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from stepvideo_serve.launch.supervise import Recent
 from tests.parallel.failing import SIGNALS
 from tests.serving.calls import Outputs, Refused, Server, Stream, Values
@@ -74,7 +74,7 @@ class Supervised:
 
 
 def repository_with_faults(root: Path, folder: Path) -> Path:
-    """The model repository, in which a signal costs a model that computes its GPU, and `dit_denoiser` may lose a thread."""
+    """The model repository, where signals cost models their GPUs, and `dit_denoiser` may lose a thread."""
     copy = shutil.copytree(root / "model_repository", folder / "repository")
     for model in GPU_MODELS:
         file = copy / model / "1" / "model.py"

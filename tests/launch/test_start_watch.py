@@ -1,0 +1,63 @@
+"""Starts for whose models Triton would wait for ever: they end with the reason. With the real server."""
+
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stepvideo_serve.errors import SetupError
+from stepvideo_serve.launch.install import STUB
+from stepvideo_serve.launch.options import ServerOptions
+from stepvideo_serve.launch.server import TritonServer
+from tests.launch.test_server import MODEL, gone, members, model_repository
+
+FAR_TOO_LONG_S = 200.0
+STARVED_S = 5.0  # Triton before 25.08 gives a process up after one second
+SLOW_MODEL = """
+import time
+
+class TritonPythonModel:
+    def initialize(self, args):
+        time.sleep(20)
+"""
+
+
+def starve(server: TritonServer) -> None:
+    """Takes the processor from the model's process while the model is loaded, as a machine does that is overloaded."""
+    while not (
+        stubs := [child for child in psutil.Process(server.pid).children() if child.name().startswith(STUB[:15])]
+    ):
+        time.sleep(0.05)
+    [stub] = stubs
+    time.sleep(2.0)  # until it has given its first word
+    stub.suspend()
+    time.sleep(STARVED_S)
+    stub.resume()
+
+
+def test_a_process_that_triton_has_given_up_ends_the_start(tmp_path: Path) -> None:
+    options = ServerOptions(model_repository(tmp_path, SLOW_MODEL), log=tmp_path / "log", exit_timeout_s=2)
+    with TritonServer(options) as server:
+        thread = threading.Thread(target=starve, args=(server,))
+        thread.start()
+        with pytest.raises(SetupError, match="Triton must load environment, but has given its process up"):
+            server.wait_ready(FAR_TOO_LONG_S)
+        thread.join()
+        processes = members(server)
+    assert gone(processes)
+
+
+def test_a_process_that_dies_without_a_word_ends_the_start(tmp_path: Path) -> None:
+    """As where the interpreter of the model's process cannot be loaded: it ends before a line of the model has run."""
+    repository = model_repository(tmp_path, MODEL)
+    stub = repository / "environment" / STUB  # Triton takes a model's own, where there is one
+    stub.write_text("#!/bin/sh\nexit 1\n", encoding="ascii")
+    stub.chmod(0o755)
+    options = ServerOptions(repository, log=tmp_path / "log", exit_timeout_s=2)
+    with (
+        TritonServer(options) as server,
+        pytest.raises(SetupError, match=r"Triton must load .*, but its process has died without a word"),
+    ):
+        server.wait_ready(FAR_TOO_LONG_S)
