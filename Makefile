@@ -53,7 +53,7 @@ $(INSTALLED):
 	$(SAY) "environment in .venv: $(PYTHON), $(TORCH), extras $(EXTRAS); the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(RUN) $(PIP) '$(TORCH)'
-	@$(RUN) $(PIP) --editable '.[$(EXTRAS)]' --editable client
+	@$(RUN) $(PIP) --editable '.[$(EXTRAS)]' --editable 'client[evaluation]'
 	@rm -f .venv/.installed-*
 	@touch $@
 

@@ -77,6 +77,8 @@ LIGHT: Mapping[str, tuple[str, ...]] = {
     "stepvideo_serve.serving.cancel": ("torch",),
 }
 CLIENT_MAY_IMPORT = ("stepvideo_client", "numpy", "tritonclient", "grpc", "google.protobuf")
+EVALUATION = "client/stepvideo_client/evaluation"
+EVALUATION_MAY_IMPORT = (*CLIENT_MAY_IMPORT, "imageio", "skimage", "cv2")
 SERVER_API = "triton_python_backend_utils"
 VENDOR = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 PICKLING_MODULES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -218,7 +220,8 @@ def test_no_circle_of_imports_between_files() -> None:
 def test_the_folders_of_tests_are_those_of_the_code() -> None:
     rooms = {room_of(path) for path in sources(PACKAGE)} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
-    assert folders - rooms == {"engines", "gpu"}, "engines: what builds TensorRT engines; gpu: what needs a GPU"
+    others = {"engines", "gpu", "evaluation"}  # what builds TensorRT engines, what needs a GPU, the client's extra
+    assert folders - rooms == others
 
 
 def test_stages_know_no_backend_and_no_ranks() -> None:
@@ -245,8 +248,17 @@ def test_nothing_that_serves_imports_export() -> None:
 
 
 def test_the_client_needs_only_numpy_and_tritonclient() -> None:
-    found = imported(sources("client"))
-    assert not [(path, name) for path, name in found if not within(name, CLIENT_MAY_IMPORT) and not is_standard(name)]
+    for path, name in imported(sources("client")):
+        may_import = EVALUATION_MAY_IMPORT if path.is_relative_to(ROOT / EVALUATION) else CLIENT_MAY_IMPORT
+        assert within(name, may_import) or is_standard(name), path
+
+
+def test_the_client_starts_without_its_extra() -> None:
+    others = [path for path in sources("client") if not path.is_relative_to(ROOT / EVALUATION)]
+    extra = [name for _, name in imported(others) if within(name, ("stepvideo_client.evaluation",))]
+    assert extra == ["stepvideo_client.evaluation.commands.add_commands"]
+    loading = imports(while_importing(parse(ROOT / EVALUATION / "commands.py")))
+    assert all(within(name, CLIENT_MAY_IMPORT) or is_standard(name) for name in loading)
 
 
 def test_imports_are_absolute() -> None:

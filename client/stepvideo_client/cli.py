@@ -1,4 +1,7 @@
-"""The command line: `stepvideo generate`, `cancel`, `quote`, `defaults`, `ready` (or `python -m stepvideo_client`)."""
+"""The command line: `stepvideo generate`, `cancel`, `quote`, `defaults`, `ready` (or `python -m stepvideo_client`).
+
+The other commands are those of an extra: stepvideo_client.evaluation.commands.
+"""
 
 import argparse
 import gc
@@ -6,7 +9,6 @@ import io
 import json
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,16 +16,11 @@ from typing import cast
 
 from stepvideo_client.camera import MOVEMENTS, with_camera
 from stepvideo_client.client import Client
-from stepvideo_client.errors import (
-    ClearTextWarning,
-    ClientError,
-    ConnectionFailed,
-    InvalidInput,
-    InvalidRequest,
-    MalformedResponse,
-    StreamStalled,
-)
+from stepvideo_client.connection_options import add_connection_arguments, client_of
+from stepvideo_client.errors import ClientError, InvalidInput, MalformedResponse
+from stepvideo_client.evaluation.commands import add_commands
 from stepvideo_client.events import Result
+from stepvideo_client.exit_codes import EXIT_CANCELLED, EXIT_CODES, EXIT_OK, EXIT_SERVER_ERROR, exit_code
 from stepvideo_client.fields import INPUTS, Command, Input, Options, QuoteOptions
 from stepvideo_client.output import (
     STANDARD_OUTPUT,
@@ -37,21 +34,7 @@ from stepvideo_client.progress import Progress
 
 ARRAYS = ("frames", "latents")  # values of OUTPUT whose results are saved as .npy
 
-EXIT_OK = 0
-EXIT_SERVER_ERROR = 1
-EXIT_BAD_INPUT = 2
-EXIT_UNREACHABLE = 3
-EXIT_STALLED = 4
-EXIT_CANCELLED = 130
 VIDEO_SUFFIXES = (".mp4", ".m4v", "")
-
-EXIT_CODES = """exit codes:
-  0    done
-  1    the server failed the request (or the output could not be written)
-  2    usage or bad input, found here or by the server (INVALID_ARGUMENT)
-  3    the server cannot be reached, or is not ready
-  4    the server fell silent in the middle of the generation: not a slow step, but a dead process or connection
-  130  cancelled with Ctrl-C; the server is told"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,56 +42,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be one that the console can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    code = _run(_parser().parse_args(arguments))
+    code = _run(sys.argv[1:] if arguments is None else arguments)
     # A failed call is part of a reference cycle with its error. It must go while gRPC's threads run: at exit they stop
     # where they are, perhaps with the call's lock in their hands, and the collector would wait for it for ever.
     gc.collect()
     return code
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(arguments: Sequence[str]) -> int:
     try:
-        commands = {"generate": _generate, "cancel": _cancel, "quote": _quote, "defaults": _defaults, "ready": _ready}
-        commands[args.command](args)
+        args = _parser(arguments[0] if arguments else None).parse_args(arguments)
+        code: int | None = args.run(args)
     except KeyboardInterrupt:
         print("stepvideo: cancelled.", file=sys.stderr)
         return EXIT_CANCELLED
     except ClientError as error:
         print(f"stepvideo: {error.code}: {error}", file=sys.stderr)
-        return _exit_code(error)
+        return exit_code(error)
     except OSError as error:
         print(f"stepvideo: {error.filename or 'a file'} cannot be written: {error.strerror}.", file=sys.stderr)
         return EXIT_SERVER_ERROR
-    return EXIT_OK
-
-
-def _exit_code(error: ClientError) -> int:
-    if isinstance(error, InvalidInput | InvalidRequest):
-        return EXIT_BAD_INPUT
-    if isinstance(error, StreamStalled):
-        return EXIT_STALLED
-    return EXIT_UNREACHABLE if isinstance(error, ConnectionFailed) else EXIT_SERVER_ERROR
+    return code or EXIT_OK
 
 
 def _ready(args: argparse.Namespace) -> None:
-    with _client(args, idle_timeout_s=None) as client:
+    with client_of(args, args.url, idle_timeout_s=None) as client:
         client.wait_ready(args.timeout)
 
 
 def _cancel(args: argparse.Namespace) -> None:
-    with _client(args, idle_timeout_s=None) as client:
+    with client_of(args, args.url, idle_timeout_s=None) as client:
         known = client.cancel(args.request_id)
     print(f"{args.request_id}: {'cancelled' if known else 'no run and no kept result of that id'}")
 
 
 def _defaults(args: argparse.Namespace) -> None:
-    with _client(args, idle_timeout_s=None) as client:
+    with client_of(args, args.url, idle_timeout_s=None) as client:
         print(json.dumps(client.defaults(), indent=2))
 
 
 def _quote(args: argparse.Namespace) -> None:
     given = {name: value for name in QuoteOptions.__annotations__ if (value := getattr(args, name)) is not None}
-    with _client(args, idle_timeout_s=None) as client:
+    with client_of(args, args.url, idle_timeout_s=None) as client:
         quote = client.quote(**cast(QuoteOptions, given))
     if args.json:
         print(json.dumps(quote.report, indent=2))
@@ -128,7 +103,7 @@ def _generate(args: argparse.Namespace) -> None:
         Options, {name: value for name in Options.__annotations__ if (value := getattr(args, name, None)) is not None}
     )
     started = time.monotonic()
-    with _client(args, idle_timeout_s=args.idle_timeout) as client:
+    with client_of(args, args.url, idle_timeout_s=args.idle_timeout) as client:
         try:
             if args.unary:
                 result = client.generate_unary(args.image, prompt, **options)
@@ -194,29 +169,8 @@ def _check_outputs(args: argparse.Namespace) -> Path | None:
     return report_path
 
 
-def _client(args: argparse.Namespace, idle_timeout_s: float | None) -> Client:
-    headers = {}
-    for header in args.header:
-        name, separator, value = header.partition("=")
-        if not separator or not name:
-            raise InvalidInput(f"--header must be NAME=VALUE, got {header!r}.")
-        headers[name] = value
-    with warnings.catch_warnings(record=True, action="always", category=ClearTextWarning) as caught:
-        client = Client(
-            args.url,
-            idle_timeout_s=idle_timeout_s,
-            headers=headers,
-            tls=args.tls,
-            root_certificates=args.root_certificates,
-            private_key=args.private_key,
-            certificate_chain=args.certificate_chain,
-        )
-    for warning in caught:
-        print(f"stepvideo: warning: {warning.message}", file=sys.stderr)
-    return client
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """`chosen`: the command, where one is given. Raises InvalidInput where the command's extra is not installed."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="stepvideo", description="Client of a stepvideo-serve server.", epilog=EXIT_CODES, formatter_class=raw
@@ -256,8 +210,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=raw,
     )
-    for command in (generate, cancel, quote, defaults, ready):
-        _add_connection_arguments(command)
+    runs = {generate: _generate, cancel: _cancel, quote: _quote, defaults: _defaults, ready: _ready}
+    for command, run in runs.items():
+        add_connection_arguments(command)
+        command.set_defaults(run=run)
+    add_commands(commands, chosen, epilog=EXIT_CODES, formatter_class=raw)
     return parser
 
 
@@ -297,13 +254,3 @@ def _type_of(option: str, field: Input) -> type[Path] | type[str] | type[int] | 
     if option == "image":
         return Path
     return {"BYTES": str, "FP32": float}.get(field.datatype, int)
-
-
-def _add_connection_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("connection")
-    group.add_argument("--url", default="127.0.0.1:8001", metavar="HOST[:PORT]", help="gRPC endpoint (127.0.0.1:8001)")
-    group.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="sent with every call")
-    group.add_argument("--tls", action="store_true", help="encrypt; implied by the three files")
-    group.add_argument("--root-certificates", type=Path, metavar="PEM")
-    group.add_argument("--private-key", type=Path, metavar="PEM")
-    group.add_argument("--certificate-chain", type=Path, metavar="PEM")
