@@ -48,7 +48,7 @@ class Progress:
             parts.append(f"[{'#' * filled}{'.' * (_BAR_CELLS - filled)}]")
         pace_s = self._seconds_per_step()
         if event.queue_position is not None:
-            soon = "" if event.start_in_s is None else f", in about {_clock(event.start_in_s)}"
+            soon = "" if event.start_in_s is None else f", in about {clock(event.start_in_s)}"
             return "  ".join([*parts, f"waiting at place {event.queue_position}{soon}"])
         if event.step <= 0:
             parts.append("waiting for the first step")
@@ -57,7 +57,7 @@ class Progress:
         if event.step >= event.total_steps:
             parts.append("decoding the video")
         elif pace_s is not None and event.step > 0:
-            parts.append(f"{_clock(pace_s * (event.total_steps - event.step))} left")
+            parts.append(f"{clock(pace_s * (event.total_steps - event.step))} left")
         return "  ".join(parts)
 
     def _seconds_per_step(self) -> float | None:
@@ -66,7 +66,7 @@ class Progress:
         return (self._latest.elapsed_s - self._first.elapsed_s) / (self._latest.step - self._first.step)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """1:05 or 1:02:03."""
     minutes, second = divmod(round(max(seconds, 0.0)), 60)
     hours, minute = divmod(minutes, 60)
