@@ -17,6 +17,7 @@ from stepvideo_client import cli
 from stepvideo_serve.launch.server import TritonServer
 from tests import signals
 from tests.client.fake_server import FakeServer
+from tests.evaluation.scripted import DONE, told
 from tests.server_deaths import WatchServer
 from tests.serving.launch import serving
 
@@ -73,9 +74,9 @@ def run_client(*arguments: object) -> Completed:
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    """A scripted server."""
-    with FakeServer() as server:
+def server() -> Iterator[FakeServer]:
+    """A scripted server, which has defaults, tells quotes and makes every clip."""
+    with FakeServer(unary=told(), script=DONE) as server:
         yield server
 
 

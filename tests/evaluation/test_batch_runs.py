@@ -1,11 +1,8 @@
-"""What `stepvideo batch` does about servers that fail, are full or absent, and about Ctrl-C: with scripted servers."""
+"""What `stepvideo batch` does about servers that fail, are full or absent: with scripted servers."""
 
-import json
-import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +12,13 @@ import pytest
 
 from stepvideo_client import cli
 from stepvideo_client.evaluation.commands import INSTALL
-from stepvideo_client.evaluation.results import Clip, read_clips
-from tests import signals
-from tests.client.fake_server import MP4, Action, FakeServer, abort, error, final, respond, result, step, wait
-from tests.evaluation.conftest import Completed, Popen
+from stepvideo_client.evaluation.results import read_clips
+from tests.client.fake_server import MP4, Action, FakeServer, abort, error, final, result, step, wait
+from tests.evaluation.conftest import Completed
+from tests.evaluation.scripted import DEFAULTS, DONE, clips, streams, times, told
 
 Run = Callable[..., Completed]
 NOBODY = "127.0.0.1:1"
-DEFAULTS = {"num_frames": 17, "height": 32, "width": 48, "steps": 2, "cfg_scale": 9.0, "time_shift": 7.0}
-NUMBERS = {"SECONDS": 7200.0, "GPU_SECONDS": 14400.0, "PEAK_MEMORY_MIB": 1.0, "QUEUE_WAIT_S": 0.0}
-DONE = [step(1, 2), step(2, 2), result(), final()]
-
-
-def told() -> Action:
-    """The answer to every question: defaults, and quotes of two hours on two GPUs."""
-    report = json.dumps({"defaults": {**DEFAULTS, "motion_score": 5.0}}).encode()
-    return respond(REPORT=report, **{name: np.array([value], np.float32) for name, value in NUMBERS.items()})
-
-
-@pytest.fixture
-def server(fake: FakeServer) -> FakeServer:
-    fake.unary = told()
-    fake.script = DONE
-    return fake
-
-
-def times(count: int, action: Action) -> Action:
-    """The action for the first `count` streams that come to it, nothing for others."""
-    left = [None] * count
-
-    def act(server: FakeServer, context: Any) -> Any:
-        return action(server, context) if left and left.pop() is None else None
-
-    return act
-
-
-def streams(server: FakeServer) -> list[dict[str, Any]]:
-    """The inputs of every generation that was asked for."""
-    return [server.sent(index) for index, request in enumerate(server.requests) if request.model_name == "ti2v"]
-
-
-def clips(out: Path) -> list[Clip]:
-    return list(read_clips(out).values())
 
 
 def test_every_clip_is_asked_for_and_kept(server: FakeServer, stepvideo: Run, pairs: Path, tmp_path: Path) -> None:
@@ -259,80 +221,6 @@ def test_clips_do_not_pile_up_where_decoding_is_slow(
     done = stepvideo("batch", pairs, "--out", tmp_path, "--url", server.url, "--seed", 0, 1, 2)
     assert done.returncode == 0, done.stderr
     assert most[0] == 3
-
-
-class OneRank:
-    """A script whose first clip begins and then stops until `release`; those behind it wait in the queue."""
-
-    def __init__(self) -> None:
-        self.release = threading.Event()
-        self._first = [None]
-
-    def script(self) -> list[Action]:
-        place = step(0, 2, QUEUE_POSITION=np.array([1], np.int32))
-        return [place, self._turn, step(1, 2), lambda _server, _context: self._hold(), step(2, 2), result(), final()]
-
-    def _turn(self, _server: FakeServer, context: Any) -> None:
-        if self._first:
-            self._first.pop()
-            return
-        gone = threading.Event()
-        if context.add_callback(gone.set):
-            gone.wait(60)
-
-    def _hold(self) -> None:
-        self.release.wait(60)
-
-
-@pytest.fixture
-def under_way(
-    server: FakeServer, start: Callable[..., Popen], pairs: Path, tmp_path: Path
-) -> Iterator[tuple[Popen, OneRank]]:
-    """A batch of three clips, one of them running and one waiting, after a first Ctrl-C that it has heard."""
-    rank = OneRank()
-    server.script = rank.script()
-    process = start("batch", pairs, "--out", tmp_path / "out", "--url", server.url)
-    deadline_s = time.monotonic() + 60
-    while len(streams(server)) < 2:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
-    signals.interrupt(process)
-    assert process.stderr is not None
-    while (
-        line := process.stderr.readline()
-    ) != "stepvideo: 1 clips under way are finished; Ctrl-C again cancels them.\n":
-        assert line, "it ended"
-    yield process, rank
-    rank.release.set()
-
-
-def test_ctrl_c_lets_what_runs_end(
-    server: FakeServer, under_way: tuple[Popen, OneRank], stepvideo: Run, pairs: Path, tmp_path: Path
-) -> None:
-    process, rank = under_way
-    assert server.cancelled.wait(10), "the one that waits is cancelled"
-    rank.release.set()
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stdout.endswith("1 of 3 clips, 1 made now, 0 given up\n")
-    assert "stopped; the same command goes on" in stderr
-    assert len(clips(tmp_path / "out")) == 1
-    server.script = DONE
-    assert stepvideo("batch", pairs, "--out", tmp_path / "out", "--url", server.url).returncode == 0
-    assert len(clips(tmp_path / "out")) == 3
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_ctrl_c_or_a_sigterm_cancels(
-    under_way: tuple[Popen, OneRank], tmp_path: Path, number: signal.Signals
-) -> None:
-    process, rank = under_way
-    process.send_signal(number)
-    stdout, _ = process.communicate(timeout=30)
-    assert not rank.release.is_set()
-    assert process.returncode == 130
-    assert stdout.endswith("0 of 3 clips, 0 made now, 0 given up\n")
-    assert not list((tmp_path / "out" / "videos").iterdir())
 
 
 def test_latents_are_a_second_run(server: FakeServer, stepvideo: Run, pairs: Path, tmp_path: Path) -> None:
