@@ -78,7 +78,7 @@ LIGHT: Mapping[str, tuple[str, ...]] = {
 }
 CLIENT_MAY_IMPORT = ("stepvideo_client", "numpy", "tritonclient", "grpc", "google.protobuf")
 EVALUATION = "client/stepvideo_client/evaluation"
-EVALUATION_MAY_IMPORT = (*CLIENT_MAY_IMPORT, "imageio", "skimage", "cv2")
+EVALUATION_MAY_IMPORT = (*CLIENT_MAY_IMPORT, "imageio", "imageio_ffmpeg", "PIL", "skimage", "cv2")
 SERVER_API = "triton_python_backend_utils"
 VENDOR = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 PICKLING_MODULES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
