@@ -160,11 +160,14 @@ def load_preview(config: ServeConfig, channels: int) -> LatentPreview:
 
 
 def describe(config: ServeConfig) -> dict[str, Any]:
-    """The part of a report that the configuration alone decides."""
+    """The part of a report that the configuration alone decides. `checkpoint` is the identity of the weights, by the
+    graphs' manifest; eager torch has none, and hashing the weights takes long. Raises SetupError."""
+    known = {} if config.model.backend == "eager" else {"checkpoint": open_manifest(config).checkpoint}
     return {
         "backend": config.model.backend,
         "precision": config.model.precision,
         "layout": config.denoiser.layout,
+        **known,
     }
 
 

@@ -84,6 +84,7 @@ class PublicModel:
             self._latent_channels = latent_channels(self._config)
             self._decoders = Layout.parse(self._config.denoiser.layout).world_size
             self._pricing = Pricing.of(self._config)
+            self._description = describe(self._config)
         self._results = results_of(self._config.idempotency, args["model_name"])
         self._decoding = DecodingRoom()
         self._max_accepted = 1 + self._config.denoiser.max_queued
@@ -196,11 +197,10 @@ class PublicModel:
     def _events(
         self, request: GenerationRequest, cancelled: Cancelled, watch: RequestWatch
     ) -> Iterator[Progress | Result]:
-        description = describe(self._config)
         stages = BlsStages(
             self._latent_channels,
             self._config.presets,
-            description,
+            self._description,
             cancelled,
             self._decoders > 1,
             request.priority,

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.pipeline.generate import Result, generate
@@ -158,10 +159,11 @@ def test_a_stream_ends_with_an_empty_response(streamed: Answer) -> None:
     assert streamed.ended_empty
 
 
-def test_the_report_says_what_ran_and_where_the_time_went(server: Server, clip: Values) -> None:
+def test_the_report_says_what_ran_and_where_the_time_went(server: Server, config: ServeConfig, clip: Values) -> None:
     report = report_of(server.stream_result({**clip, "OUTPUT": b"mp4"}))
     asked = {"seed": 7, "frames": FRAMES, "height": HEIGHT, "width": WIDTH, "steps": STEPS}
     ran = {"backend": "ort", "precision": "fp32", "layout": "single"}
+    ran["checkpoint"] = Checkpoint(config.model.dir).identity
     assert report.items() >= {**asked, **ran}.items()
     assert re.fullmatch(r"\d+ graphs, [0-9a-f]{12}", report["engines"])
     seconds = report["seconds"]
