@@ -7,6 +7,7 @@ EXIT_SERVER_ERROR = 1
 EXIT_BAD_INPUT = 2
 EXIT_UNREACHABLE = 3
 EXIT_STALLED = 4
+EXIT_THRESHOLD = 5
 EXIT_CANCELLED = 130
 
 EXIT_CODES = """exit codes:
@@ -15,6 +16,7 @@ EXIT_CODES = """exit codes:
   2    usage or bad input, found here or by the server (INVALID_ARGUMENT)
   3    the server cannot be reached, or is not ready
   4    the server fell silent in the middle of the generation: not a slow step, but a dead process or connection
+  5    compare: a figure misses its threshold
   130  cancelled with Ctrl-C; the server is told"""
 
 
