@@ -173,6 +173,15 @@ def test_a_file_that_is_cut_off_in_the_middle_gives_what_was_whole_and_then_an_e
     assert seen < 34
 
 
+def test_the_smallest_and_narrowest_frames(tmp_path: Path) -> None:
+    for height, width in ((16, 16), (16, 1024), (32, 48)):
+        assert measured(moving([(1, 0)] * 3, height, width)).motion_px is not None
+    assert measured([plain(90)], plain(90, 32, 48)).first_frame_psnr_db is None, "the picture is smaller"
+    write_mp4(tmp_path / "tiny.mp4", [plain(90, 8, 16)] * 2)
+    with pytest.raises(InvalidInput, match="at least 16 pixels on each side"):
+        list(read_frames(tmp_path / "tiny.mp4"))
+
+
 def test_leaving_early_ends_ffmpeg(tmp_path: Path) -> None:
     write_mp4(tmp_path / "clip.mp4", moving([(2, 0)] * 33))
     frames = read_frames(tmp_path / "clip.mp4")

@@ -178,17 +178,19 @@ BAD: dict[str, Callable[[Path], list[object]]] = {
     "--vbench must be a command such as": lambda path: [path / "v", "--vbench", ""],
     "must be in a folder that exists": lambda path: [path / "v", "--out", path / "none"],
     "is no clip": lambda path: [path / "w"],
+    "motion of one is 'fast'": lambda path: [path / "x"],
 }
 
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders v of one video, and w of a line that is no clip."""
+    """Folders v of one video, w of a line that is no clip, and x of one with a wrong value."""
     folder = tmp_path_factory.mktemp("bad")
     for part in ("v", "w"):
         (folder / part).mkdir()
     write_mp4(folder / "v" / "a.mp4", even(0)[:2])
     (folder / "w" / "results.jsonl").write_text("{}\n", encoding="utf-8")
+    write_clip(folder / "x", "c", even(0)[:2], change=lambda values: values.update(motion="fast"))
     return folder
 
 
@@ -196,6 +198,14 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bad_input_is_one_sentence(bad: Path, capsys: pytest.CaptureFixture[str], words: str) -> None:
     assert run("metrics", *BAD[words](bad)) == 2
     assert words in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("command", ["metrics", "compare"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(command, "--help")
+    assert end.value.code == 0
+    assert "exit codes" in capsys.readouterr().out
 
 
 def test_statistics() -> None:

@@ -98,8 +98,7 @@ class ClipMeter:
         if self._first is None or self._last is None:
             self._first = frame
             if self._picture is not None:
-                expected = crop_centre(self._picture, *frame.shape[:2])
-                self._against_picture = psnr_db(squared_error(frame, expected)), similarity(frame, expected)
+                self._compare_with_picture(frame, crop_centre(self._picture, *frame.shape[:2]))
         else:
             self._changes.append(mean_difference(frame, self._last))
             self._from_first.append(mean_difference(frame, self._first))
@@ -112,6 +111,10 @@ class ClipMeter:
         self._levels.append(
             (float(grey.mean()), float((grey <= DARK_LEVEL).mean()), float((grey >= BRIGHT_LEVEL).mean()))
         )
+
+    def _compare_with_picture(self, frame: Frame, expected: Frame) -> None:
+        if expected.shape == frame.shape:  # else the clip is larger than what was asked for
+            self._against_picture = psnr_db(squared_error(frame, expected)), similarity(frame, expected)
 
     def finish(self) -> MeasuredClip:
         """After the last frame; there must have been one."""

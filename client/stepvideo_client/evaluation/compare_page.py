@@ -88,7 +88,7 @@ def _pair(row: PairRow, folder: Path) -> str:
 def _side(side: str, video: Path, sheet: bytes, folder: Path) -> str:
     """The video itself, by a link relative to the page, over a few of its frames."""
     link = quote(os.path.relpath(video.resolve(), folder.resolve()))
-    player = f'<video src="{escape(link)}" controls muted loop preload="none"></video>'
+    player = f'<video src="{escape(link)}" controls muted loop preload="metadata"></video>'
     return page.figure(player + page.picture(sheet, f"frames of {side}"), f"{side}: {video.name}")
 
 

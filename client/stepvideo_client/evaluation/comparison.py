@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +17,7 @@ from stepvideo_client.evaluation.results import Clip
 from stepvideo_client.evaluation.sheets import contact_sheet, thumbnail
 from stepvideo_client.evaluation.statistics import Estimate, estimate_known, psnr_db, rank_correlation
 from stepvideo_client.evaluation.video import Frame, read_frames
+from stepvideo_client.evaluation.workers import in_parallel
 
 FORMAT: Final = "stepvideo comparison"
 VERSION: Final = 1
@@ -140,11 +140,7 @@ def compare_pairs(
 ) -> list[PairRow]:
     """Measures every pair, `jobs` at a time; those with faults and the largest differences come first. `said` is called
     with the number of pairs done."""
-    rows: list[PairRow] = []
-    with ThreadPoolExecutor(jobs, thread_name_prefix="compare") as pool:
-        for row in pool.map(lambda pair: _measure(pair, folders), pairs):
-            rows.append(row)
-            said(len(rows))
+    rows = in_parallel(lambda pair: _measure(pair, folders), pairs, jobs, said)
     return sorted(rows, key=lambda row: -math.inf if row.measures is None else row.measures.psnr_db)
 
 

@@ -1,7 +1,6 @@
 """The clips of a folder, measured: what `stepvideo metrics` writes as metrics.json, worst clips first."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,6 +12,7 @@ from stepvideo_client.evaluation.results import VIDEOS, Clip, read_clips
 from stepvideo_client.evaluation.statistics import Estimate, deviations, estimate_known, rank_correlation
 from stepvideo_client.evaluation.vbench import VBenchScores
 from stepvideo_client.evaluation.video import Frame, read_frames
+from stepvideo_client.evaluation.workers import in_parallel
 
 FORMAT: Final = "stepvideo metrics"
 VERSION: Final = 1
@@ -103,13 +103,26 @@ def entries_of(folder: Path) -> list[Entry]:
     if not folder.is_dir():
         raise InvalidInput(f"The folder of clips must exist, {str(folder)!r} does not: name what batch wrote into.")
     if clips := read_clips(folder):
-        return [Entry(Path(clip.video).stem, folder / clip.video, clip) for clip in clips.values()]
+        return [_entry(folder, clip) for clip in clips.values()]
     place = folder / VIDEOS if (folder / VIDEOS).is_dir() else folder
     if found := sorted(place.glob("*.mp4")):
         return [Entry(path.stem, path) for path in found]
     raise InvalidInput(
         f"{str(folder)!r} must hold results.jsonl or mp4 files, it has neither: run stepvideo batch first."
     )
+
+
+def _entry(folder: Path, clip: Clip) -> Entry:
+    """Raises InvalidInput for values that are not what a Clip has."""
+    kinds = {"id": str, "index": int, "video": str, "image": str, "prompt": str, "motion": int | float, "seed": int}
+    kinds |= {"preset": str, "request": Mapping, "report": Mapping, "latents": str | None}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(clip, name), kind):
+            raise InvalidInput(
+                f"Every line of results.jsonl in {str(folder)!r} must be a clip, {name} of one is "
+                f"{str(getattr(clip, name))[:80]!r}: remove the line, and have batch make it again."
+            )
+    return Entry(Path(clip.video).stem, folder / clip.video, clip)
 
 
 def measure_folder(
@@ -125,11 +138,7 @@ def measure_folder(
     images: a folder with the first pictures, by their names, where they are no longer at the paths that batch noted.
     said: called with the number of clips done. What is wrong with a clip becomes a fault of its row.
     """
-    rows: list[Row] = []
-    with ThreadPoolExecutor(jobs, thread_name_prefix="measure") as pool:
-        for row in pool.map(lambda entry: _measure(entry, folder, images), entries):
-            rows.append(row)
-            said(len(rows))
+    rows = in_parallel(lambda entry: _measure(entry, folder, images), entries, jobs, said)
     if vbench is not None:
         for row in rows:
             of_video = {name: found.get(row.entry.path.name) for name, found in vbench.of_videos.items()}

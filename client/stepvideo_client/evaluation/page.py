@@ -80,7 +80,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def histogram(values: Sequence[float]) -> str:
     """How often which value comes; at least one value."""
-    counts, edges = np.histogram(np.asarray(values, dtype=np.float64), bins=BINS)
+    counts, _ = np.histogram(np.asarray(values, dtype=np.float64), bins=BINS)
     most, wide = max(int(counts.max()), 1), PLOT_WIDTH / BINS
     bars = [
         f'<rect class="bar" x="{index * wide:.1f}" y="{PLOT_HEIGHT * (1 - count / most):.1f}" '
@@ -88,7 +88,7 @@ def histogram(values: Sequence[float]) -> str:
         for index, count in enumerate(counts)
         if count
     ]
-    return _svg(bars, number(float(edges[0])), number(float(edges[-1])))
+    return _svg(bars, number(min(values)), number(max(values)))
 
 
 def curve(values: Sequence[float], borders: Sequence[int] = ()) -> str:

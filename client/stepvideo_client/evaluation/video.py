@@ -3,12 +3,13 @@
 ffmpeg writes portable pixmaps, which say their own size, so nothing has to be known of the file beforehand.
 """
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import imageio_ffmpeg
 import numpy as np
@@ -16,8 +17,12 @@ from numpy.typing import NDArray
 
 from stepvideo_client.errors import InvalidInput
 
+LEAST_SIDE_PX: Final = 16  # of what the server makes; optical flow and SSIM need no more
+
 Frame = NDArray[np.uint8]
 """[H, W, 3], RGB."""
+
+_SPEAKER: Final = re.compile(r"^\[[^\]]*\] ")  # the part of ffmpeg that says something, with an address
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
@@ -41,7 +46,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
         if code != 0 or count == 0:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
-            raise _damaged(path, lines[0] if lines else "it has no frames")
+            raise _damaged(path, _SPEAKER.sub("", lines[0]) if lines else "it has no frames")
 
 
 @contextmanager
@@ -77,6 +82,10 @@ def _next_frame(pipe: IO[bytes], path: Path) -> Frame | None:
     if kind != b"P6\n" or most != b"255\n" or len(sides) != 2:
         raise _damaged(path, "its frames are no pictures of 8 bits")
     width, height = (int(side) for side in sides)
+    if min(width, height) < LEAST_SIDE_PX:
+        raise _damaged(
+            path, f"its frames are {width}x{height}, and must be at least {LEAST_SIDE_PX} pixels on each side"
+        )
     pixels: NDArray[Any] = np.frombuffer(pipe.read(3 * width * height), np.uint8)
     if pixels.size != 3 * width * height:
         raise _damaged(path, "its last frame is cut off")
