@@ -47,22 +47,19 @@ def sides(url: str, a: str, b: str) -> list[str]:
 
 
 def test_exact_with_itself_is_equal_and_a_preset_gets_a_price(
-    mini_server: TritonServer, pairs: Path, tmp_path: Path, mini_checkpoint: Path
+    mini_server: TritonServer, pairs: Path, tmp_path: Path
 ) -> None:
     """A mask that evaluates every step is exact by another name, and is made anew."""
     url, both = mini_server.grpc_url, ["--with", f"infer-steps={STEPS}", f"seed={SEED}", "cfg-scale=4"]
     same = sides(url, "exact", f"mask:{'1' * STEPS}")
     assert run("compare", "--set", pairs, *same, *both, "--out", tmp_path / "same", "--latents", *EQUAL) == 0
     assert comparison(tmp_path / "same")["equal"] == 3
-    path = tmp_path / "prices.json"
-    identity = Checkpoint(mini_checkpoint).identity
-    priced = ["--price-file", path, "--checkpoint", identity]
-    assert (
-        run("compare", "--set", pairs, *sides(url, "exact", "rough"), *both, "--out", tmp_path / "rough", *priced) == 0
-    )
-    assert comparison(tmp_path / "rough")["summary"]["evaluations_ratio"]["most"] < 1
     assert mini_server.options.config is not None
-    config = ServeConfig.load(mini_server.options.config)
+    config, path = ServeConfig.load(mini_server.options.config), tmp_path / "prices.json"
+    priced = [*sides(url, "exact", "rough"), *both, "--price-file", path]
+    priced += ["--checkpoint", Checkpoint(config.model.dir).identity]
+    assert run("compare", "--set", pairs, *priced, "--out", tmp_path / "rough") == 0
+    assert comparison(tmp_path / "rough")["summary"]["evaluations_ratio"]["most"] < 1
     unpriced, known = Pricing.of(config), Pricing.of(replace(config, pricing=replace(config.pricing, files=(path,))))
     options: dict[str, Any] = {"seed": SEED, "steps": STEPS, "cfg_scale": 4.0, "quality": "rough"}
     with Client(url) as client:
