@@ -1,0 +1,107 @@
+"""The tables, and how they are reached: SQLite for one gateway, PostgreSQL for several."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+BUSY_TIMEOUT_MS = 10_000  # that SQLite waits for another writer
+
+
+class Base(DeclarativeBase):
+    """Of all tables."""
+
+    type_annotation_map = {dict[str, Any]: sa.JSON, float: sa.Double}  # noqa: RUF012  # SQLAlchemy's way
+
+
+class Job(Base):
+    """One request for a video. Times are unix seconds.
+
+    owner            whose it is; "" where no keys are asked for
+    status           queued, in_progress, completed or failed
+    options          of the generation, as the client's options
+    urgency          1 high, 2 normal, 3 low
+    server           the server that has it, or had it last
+    lease            the gateway that looks after it; `lease_until` None: nobody
+    not_before       when it may be tried again
+    cancelled        its caller has deleted it: the run is to end, and then the row goes
+    step ...         of the run, as the server told last
+    """
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(sa.String(64), default="")
+    status: Mapped[str] = mapped_column(sa.String(16), default="queued")
+    created_at: Mapped[float]
+    completed_at: Mapped[float | None] = mapped_column(default=None)
+    expires_at: Mapped[float | None] = mapped_column(default=None)
+    model: Mapped[str] = mapped_column(sa.String(64))
+    prompt: Mapped[str] = mapped_column(sa.Text)
+    options: Mapped[dict[str, Any]]
+    urgency: Mapped[int] = mapped_column(default=2)
+    remixed_from: Mapped[str | None] = mapped_column(sa.String(64), default=None)
+    idempotency_key: Mapped[str | None] = mapped_column(sa.String(255), default=None)
+    fingerprint: Mapped[str] = mapped_column(sa.String(64))
+    server: Mapped[str | None] = mapped_column(sa.String(255), default=None)
+    lease: Mapped[str | None] = mapped_column(sa.String(64), default=None)
+    lease_until: Mapped[float | None] = mapped_column(default=None)
+    attempts: Mapped[int] = mapped_column(default=0)
+    not_before: Mapped[float] = mapped_column(default=0.0)
+    cancelled: Mapped[bool] = mapped_column(default=False)
+    step: Mapped[int] = mapped_column(default=0)
+    total_steps: Mapped[int] = mapped_column(default=0)
+    queue_position: Mapped[int | None] = mapped_column(default=None)
+    start_in_s: Mapped[float | None] = mapped_column(default=None)
+    elapsed_s: Mapped[float] = mapped_column(default=0.0)
+    progress_at: Mapped[float] = mapped_column(default=0.0)
+    seed: Mapped[int | None] = mapped_column(sa.BigInteger, default=None)
+    report: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON, default=None)
+    video_bytes: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    error_code: Mapped[str | None] = mapped_column(sa.String(64), default=None)
+    error_message: Mapped[str | None] = mapped_column(sa.Text, default=None)
+
+    __table_args__ = (
+        sa.UniqueConstraint("owner", "idempotency_key", name="uq_jobs_idempotency"),
+        sa.Index("ix_jobs_claim", "status", "urgency", "created_at"),
+        sa.Index("ix_jobs_list", "owner", "created_at"),
+    )
+
+
+def engine_for(url: str) -> AsyncEngine:
+    """An engine; a SQLite file is in WAL mode and its folder is made."""
+    if not url.startswith("sqlite"):
+        return create_async_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args={"connect_timeout": 5})
+    file = sa.make_url(url).database
+    if file:
+        Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _pragmas(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")  # a job that was confirmed is on the disk
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+        cursor.close()
+
+    return engine
+
+
+async def migrate(url: str) -> None:
+    """Brings the tables to the newest form; does nothing where they have it."""
+    await asyncio.to_thread(command.upgrade, migrations(url), "head")
+
+
+def migrations(url: str) -> Config:
+    """Alembic's configuration, without a file of its own."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["url"] = url
+    return config

@@ -1,0 +1,247 @@
+"""One worker per server: it claims jobs while the server has room, follows their runs, and keeps their leases.
+
+A run has its job's id as REQUEST_ID, and KEEP_S: a gateway that comes back, or another one, finds it. A server that
+answers nobody for `LOST_S` has lost its runs; its jobs then go to any server.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from stepvideo_client import (
+    AsyncClient,
+    ClientError,
+    InvalidInput,
+    InvalidRequest,
+    QueueFull,
+    RequestCancelled,
+    Result,
+    ServiceUnavailable,
+    StepEvent,
+)
+from stepvideo_gateway.config import GatewayConfig
+from stepvideo_gateway.database import Job
+from stepvideo_gateway.errors import Unavailable
+from stepvideo_gateway.jobs import IN_PROGRESS, QUEUED, Jobs
+from stepvideo_gateway.store import INPUT, VIDEO, Store
+
+LOOK_S: Final = 0.5  # between two looks for work
+LOST_S: Final = 15.0
+PROGRESS_S: Final = 1.0  # between two writes of a job's progress
+FULL_WAIT_S: Final = 2.0
+RETRY_S: Final = 2.0  # after a failure; doubled with each
+
+_logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Feeds one server. `run` until cancelled; then the leases are given up, and runs go on at the server."""
+
+    def __init__(self, url: str, config: GatewayConfig, jobs: Jobs, store: Store) -> None:
+        self.url, self._config, self._jobs, self._store = url, config, jobs, store
+        self.wake = asyncio.Event()
+        self.ready = False
+        self.ready_at_s = time.monotonic()
+        self._client: AsyncClient | None = None
+        self._runs: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def client(self) -> AsyncClient:
+        """The connection, made in the running loop."""
+        if self._client is None:
+            self._client = AsyncClient(self.url, idle_timeout_s=self._config.servers.idle_timeout_s)
+        return self._client
+
+    @property
+    def lost(self) -> bool:
+        """Whether the server has answered nobody for so long that its runs are gone."""
+        return not self.ready and time.monotonic() - self.ready_at_s > LOST_S
+
+    @property
+    def running(self) -> int:
+        """How many jobs this gateway follows there."""
+        return len(self._runs)
+
+    async def run(self) -> None:
+        """Claims and follows jobs."""
+        keeper = asyncio.create_task(self._keep_leases(), name=f"leases of {self.url}")
+        try:
+            while True:
+                await self._look()
+                self.wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), LOOK_S)
+        finally:
+            keeper.cancel()
+            runs = list(self._runs.values())
+            for task in runs:
+                task.cancel()
+            await asyncio.gather(keeper, *runs, return_exceptions=True)
+            if self._client is not None:
+                await self._client.close()
+
+    async def _look(self) -> None:
+        try:
+            self.ready = await self.client.is_ready()
+            if not self.ready:
+                return
+            self.ready_at_s = time.monotonic()
+            while (job := await self._next()) is not None:
+                task = asyncio.create_task(self._follow(job), name=job.id)
+                self._runs[job.id] = task
+                task.add_done_callback(lambda _task, job_id=job.id: self._ended(job_id))  # type: ignore[misc]
+        except Unavailable as error:
+            _logger.warning("database_away: %s", error)
+
+    async def _next(self) -> Job | None:
+        full = len(self._runs) > self._config.servers.waiting
+        job = await self._jobs.claim(self.url, urgent_only=full)
+        return None if job is None or job.id in self._runs else job
+
+    def _ended(self, job_id: str) -> None:
+        self._runs.pop(job_id, None)
+        self.wake.set()
+
+    async def _follow(self, job: Job) -> None:
+        """A claimed job to its end, or until its lease is given up."""
+        try:
+            image = await asyncio.to_thread(self._store.read, job.id, INPUT)
+            if image is None:
+                await self._jobs.fail(job.id, "input_lost", "The picture of this job is not in the store any more.")
+                return
+            result = await self._result(job, image)
+            await asyncio.to_thread(self._store.write, job.id, VIDEO, result.video or b"")
+            await self._jobs.complete(job.id, result.seed, result.report, len(result.video or b""))
+            _logger.info("job_completed: %s", job.id)
+        except asyncio.CancelledError:  # this gateway stops, or the job is deleted: the run is found again, or gone
+            with contextlib.suppress(Unavailable):
+                await self._jobs.put_back(job.id, 0.0, elsewhere=False, attempts=job.attempts)
+            raise
+        except Unavailable as error:  # a full disk, a database that is away: the server keeps the result meanwhile
+            _logger.warning("job_waits: %s: %s", job.id, error)
+            await self._try_later(job, RETRY_S, elsewhere=False, attempts=job.attempts)
+        except ClientError as error:
+            await self._failed(job, error)
+
+    async def _result(self, job: Job, image: bytes) -> Result:
+        options = {**job.options, "priority": job.urgency, "output": "mp4"}
+        keep_s = self._config.servers.keep_s
+        events = self.client.generate(image, job.prompt, request_id=job.id, keep_s=keep_s, **options)
+        written_s = -PROGRESS_S
+        async for event in events:
+            if isinstance(event, Result):
+                return event
+            if time.monotonic() - written_s >= PROGRESS_S:
+                await self._progress(job.id, event)
+                written_s = time.monotonic()
+        raise ServiceUnavailable("The server ended the run without a result.")
+
+    async def _progress(self, job_id: str, event: StepEvent) -> None:
+        with contextlib.suppress(Unavailable):  # the next one will tell
+            await self._jobs.progress(
+                job_id,
+                status=QUEUED if event.queue_position is not None and event.step == 0 else IN_PROGRESS,
+                step=event.step,
+                total_steps=event.total_steps,
+                queue_position=event.queue_position,
+                start_in_s=event.start_in_s,
+                elapsed_s=event.elapsed_s,
+            )
+
+    async def _failed(self, job: Job, error: ClientError) -> None:
+        """What the server, or the way to it, did not do."""
+        attempts = job.attempts + 1
+        _logger.warning("attempt_failed: %s: %s: %s", job.id, error.code, error)
+        if isinstance(error, QueueFull):  # no attempt: nothing was begun
+            await self._try_later(job, FULL_WAIT_S, elsewhere=True, attempts=job.attempts)
+        elif isinstance(error, InvalidRequest | InvalidInput):
+            await self._jobs.fail(job.id, "invalid_request", str(error))
+        elif isinstance(error, RequestCancelled):
+            await self._jobs.fail(job.id, "cancelled", "The run was cancelled.")
+        elif attempts >= self._config.servers.attempts:
+            await self._jobs.fail(job.id, "server_error", f"{attempts} attempts failed, the last one so: {error}")
+        else:
+            refused = isinstance(error, ServiceUnavailable)  # it runs nowhere; otherwise the run may be there still
+            await self._try_later(job, RETRY_S * 2**job.attempts, elsewhere=refused, attempts=attempts)
+
+    async def _try_later(self, job: Job, wait_s: float, elsewhere: bool, attempts: int) -> None:
+        try:
+            await self._jobs.put_back(job.id, wait_s, elsewhere, attempts)
+        except Unavailable:  # the lease runs out by itself
+            _logger.warning("job_waits: %s: the database is away", job.id)
+
+    async def _keep_leases(self) -> None:
+        """Renews them; ends the runs of jobs that were deleted, and lets go of those that another gateway has taken."""
+        while True:
+            await asyncio.sleep(min(1.0, self._config.jobs.lease_s / 4))
+            followed = list(self._runs)
+            try:
+                ours, deleted = await self._jobs.renew(followed)
+            except Unavailable:
+                continue
+            for job_id in followed:
+                if job_id in deleted:
+                    await self.end(job_id)
+                elif job_id not in ours and (task := self._runs.get(job_id)) is not None:
+                    task.cancel()
+
+    async def end(self, job_id: str) -> None:
+        """Ends the run of a job on the server, and stops following it."""
+        with contextlib.suppress(ClientError):  # a server that is away runs nothing that could be cancelled
+            await self.client.cancel(job_id)
+        if (task := self._runs.get(job_id)) is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+class Dispatcher:
+    """All workers, and what is done from time to time: jobs of lost servers, deleted and expired jobs."""
+
+    def __init__(
+        self, config: GatewayConfig, jobs: Jobs, store: Store, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config, self._jobs, self._store, self._clock = config, jobs, store, clock
+        self.workers = [Worker(url, config, jobs, store) for url in config.servers.urls]
+
+    def wake(self) -> None:
+        """There is a new job."""
+        for worker in self.workers:
+            worker.wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for worker in self.workers:
+                group.create_task(worker.run(), name=f"worker of {worker.url}")
+            group.create_task(self._tidy(), name="tidying")
+
+    async def _tidy(self) -> None:
+        swept_s = -60.0
+        while True:
+            try:
+                usable = [worker.url for worker in self.workers if not worker.lost]
+                if moved := await self._jobs.move_away(usable):
+                    _logger.warning("jobs_moved: %d jobs of servers that are lost wait for another one", moved)
+                await self._erase_deleted()
+                if self._clock() - swept_s >= 60.0:
+                    swept_s = self._clock()
+                    for job_id in await self._jobs.expired(self._config.jobs.max_gib * 2**30):
+                        await self._erase(job_id)
+            except Unavailable as error:
+                _logger.warning("database_away: %s", error)
+            await asyncio.sleep(1.0)
+
+    async def _erase_deleted(self) -> None:
+        for job in await self._jobs.deleted():
+            for worker in self.workers:
+                if worker.url == job.server:
+                    await worker.end(job.id)
+            await self._erase(job.id)
+
+    async def _erase(self, job_id: str) -> None:
+        await asyncio.to_thread(self._store.remove, job_id)
+        await self._jobs.remove(job_id)
+        _logger.info("job_erased: %s", job_id)

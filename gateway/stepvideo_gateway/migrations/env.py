@@ -1,0 +1,25 @@
+"""Run by Alembic: connects to the database of its configuration and applies the steps."""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection
+
+from stepvideo_gateway.database import Base, engine_for
+
+
+def _migrate(connection: Connection) -> None:
+    context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def _run() -> None:
+    engine = engine_for(context.config.attributes["url"])
+    async with engine.connect() as connection:
+        await connection.run_sync(_migrate)
+        await connection.commit()
+    await engine.dispose()
+
+
+asyncio.run(_run())
