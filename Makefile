@@ -18,6 +18,7 @@ PROMPT ?= 红色圆形向右移动。
 SEED ?= 7
 OUT ?= out/demo.mp4
 BENCH_RUNS ?= 10
+GATEWAY_JOBS ?= 20
 # ONNX Runtime reports to its maker otherwise (SECURITY.md).
 export ORT_DISABLE_TELEMETRY := 1
 export IMAGE PROMPT FRAMES HEIGHT WIDTH STEPS CFG_SCALE MOTION_SCORE SEED OUT
@@ -27,9 +28,9 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
+.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
-	test-engines-slow test-gpu test-toyworld test-prices coverage resolve fields lint format clean
+	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -44,7 +45,8 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*$$/\1/p' pyproject.toml)
 # What GPU machines have besides; GPU_EXTRAS=gpu-rtx on one with RTX GPUs.
 GPU_EXTRAS ?= gpu,rtx
 LANGUAGE := $(shell sed -n 's/^language = \["\(triton==[^"]*\)"\]$$/\1/p' pyproject.toml)
-PINS := $(shell (cat pyproject.toml client/pyproject.toml; echo '$(EXTRAS) $(GPU_EXTRAS)') | sha256sum | cut -c1-16)
+PINS := $(shell (cat pyproject.toml client/pyproject.toml gateway/pyproject.toml; echo '$(EXTRAS) $(GPU_EXTRAS)') \
+	| sha256sum | cut -c1-16)
 INSTALLED := .venv/.installed-$(PINS)
 NEED_PYTHON = @test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and none was found: pass PYTHON=PATH." >&2; exit 1; }
 
@@ -53,7 +55,7 @@ $(INSTALLED):
 	$(SAY) "environment in .venv: $(PYTHON), $(TORCH), extras $(EXTRAS); the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(RUN) $(PIP) '$(TORCH)'
-	@$(RUN) $(PIP) --editable '.[$(EXTRAS)]' --editable 'client[evaluation]'
+	@$(RUN) $(PIP) --editable '.[$(EXTRAS)]' --editable 'client[evaluation]' --editable gateway
 	@rm -f .venv/.installed-*
 	@touch $@
 
@@ -144,6 +146,10 @@ demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint
 
 serve: $(SERVED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## run the server in the foreground until Ctrl-C (GPU=1: with TensorRT)
 	@$(RUN) stepvideo_serve serve --config '$(CONFIG)'
+
+gateway: $(SERVED) ## run server and gateway in the foreground: /v1/videos for OpenAI's client, at the address that is printed
+	@$(RUN) stepvideo_serve run --config '$(CONFIG)' --log build/gateway-server.log -- \
+		sh -c 'exec $(RUN) stepvideo_gateway --config gateway/gateway.toml --server "$$STEPVIDEO_GRPC_URL"'
 
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
@@ -253,7 +259,7 @@ parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per gra
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 # These need more than the demo does, or much time: each has a target of its own.
-APART := $(addprefix --ignore=tests/,kernels engines toyworld)
+APART := $(addprefix --ignore=tests/,kernels engines toyworld gateway)
 QUICK := -m 'not gpu and not slow'
 SLOW := -m 'slow and not gpu'
 # With the ten slowest tests, and why tests were skipped.
@@ -261,6 +267,9 @@ PYTEST := $(RUN) pytest -q -rs --durations=10
 
 test: $(INSTALLED) ## the tests, with the real server; no GPU needed
 	@$(PYTEST) $(APART) $(QUICK) $(PYTEST_ARGS)
+
+test-gateway: $(INSTALLED) ## the tests of the gateway: OpenAI's client, PostgreSQL, the real server (GATEWAY_JOBS=200)
+	@GATEWAY_JOBS=$(GATEWAY_JOBS) $(PYTEST) $(QUICK) tests/gateway $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
 	@$(PYTEST) $(APART) $(SLOW) $(PYTEST_ARGS)

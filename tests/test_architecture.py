@@ -79,6 +79,10 @@ LIGHT: Mapping[str, tuple[str, ...]] = {
 CLIENT_MAY_IMPORT = ("stepvideo_client", "numpy", "tritonclient", "grpc", "google.protobuf")
 EVALUATION = "client/stepvideo_client/evaluation"
 EVALUATION_MAY_IMPORT = (*CLIENT_MAY_IMPORT, "imageio", "imageio_ffmpeg", "PIL", "skimage", "cv2")
+GATEWAY_MAY_IMPORT = (
+    *("stepvideo_gateway", "stepvideo_client", "fastapi", "starlette", "uvicorn", "sqlalchemy", "alembic"),
+    *("httpx2", "imageio_ffmpeg", "PIL", "prometheus_client"),
+)
 SERVER_API = "triton_python_backend_utils"
 VENDOR = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 PICKLING_MODULES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -201,12 +205,12 @@ def test_only_the_vocabulary_is_loose_in_the_package() -> None:
 def module_of(path: Path) -> str:
     """The dotted name by which a file is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[parts[0] in ("kernels", "client") :]).removesuffix(".__init__")
+    return ".".join(parts[parts[0] in ("kernels", "client", "gateway") :]).removesuffix(".__init__")
 
 
 def test_no_circle_of_imports_between_files() -> None:
     """Imports inside functions count too: a circle there is one all the same."""
-    paths = {module_of(path): path for path in sources(PACKAGE, "export", "kernels", "client", "perf", "toyworld")}
+    paths = {module_of(path): path for path in sources(PACKAGE, "export", "kernels", "client", "gateway", "perf", "toyworld")}
     graph: dict[str, set[str]] = {}
     for module, path in paths.items():
         found = set()
@@ -242,9 +246,15 @@ def test_vendor_modules_are_imported_inside_the_runner_that_needs_them() -> None
 
 def test_nothing_that_serves_imports_export() -> None:
     """The toy world, the benchmarks and the tests may."""
-    others = sources(PACKAGE, "client", "kernels", "model_repository")
+    others = sources(PACKAGE, "client", "gateway", "kernels", "model_repository")
     assert not [(path, name) for path, name in imported(others) if within(name, ("export",))]
     assert not [(path, name) for path, name in imported(sources("export")) if within(name, ("toyworld", "perf"))]
+
+
+def test_the_gateway_imports_nothing_of_the_server() -> None:
+    found = imported(sources("gateway"))
+    assert found
+    assert not [(path, name) for path, name in found if not within(name, GATEWAY_MAY_IMPORT) and not is_standard(name)]
 
 
 def test_the_client_needs_only_numpy_and_tritonclient() -> None:

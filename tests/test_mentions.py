@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.test_architecture import ROOT, TEXT_FILES, files, module_of, parse
 
-PACKAGES = ("stepvideo_serve", "kernels/stepvideo_kernels", "client/stepvideo_client")
+PACKAGES = ("stepvideo_serve", "kernels/stepvideo_kernels", "client/stepvideo_client", "gateway/stepvideo_gateway")
 DOTTED = re.compile(
     r"(?<![\w./-])(?:stepvideo_serve|stepvideo_kernels|stepvideo_client|export|perf|toyworld)(?:\.[A-Za-z_]\w*)+"
 )

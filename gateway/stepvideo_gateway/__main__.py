@@ -1,17 +1,25 @@
-"""python -m stepvideo_gateway [--config gateway.toml]: serves until it is told to stop."""
+"""python -m stepvideo_gateway [--config gateway.toml]            serves until it is told to stop
+python -m stepvideo_gateway [--config gateway.toml] keys add NAME  makes an API key
+python -m stepvideo_gateway [--config gateway.toml] migrate        brings the database to the newest form
+"""
 
 import argparse
+import asyncio
 import logging
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 
 from stepvideo_gateway.api import create_app
 from stepvideo_gateway.config import GatewayConfig
+from stepvideo_gateway.database import engine_for, migrate
 from stepvideo_gateway.errors import ApiError, ConfigError
+from stepvideo_gateway.keys import Keys
+from stepvideo_gateway.logs import configure
 
 EXIT_CONFIG = 2
 STOP_S = 10  # that requests under way have when the gateway stops
@@ -28,31 +36,91 @@ class AnnouncingServer(uvicorn.Server):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves; the exit code."""
-    parser = argparse.ArgumentParser(prog="stepvideo-gateway", description="The OpenAI Videos API for stepvideo-serve.")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.toml; without one, all is as by default")
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    """The exit code: 0, or 2 where the configuration or the database cannot be used."""
+    args = _parser().parse_args(arguments)
     try:
         config = GatewayConfig.load(args.config) if args.config else GatewayConfig()
-        app = create_app(config)
-        app.state.gateway.store.prepare()
+        if args.server:
+            config = replace(config, servers=replace(config.servers, urls=tuple(args.server)))
+        configure(config.logging.format)
+        if args.command == "keys":
+            asyncio.run(_keys(config, args))
+            return 0
+        asyncio.run(migrate(config.jobs.database))
+        return 0 if args.command == "migrate" else _serve(config)
     except (ConfigError, ApiError) as error:
         print(f"stepvideo-gateway: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+    except (OSError, ImportError) as error:
+        print(
+            f"stepvideo-gateway: The database must be usable, {config.jobs.database} is not: {error}", file=sys.stderr
+        )
+    return EXIT_CONFIG
+
+
+def _serve(config: GatewayConfig) -> int:
+    app = create_app(config)
+    app.state.gateway.store.prepare()
+    listen = config.listen
     server = AnnouncingServer(
         uvicorn.Config(
             app,
-            host=config.listen.address,
-            port=config.listen.port,
+            host=listen.address,
+            port=listen.port,
             timeout_graceful_shutdown=STOP_S,
             access_log=False,
             log_config=None,
             server_header=False,
         )
     )
-    server.run()
+    try:
+        server.run()
+    except SystemExit:
+        logging.getLogger(__name__).error("the gateway could not listen on %s:%d", listen.address, listen.port)
+        return 1
     return 0 if server.started else 1
+
+
+async def _keys(config: GatewayConfig, args: argparse.Namespace) -> None:
+    await migrate(config.jobs.database)
+    engine = engine_for(config.jobs.database)
+    keys = Keys(engine)
+    try:
+        if args.action == "add":
+            presets = [name for name in args.presets.split(",") if name]
+            limits = {"max_active": args.max_active, "max_per_day": args.max_per_day, "max_pixels": args.max_pixels}
+            print(await keys.add(args.name, presets=presets, **limits))
+        elif args.action == "remove":
+            if not await keys.remove(args.name):
+                raise ConfigError(f"There is no key {args.name!r}: see `python -m stepvideo_gateway keys list`.")
+        else:
+            for key in await keys.all():
+                allowed = ",".join(key.presets) or "all"
+                print(f"{key.name}\tactive {key.max_active}\tday {key.max_per_day}\tpixels {key.max_pixels}\t{allowed}")
+    finally:
+        await engine.dispose()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="stepvideo-gateway", description="The OpenAI Videos API for stepvideo-serve.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.toml; without one, all is as by default")
+    parser.add_argument("--server", action="append", metavar="HOST:PORT", help="in place of [servers] urls; repeatable")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("serve", help="serve until told to stop (what happens without a command, too)")
+    commands.add_parser("migrate", help="bring the database to the newest form; serving does that by itself")
+    actions = commands.add_parser("keys", help="API keys").add_subparsers(dest="action", required=True)
+    add = actions.add_parser("add", help="make a key; it is shown this once")
+    add.add_argument("name", metavar="NAME", help="whose key it is")
+    for flag, what in (
+        ("--max-active", "videos that may wait or run at the same time"),
+        ("--max-per-day", "videos in 24 hours"),
+        ("--max-pixels", "frames x height x width of one video"),
+    ):
+        add.add_argument(flag, type=int, default=0, metavar="N", help=f"{what}; 0: any number")
+    add.add_argument("--presets", default="", metavar="A,B", help="values of quality that are allowed; none: all")
+    remove = actions.add_parser("remove", help="make a key unknown; its videos stay until they expire")
+    remove.add_argument("name", metavar="NAME")
+    actions.add_parser("list", help="names and limits")
+    return parser
 
 
 if __name__ == "__main__":

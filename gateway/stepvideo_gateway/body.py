@@ -11,9 +11,9 @@ from starlette.formparsers import MultiPartException
 
 from stepvideo_gateway.config import Api
 from stepvideo_gateway.errors import BadRequest, TooLarge, TooSlow
+from stepvideo_gateway.fields import REFERENCE
 
 MAX_FIELDS = 64
-REFERENCE = "input_reference"
 
 
 async def fields_of(request: Request, limits: Api) -> dict[str, Any]:
@@ -72,4 +72,7 @@ def _json(body: bytes) -> dict[str, Any]:
         raise BadRequest("The body must be a form or a JSON object, got neither.") from None
     if not isinstance(read, dict):
         raise BadRequest(f"The body must be a JSON object, got {type(read).__name__}.")
+    reference = read.get(REFERENCE)
+    if isinstance(reference, dict) and isinstance(reference.get("image_url"), str):
+        return {**read, REFERENCE: reference["image_url"]}
     return read

@@ -1,11 +1,16 @@
 """gateway.toml: where the gateway listens, which servers it feeds, where jobs and videos are."""
 
+import base64
+import binascii
+import ipaddress
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from stepvideo_gateway.errors import ConfigError
+
+SECRET_PREFIX: Final = "whsec_"
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,48 @@ class Jobs:
 class Api:
     """What callers may send.
 
-    model           the name that this model has
-    max_upload_mib  of a request's body
-    body_timeout_s  in which the body must arrive
+    model             the name that this model has
+    max_upload_mib    of a request's body
+    body_timeout_s    in which the body must arrive
+    require_key       callers need an API key (`python -m stepvideo_gateway keys add NAME`), and see their own jobs only
+    fetch_references  a picture may be named by an http(s) address, which the gateway then fetches
+    log_prompts       prompts may stand in the log
     """
 
     model: str = "step-video-ti2v"
     max_upload_mib: int = 40
     body_timeout_s: float = 60.0
+    require_key: bool = False
+    fetch_references: bool = False
+    log_prompts: bool = False
+
+
+@dataclass(frozen=True)
+class Videos:
+    """mark: the mp4 says that it is AI-generated, and with what settings, in its metadata."""
+
+    mark: bool = True
+
+
+@dataclass(frozen=True)
+class Webhooks:
+    """Who hears that a video is completed or failed.
+
+    urls           every one hears of all jobs
+    secret         whsec_..., the key of the signatures
+    allow_private  addresses inside the own network may be asked (also by fetch_references)
+    """
+
+    urls: tuple[str, ...] = ()
+    secret: str = ""
+    allow_private: bool = False
+
+
+@dataclass(frozen=True)
+class Logging:
+    """format: "text", or "json", one object a line."""
+
+    format: str = "text"
 
 
 @dataclass(frozen=True)
@@ -76,8 +115,20 @@ class GatewayConfig:
     servers: Servers = field(default_factory=Servers)
     jobs: Jobs = field(default_factory=Jobs)
     api: Api = field(default_factory=Api)
+    videos: Videos = field(default_factory=Videos)
+    webhooks: Webhooks = field(default_factory=Webhooks)
+    logging: Logging = field(default_factory=Logging)
 
     def __post_init__(self) -> None:
+        if self.logging.format not in ("text", "json"):
+            raise ConfigError(f'[logging] format must be "text" or "json", got {self.logging.format!r}: correct it.')
+        if not (self.api.require_key or is_loopback(self.listen.address)):
+            raise ConfigError(
+                f"[api] require_key must be true where others can reach the gateway, which is to listen on "
+                f"{self.listen.address}: set it, and make keys with `python -m stepvideo_gateway keys add NAME`."
+            )
+        if self.webhooks.urls:
+            key_of(self.webhooks.secret)
         if not self.servers.urls:
             raise ConfigError("[servers] urls must name at least one server, got none: add HOST:PORT.")
         for section, key, least in (
@@ -105,7 +156,7 @@ class GatewayConfig:
             raise ConfigError(f"The configuration must be a TOML file, {path}: {error.strerror}.") from error
         except ValueError as error:
             raise ConfigError(f"{path} must be TOML in UTF-8, found: {error}.") from error
-        sections = {"listen": Listen, "servers": Servers, "jobs": Jobs, "api": Api}
+        sections: dict[str, Any] = {each.name: each.default_factory for each in fields(cls)}
         unknown = set(table) - set(sections)
         if unknown:
             raise ConfigError(f"{path} must have the sections {', '.join(sections)}, found {sorted(unknown)[0]!r}.")
@@ -113,6 +164,27 @@ class GatewayConfig:
         jobs = made["jobs"]
         made["jobs"] = Jobs(**{**vars(jobs), "folder": path.parent / jobs.folder, "database": _beside(jobs, path)})
         return cls(**made)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def key_of(secret: str) -> bytes:
+    """The bytes behind "whsec_...". Raises ConfigError."""
+    try:
+        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+    except binascii.Error:
+        key = b""
+    if not secret.startswith(SECRET_PREFIX) or not 24 <= len(key) <= 64:
+        raise ConfigError(
+            f"[webhooks] secret must be {SECRET_PREFIX} and 24 to 64 bytes in base64, found another text."
+        )
+    return key
 
 
 def _section(kind: type[Any], table: Any, name: str, path: Path) -> Any:
@@ -137,6 +209,10 @@ def _typed(default: Any, value: Any, what: str) -> Any:
         if isinstance(value, str):
             return type(default)(value) if isinstance(default, str) else Path(value)
         raise ConfigError(f"{what} must be a string, found {value!r}.")
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        raise ConfigError(f"{what} must be true or false, found {value!r}.")
     if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else int | float):
         raise ConfigError(
             f"{what} must be a number{' without a fraction' * isinstance(default, int)}, found {value!r}."

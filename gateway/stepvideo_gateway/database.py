@@ -74,6 +74,48 @@ class Job(Base):
     )
 
 
+class ApiKey(Base):
+    """Who may ask. The key itself is not kept, its SHA-256 is. Limits of 0, or an empty list, are none.
+
+    max_active   jobs that may wait or run at the same time
+    max_per_day  jobs in 24 hours
+    max_pixels   of one video: frames x height x width
+    presets      values of quality that are allowed
+    """
+
+    __tablename__ = "api_keys"
+
+    name: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    digest: Mapped[str] = mapped_column(sa.String(64), unique=True)
+    created_at: Mapped[float]
+    max_active: Mapped[int] = mapped_column(default=0)
+    max_per_day: Mapped[int] = mapped_column(default=0)
+    max_pixels: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    presets: Mapped[list[str]] = mapped_column(sa.JSON, default=list)
+
+
+class Delivery(Base):
+    """An event that a webhook is to hear of; times are unix seconds.
+
+    next_at       when it is tried next; None: delivered, or given up
+    lease_until   somebody tries it until then
+    """
+
+    __tablename__ = "deliveries"
+
+    id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    job: Mapped[str] = mapped_column(sa.String(64))
+    url: Mapped[str] = mapped_column(sa.Text)
+    body: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[float]
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[float | None]
+    lease_until: Mapped[float] = mapped_column(default=0.0)
+    last_error: Mapped[str | None] = mapped_column(sa.Text, default=None)
+
+    __table_args__ = (sa.Index("ix_deliveries_next", "next_at"),)
+
+
 def engine_for(url: str) -> AsyncEngine:
     """An engine; a SQLite file is in WAL mode and its folder is made."""
     if not url.startswith("sqlite"):

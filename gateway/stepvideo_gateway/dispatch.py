@@ -21,7 +21,9 @@ from stepvideo_client import (
     Result,
     ServiceUnavailable,
     StepEvent,
+    StreamStalled,
 )
+from stepvideo_gateway import media
 from stepvideo_gateway.config import GatewayConfig
 from stepvideo_gateway.database import Job
 from stepvideo_gateway.errors import Unavailable
@@ -113,8 +115,8 @@ class Worker:
                 await self._jobs.fail(job.id, "input_lost", "The picture of this job is not in the store any more.")
                 return
             result = await self._result(job, image)
-            await asyncio.to_thread(self._store.write, job.id, VIDEO, result.video or b"")
-            await self._jobs.complete(job.id, result.seed, result.report, len(result.video or b""))
+            video = await asyncio.to_thread(self._finished, job, result)
+            await self._jobs.complete(job.id, result.seed, result.report, len(video))
             _logger.info("job_completed: %s", job.id)
         except asyncio.CancelledError:  # this gateway stops, or the job is deleted: the run is found again, or gone
             with contextlib.suppress(Unavailable):
@@ -125,6 +127,9 @@ class Worker:
             await self._try_later(job, RETRY_S, elsewhere=False, attempts=job.attempts)
         except ClientError as error:
             await self._failed(job, error)
+        except Exception:  # a fault of the gateway; logged whole, and bounded like a server's
+            _logger.exception("fault: %s", job.id)
+            await self._failed(job, StreamStalled("The gateway failed: see its log."))
 
     async def _result(self, job: Job, image: bytes) -> Result:
         options = {**job.options, "priority": job.urgency, "output": "mp4"}
@@ -138,6 +143,15 @@ class Worker:
                 await self._progress(job.id, event)
                 written_s = time.monotonic()
         raise ServiceUnavailable("The server ended the run without a result.")
+
+    def _finished(self, job: Job, result: Result) -> bytes:
+        """The mp4 as it is handed out, and in the store. Blocks."""
+        video = result.video or b""
+        if self._config.videos.mark:
+            settings = {"prompt": job.prompt, **job.options, "seed": result.seed, "model": job.model}
+            video = media.marked(video, settings)
+        self._store.write(job.id, VIDEO, video)
+        return video
 
     async def _progress(self, job_id: str, event: StepEvent) -> None:
         with contextlib.suppress(Unavailable):  # the next one will tell

@@ -43,6 +43,18 @@ class BadRequest(ApiError):
     status, code, kind, retry = 400, "invalid_value", "invalid_request_error", False
 
 
+class Unauthorized(ApiError):
+    """No key, or an unknown one."""
+
+    status, code, kind, retry = 401, "invalid_api_key", "authentication_error", False
+
+
+class Forbidden(ApiError):
+    """The key does not allow that."""
+
+    status, code, kind, retry = 403, "not_allowed", "permission_error", False
+
+
 class NotFound(ApiError):
     """There is no such job, or it is somebody else's."""
 

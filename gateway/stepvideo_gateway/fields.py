@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from stepvideo_client import MOVEMENTS, with_camera
 from stepvideo_gateway.errors import BadRequest
 
+REFERENCE: Final = "input_reference"
 FPS: Final = 25
 FRAMES_PER_UNIT: Final = 17
 PIXELS_PER_UNIT: Final = 16
@@ -125,20 +126,25 @@ def picture(value: Any) -> bytes:
     """The bytes of the first image: a file's, or those of a data URL. Raises BadRequest."""
     if isinstance(value, Mapping):
         if value.get("file_id"):
-            raise BadRequest("input_reference must be a file or a data URL: there are no file ids here.", _REFERENCE)
+            raise BadRequest("input_reference must be a file or a data URL: there are no file ids here.", REFERENCE)
         value = value.get("image_url")
     if isinstance(value, str) and value:
         value = _of_data_url(value)
     if not isinstance(value, bytes) or not value:
-        raise BadRequest("input_reference is required: the first image, as a file or a data URL.", _REFERENCE)
+        raise BadRequest("input_reference is required: the first image, as a file or a data URL.", REFERENCE)
     try:
         with Image.open(io.BytesIO(value), formats=IMAGES):
             return value
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         begin = value[:8].hex(" ")
         raise BadRequest(
-            f"input_reference must be a PNG, JPEG or WebP picture, got bytes {begin} ...", _REFERENCE
+            f"input_reference must be a PNG, JPEG or WebP picture, got bytes {begin} ...", REFERENCE
         ) from None
+
+
+def is_address(value: Any) -> bool:
+    """Whether the picture would have to be fetched from somewhere."""
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 
 def seconds_of(num_frames: int) -> str:
@@ -150,9 +156,6 @@ def param_of(sentence: str) -> str | None:
     """The field that a sentence of the server is about."""
     found = re.match(r"[A-Z_]+", sentence)
     return INPUT_OF.get(found.group()) if found else None
-
-
-_REFERENCE: Final = "input_reference"
 
 
 def _prompt(given: Mapping[str, Any]) -> str:
@@ -222,12 +225,12 @@ def _of_data_url(url: str) -> bytes:
     if found is None:
         kind = "an address" if url.startswith(("http://", "https://")) else "text"
         raise BadRequest(
-            f"input_reference must be a file or a base64 data URL, got {kind}: send the picture.", _REFERENCE
+            f"input_reference must be a file or a base64 data URL, got {kind}: send the picture.", REFERENCE
         )
     try:
         return base64.b64decode(url[found.end() :], validate=True)
     except binascii.Error:
-        raise BadRequest("input_reference must be a base64 data URL, got broken base64.", _REFERENCE) from None
+        raise BadRequest("input_reference must be a base64 data URL, got broken base64.", REFERENCE) from None
 
 
 def _shown(value: Any) -> str:

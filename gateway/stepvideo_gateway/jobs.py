@@ -2,17 +2,19 @@
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from stepvideo_gateway.database import Job
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
+from stepvideo_gateway.events import deliveries
 from stepvideo_gateway.fields import Asked
+from stepvideo_gateway.transactions import Transactions
 
 QUEUED: Final = "queued"
 IN_PROGRESS: Final = "in_progress"
@@ -20,6 +22,8 @@ COMPLETED: Final = "completed"
 FAILED: Final = "failed"
 ACTIVE: Final = (QUEUED, IN_PROGRESS)
 DAY_S: Final = 86_400.0
+
+Admit = Callable[[AsyncSession], Awaitable[None]]
 
 
 def new_id() -> str:
@@ -36,23 +40,28 @@ class Page:
 
 
 class Jobs:
-    """All jobs. `gateway`: the name of this process in leases; `clock`: unix seconds.
+    """All jobs. `gateway`: the name of this process in leases; `clock`: unix seconds; `webhooks`: who hears of ends.
 
     Every method raises Unavailable while the database is away.
     """
 
     def __init__(
-        self, engine: AsyncEngine, lease_s: float, keep_days: float, clock: Callable[[], float] = time.time
+        self,
+        engine: AsyncEngine,
+        lease_s: float,
+        keep_days: float,
+        clock: Callable[[], float] = time.time,
+        webhooks: Sequence[str] = (),
     ) -> None:
         self.gateway = secrets.token_hex(8)
-        self._lease_s, self._keep_days, self._clock = lease_s, keep_days, clock
-        self._sqlite = engine.dialect.name == "sqlite"
-        self._sessions = async_sessionmaker(engine, expire_on_commit=False)
+        self._lease_s, self._keep_days, self._clock, self._webhooks = lease_s, keep_days, clock, webhooks
+        self._transaction = Transactions(engine)
 
-    async def create(self, job: Job, max_queued: int) -> Job:
+    async def create(self, job: Job, max_queued: int, admit: Admit | None = None) -> Job:
         """Adds a job; the one that came before with the same idempotency key, if there is one.
 
-        Raises Conflict where that one asked for something else, TooMany when so many wait already.
+        Raises Conflict where that one asked for something else, TooMany when so many wait already, and what `admit`
+        raises, which sees the transaction.
         """
         try:
             async with self._transaction() as session:
@@ -61,6 +70,8 @@ class Jobs:
                 waiting = await session.scalar(sa.select(sa.func.count()).where(Job.status == QUEUED, ~Job.cancelled))
                 if (waiting or 0) >= max_queued:
                     raise TooMany(f"At most {max_queued} jobs may wait, {waiting} do: try again later.", None, 30)
+                if admit is not None:
+                    await admit(session)
                 session.add(job)
             return job
         except Unavailable as error:
@@ -204,7 +215,11 @@ class Jobs:
     async def _end(self, job_id: str, **values: Any) -> None:
         now = self._clock()
         expires_at = now + self._keep_days * DAY_S if self._keep_days else None
-        await self._change(job_id, completed_at=now, expires_at=expires_at, lease=None, lease_until=None, **values)
+        values |= {"completed_at": now, "expires_at": expires_at, "lease": None, "lease_until": None}
+        async with self._transaction() as session:
+            ours = sa.update(Job).where(Job.id == job_id, Job.lease == self.gateway)
+            if getattr(await session.execute(ours.values(**values)), "rowcount", 0):
+                session.add_all(deliveries(job_id, values["status"], self._webhooks, now))
 
     async def _change(self, job_id: str, **values: Any) -> None:
         """Of a job that this gateway has a lease on; another's are left alone."""
@@ -217,42 +232,6 @@ class Jobs:
         if before is not None and before.fingerprint != job.fingerprint:
             raise Conflict("The Idempotency-Key came before with another request: choose a new one.")
         return before
-
-    def _transaction(self) -> "_Transaction":
-        return _Transaction(self._sessions, self._sqlite)
-
-
-class _Transaction:
-    """A session that commits. Its errors are Unavailable. SQLite's begin by writing, so that no other writer comes
-    between reading and writing."""
-
-    def __init__(self, sessions: async_sessionmaker[AsyncSession], sqlite: bool) -> None:
-        self._session, self._sqlite = sessions(), sqlite
-
-    async def __aenter__(self) -> AsyncSession:
-        try:
-            if self._sqlite:
-                await self._session.execute(sa.text("BEGIN IMMEDIATE"))
-        except (SQLAlchemyError, OSError) as error:
-            await self._session.close()
-            raise _away(error) from error
-        return self._session
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        try:
-            if error is None:
-                await self._session.commit()
-        except (SQLAlchemyError, OSError) as failed:
-            raise _away(failed) from failed
-        finally:
-            await self._session.close()
-        if isinstance(error, SQLAlchemyError | OSError):
-            raise _away(error) from error
-
-
-def _away(error: BaseException) -> Unavailable:
-    reason = str(error.orig) if isinstance(error, DBAPIError) else str(error)
-    return Unavailable(f"The database cannot be used ({reason.splitlines()[0][:200]}): try again.", retry_after_s=5)
 
 
 def job_of(asked: Asked, job_id: str, owner: str, model: str, key: str | None, now: float) -> Job:

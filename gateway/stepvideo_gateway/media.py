@@ -1,16 +1,35 @@
 """What is made of a finished video: its thumbnail, its spritesheet, its last frame. Blocking: call it on a thread."""
 
 import io
+import json
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import imageio_ffmpeg
 from PIL import Image
 
+MARK: Final = "AI-generated"
 THUMBNAIL_SIDE: Final = 512
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 5, 5, 240
+
+
+def marked(content: bytes, settings: Mapping[str, Any]) -> bytes:
+    """The mp4 with its settings, as JSON, and the mark "AI-generated" in its metadata; its pictures as they were.
+    Raises ValueError where ffmpeg cannot read it."""
+    with tempfile.TemporaryDirectory(prefix="stepvideo_gateway_") as folder:
+        plain, result = Path(folder, "plain.mp4"), Path(folder, "marked.mp4")
+        plain.write_bytes(content)
+        tags = {"comment": json.dumps(settings, ensure_ascii=False), "description": MARK}
+        metadata = [part for name, value in tags.items() for part in ("-metadata", f"{name}={value}")]
+        line = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(plain), "-map", "0", "-c", "copy", *metadata]
+        line += ["-movflags", "+faststart", str(result)]
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise ValueError(f"the video must be an mp4, ffmpeg says: {done.stderr.decode(errors='replace')[:200]}")
+        return result.read_bytes()
 
 
 def thumbnail(video: Path) -> bytes:

@@ -1,5 +1,6 @@
 """Pictures and videos in a folder: one subfolder per job, files whole or not there."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -42,7 +43,8 @@ class Store:
                 os.fsync(file.fileno())
             unfinished.replace(path)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
             raise Unavailable(f"The folder of videos cannot be written: {error.strerror}.", retry_after_s=10) from error
         return path
 

@@ -32,7 +32,10 @@ lease_s = 3.0
 database = "{database}"
 folder = "{folder}"
 """
-SMALL = {"size": "96x64", "extra_body": {"num_frames": 17, "num_inference_steps": 4, "seed": 7, "guidance_scale": 4.0}}
+SMALL: dict[str, Any] = {
+    "size": "96x64",
+    "extra_body": {"num_frames": 17, "num_inference_steps": 4, "seed": 7, "guidance_scale": 4.0},
+}
 READY = re.compile(r"gateway: (http://\S+)")
 
 

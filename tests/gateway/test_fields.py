@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from stepvideo_gateway.errors import BadRequest
 from stepvideo_gateway.fields import asked, param_of, seconds_of
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
+
 from stepvideo_gateway.database import Job, engine_for, migrate, migrations
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
 from stepvideo_gateway.fields import Asked
 from stepvideo_gateway.jobs import DAY_S, Jobs, job_of, new_id
-
 from tests.gateway.postgres import Postgres, postgres, programs
 
 ASKED = Asked("a cat", b"png", {"num_frames": 17, "height": 64, "width": 96}, 2)

@@ -10,14 +10,17 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
-from stepvideo_gateway import media
 
+from stepvideo_gateway import media
 from tests.gateway.conftest import SMALL, Running, create, health, until
 
 # OpenAI has ended its own service; the format lives on.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
-LONG = {"size": "192x192", "extra_body": {"num_frames": 34, "num_inference_steps": 200, "guidance_scale": 4.0}}
+LONG: dict[str, Any] = {
+    "size": "192x192",
+    "extra_body": {"num_frames": 34, "num_inference_steps": 200, "guidance_scale": 4.0},
+}
 
 
 @pytest.fixture

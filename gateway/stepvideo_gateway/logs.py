@@ -1,0 +1,45 @@
+"""The log, on standard error: lines of text, or one JSON object a line."""
+
+import json
+import logging
+import re
+import sys
+import time
+from typing import Final
+
+JOB: Final = re.compile(r"video_[0-9a-f]{32}")
+
+
+class JsonLines(logging.Formatter):
+    """time (UTC), level, logger, message, and the id of the job that the message is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        job = JOB.search(message)
+        fields = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": message,
+            **({"job": job.group()} if job is not None else {}),
+            **({"exception": self.formatException(record.exc_info)} if record.exc_info else {}),
+        }
+        return json.dumps(fields, ensure_ascii=True)  # control characters of a caller's stay escaped
+
+
+class TextLines(logging.Formatter):
+    """The same, for people; what a caller sent cannot begin a line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        record.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message)
+        return super().formatMessage(record)
+
+
+def configure(form: str) -> None:
+    """For the whole process. `form`: text or json."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = TextLines("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler.setFormatter(JsonLines() if form == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for noisy in ("alembic", "httpx2", "httpcore2"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
