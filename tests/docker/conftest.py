@@ -16,3 +16,8 @@ def config_file(engines: Engines, tmp_path: Path) -> Path:
     path = tmp_path / "serve.toml"
     path.write_text(CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=MAX_QUEUED))
     return path
+
+
+@pytest.fixture
+def docker(root: Path) -> Path:
+    return root / "docker"

@@ -1,0 +1,118 @@
+"""Compose and monitoring wired to files that exist, the entry point, and the Dockerfile by hadolint."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
+from tests.docker.test_deployment import server_arguments
+
+
+@pytest.fixture
+def compose(docker: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load((docker / "compose.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def mounts(compose: dict[str, Any]) -> list[tuple[str, str]]:
+    """Host side and container side of what is bound from this repository."""
+    every = [volume for service in compose["services"].values() for volume in service["volumes"]]
+    return [tuple(volume.split(":")[:2]) for volume in every if volume.startswith(".")]
+
+
+def test_compose_mounts_files_that_exist_read_only(compose: dict[str, Any], docker: Path) -> None:
+    assert len(mounts(compose)) >= 6
+    for source, _ in mounts(compose):
+        assert (docker / source).is_file(), source
+    bound = [v for s in compose["services"].values() for v in s["volumes"] if v.startswith((".", "$"))]
+    assert all(volume.endswith(":ro") for volume in bound)
+
+
+def test_compose_publishes_on_loopback_only(compose: dict[str, Any]) -> None:
+    published = [port for service in compose["services"].values() for port in service["ports"]]
+    assert len(published) >= 4
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_compose_pins_images_and_takes_rights_away(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        image = re.fullmatch(r"\$\{([A-Z]+)_IMAGE:-(.+)\}", service["image"])
+        assert image is not None, "a variable names one by its digest"
+        assert image[1] == name.upper()
+        assert "build" in service or re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", image[2]), name
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    assert compose["services"]["stepvideo"]["read_only"] is True
+    assert compose["services"]["stepvideo"]["tmpfs"] == ["/tmp:size=8g"]
+    named = {
+        volume.split(":")[0] for s in compose["services"].values() for volume in s["volumes"] if volume[0] not in ".$"
+    }
+    assert named == set(compose["volumes"])
+
+
+def test_compose_builds_this_image(compose: dict[str, Any], docker: Path) -> None:
+    build = compose["services"]["stepvideo"]["build"]
+    context = (docker / build["context"]).resolve()
+    assert (context / build["dockerfile"]) == docker / "Dockerfile"
+    assert server_arguments(compose["services"]["stepvideo"]["command"]).exit_timeout == 600
+    grace_s = int(compose["services"]["stepvideo"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s >= 600 + TRITON_EXIT_S + EXIT_MARGIN_S
+
+
+@pytest.mark.parametrize(
+    ("choice", "started"),
+    [
+        ({}, "-m stepvideo_serve serve --config {config} --address 127.0.0.1 --exit-timeout=5"),
+        (
+            {"STEPVIDEO_SUPERVISE": "1", "STEPVIDEO_ADDRESS": "0.0.0.0"},
+            "-m stepvideo_serve supervise --config {config} --address 0.0.0.0 --exit-timeout=5",
+        ),
+        ({"STEPVIDEO_SUPERVISE": "yes"}, None),
+    ],
+)
+def test_the_entry_point_starts_the_server_or_its_supervisor(
+    docker: Path, choice: dict[str, str], started: str | None
+) -> None:
+    config = str(docker / "serve.toml")
+    environment = {"PATH": "/usr/bin:/bin", "STEPVIDEO_PYTHON": "echo", "STEPVIDEO_CONFIG": config, **choice}
+    command = [str(docker / "entrypoint.sh"), "--exit-timeout=5"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if started is None:
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: STEPVIDEO_SUPERVISE must be 0 or 1, got yes")
+    else:
+        assert done.stdout.strip() == started.format(config=config)
+
+
+def test_prometheus_scrapes_the_server_of_compose(compose: dict[str, Any], docker: Path) -> None:
+    prometheus = yaml.safe_load((docker / "monitoring" / "prometheus.yml").read_text(encoding="utf-8"))
+    [job] = prometheus["scrape_configs"]
+    [[target]] = [entry["targets"] for entry in job["static_configs"]]
+    assert target.split(":")[0] in compose["services"]
+    assert target.endswith(":8002")
+    mounted = dict(mounts(compose))
+    folder = Path(mounted["./monitoring/prometheus.yml"]).parent
+    assert {str(folder / name) for name in prometheus["rule_files"]} == {mounted["./monitoring/alerts.yml"]}
+
+
+def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any], docker: Path) -> None:
+    [source] = yaml.safe_load((docker / "grafana" / "datasource.yaml").read_text(encoding="utf-8"))["datasources"]
+    service = re.fullmatch(r"http://(\w+):9090", source["url"])
+    assert service is not None
+    assert service[1] in compose["services"]
+    assert set(compose["services"]["grafana"]["networks"]) & set(compose["services"][service[1]]["networks"])
+    [provider] = yaml.safe_load((docker / "grafana" / "dashboards.yaml").read_text(encoding="utf-8"))["providers"]
+    dashboard = dict(mounts(compose))["./monitoring/dashboard.json"]
+    assert str(Path(dashboard).parent) == provider["options"]["path"]
+
+
+def test_hadolint_has_nothing_to_say(docker: Path) -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([str(program), str(docker / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
