@@ -1,8 +1,10 @@
 """The tiny random checkpoint and its graphs, as the tests of serving have them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.serving.conftest import engines
 from tests.serving.launch import CONFIG, MAX_QUEUED, Engines
@@ -21,3 +23,10 @@ def config_file(engines: Engines, tmp_path: Path) -> Path:
 @pytest.fixture
 def docker(root: Path) -> Path:
     return root / "docker"
+
+
+@pytest.fixture
+def compose(docker: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load((docker / "compose.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded

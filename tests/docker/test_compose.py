@@ -13,13 +13,6 @@ from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
 from tests.docker.test_deployment import server_arguments
 
 
-@pytest.fixture
-def compose(docker: Path) -> dict[str, Any]:
-    loaded = yaml.safe_load((docker / "compose.yaml").read_text(encoding="utf-8"))
-    assert isinstance(loaded, dict)
-    return loaded
-
-
 def mounts(compose: dict[str, Any]) -> list[tuple[str, str]]:
     """Host side and container side of what is bound from this repository."""
     every = [volume for service in compose["services"].values() for volume in service["volumes"]]
