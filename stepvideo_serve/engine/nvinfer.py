@@ -33,7 +33,6 @@ PACKAGES: Mapping[str, str] = MappingProxyType({"tensorrt": "tensorrt-cu13", "te
 ALIGNMENT = 256
 """Of every address that TensorRT is given, in bytes."""
 
-NO_REASON = "it gave no reason"
 _OUT_OF_MEMORY = re.compile("out ?of ?memory", re.IGNORECASE)
 
 
@@ -102,12 +101,6 @@ class Toolkit:
     logger: Any
     runtime: Any
 
-    def reason(self) -> str:
-        """The last error that TensorRT told of, since the last call."""
-        reason: str = self.logger.last_error
-        self.logger.last_error = NO_REASON
-        return reason
-
 
 @cache
 def toolkit_of(trt: Any) -> Toolkit:
@@ -136,15 +129,17 @@ class NvInferRunner(EngineRunner):
         engine_id: str,
     ) -> None:
         super().__init__(spec, memory.device, engine_id)
-        self._memory, self._toolkit = memory, toolkit_of(trt)
+        toolkit = toolkit_of(trt)
+        self._memory = memory
+        self._logger = toolkit.logger
         with checked_file(spec.name, directory, file) as content:
-            self._engine = self._toolkit.runtime.deserialize_cuda_engine(content)
+            self._engine = toolkit.runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise _not_loaded(spec.name, directory / file.path, trt, self._toolkit.reason())
+            raise _not_loaded(spec.name, directory / file.path, trt, self._logger.last_error)
         check_signature(trt, spec, self._engine)
         self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
-            raise _too_large(spec.name, self._toolkit.reason())
+            raise _too_large(spec.name, self._logger.last_error)
         memory.reserve(self._engine.device_memory_size_v2)
 
     def _run(self, inputs: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
@@ -174,7 +169,7 @@ class NvInferRunner(EngineRunner):
         profile = {name: [list(shape) for shape in bounds] for name, bounds in self.spec.profile().items()}
         return EngineError(
             f"Engine {self.spec.name} must run with {shapes} (profile {profile}), TensorRT refused: "
-            f"{self._toolkit.reason()}; build the engine again."
+            f"{self._logger.last_error}; build the engine again."
         )
 
     def _release(self) -> None:
@@ -270,7 +265,7 @@ def make_logger(trt: Any) -> Any:
     class LastError(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last_error = NO_REASON
+            self.last_error = "it gave no reason"
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
