@@ -1,6 +1,7 @@
 """What every runner promises."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
 import pytest
@@ -13,11 +14,13 @@ from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError
 from tests.engine.gpu_engines import open_engine
 from tests.engine.toy import WIDTH, Graph, toy_inputs
+from tests.fakes.toy_engine import open_on_stub
 
 # A backend is one more entry; those that need a GPU: pytest.param(make, marks=pytest.mark.gpu, id="...").
 BACKENDS = [
     pytest.param(lambda toy: EagerRunner(toy.spec, toy.module), id="eager"),
     pytest.param(lambda toy: OrtRunner(toy.spec, toy.onnx_path, threads=2), id="ort"),
+    pytest.param(open_on_stub, id="tensorrt-stub"),
     *(
         pytest.param(partial(open_engine, backend=backend), marks=pytest.mark.gpu, id=backend)
         for backend in ("tensorrt", "tensorrt_rtx")
@@ -27,7 +30,7 @@ BACKENDS = [
 
 @pytest.fixture(params=BACKENDS)
 def runner(request: pytest.FixtureRequest, toy: Graph) -> Iterator[EngineRunner]:
-    make: Callable[[Graph], EngineRunner] = request.param
+    make: Callable[[Graph], AbstractContextManager[EngineRunner]] = request.param
     with make(toy) as runner:
         yield runner
 
