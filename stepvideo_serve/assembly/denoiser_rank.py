@@ -8,6 +8,7 @@ cancel, a deadline or a value that is not finite ends the job on every rank afte
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,16 +16,20 @@ import torch
 from numpy.typing import NDArray
 
 from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.engines import largest_sizes
 from stepvideo_serve.assembly.runners import build_sharded_llm
 from stepvideo_serve.assembly.stages import Denoiser, ShardedDecoder
+from stepvideo_serve.assembly.warm_up import warm_up
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.engine.device_errors import device_errors
 from stepvideo_serve.errors import ConfigError, DeadlineExceeded, EngineError, InvalidRequest, RequestCancelled
 from stepvideo_serve.parallel.collectives import Collectives, communicator_errors
+from stepvideo_serve.parallel.first_contact import connect
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.rank_process import JobContext
 from stepvideo_serve.pipeline.output_checks import is_finite, not_finite
 from stepvideo_serve.sampling.job import DenoiseJob, finite_tensor
+from stepvideo_serve.text.segments import ShardedStepLLM
 
 TensorMap = dict[str, NDArray[Any]]
 Outcome = tuple[dict[str, Any], TensorMap]
@@ -38,19 +43,23 @@ class DenoiserRank:
 
     def __init__(self, config: ServeConfig, layout: Layout, rank: int) -> None:
         self._layout, self._presets = layout, config.presets
-        self._collectives = Collectives(layout, rank) if layout.world_size > 1 else None
+        self._collectives = _connected(config, layout, rank) if layout.world_size > 1 else None
         self._denoiser = Denoiser(config, layout, self._collectives)
+        runners = dict(self._denoiser.runners)
         self._decoder: ShardedDecoder | None = None
         if self._collectives is not None:
             self._decoder = ShardedDecoder(config, self._collectives, rank, layout.world_size)
+            runners |= self._decoder.runners
         self._busy_s = 0.0
-        self._llm = None
+        self._llm: ShardedStepLLM | None = None
         self._device = config.model.device
         self._vocab_size = Checkpoint(config.model.dir).llm_config.vocab_size
         if config.text.on_ranks:
             if self._collectives is None:
                 raise ConfigError("[text] on_ranks needs a layout of several ranks, got one: set it to false.")
-            self._llm = build_sharded_llm(config, layout, self._collectives)
+            self._llm, of_llm = build_sharded_llm(config, layout, self._collectives)
+            runners |= of_llm
+        warm_up(runners, rank, partial(largest_sizes, config) if config.model.device == "cuda" else None)
 
     def info(self) -> dict[str, Any]:
         return {"engines": self._denoiser.engines, "layout": str(self._layout)}
@@ -147,6 +156,15 @@ def _refuse_misfits(check: Callable[[], None]) -> None:
         check()
     except EngineError as error:
         raise InvalidRequest(f"The tensors must fit the graphs, they do not: {error}") from None
+
+
+def _connected(config: ServeConfig, layout: Layout, rank: int) -> Collectives:
+    """A communicator whose groups have been tried: before the graphs are loaded, which takes minutes, and on some ranks
+    longer than on others."""
+    ranks = Collectives(layout, rank)
+    on_gpu = config.model.device == "cuda"
+    connect(ranks, layout, rank, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+    return ranks
 
 
 def _verdict(context: JobContext, timeout_s: float | None, began_s: float, latents: torch.Tensor | None) -> int:

@@ -97,29 +97,25 @@ def check_engines(config: ServeConfig, manifest: Manifest, names: Collection[str
     require_target(manifest, directory, replace(target, sm=target.sm or found.sm))
     manifest.verify(directory, names)
     require_parity(manifest, names)
-    largest = _largest_sizes(config)
     for name in names:
-        require_profile({name: manifest.graph(name)}, _divided(config, name, largest))
+        require_profile({name: manifest.graph(name)}, largest_sizes(config, name))
+
+
+def largest_sizes(config: ServeConfig, name: str) -> dict[str, int]:
+    """Symbol -> its largest size in the graph `name` that requests may ask of one rank."""
+    limits = config.limits
+    parts = 1 if name.startswith(WHOLE_TOKENS) else Layout.parse(config.denoiser.layout).sp
+    return {
+        "tokens": -(-limits.max_tokens // parts),
+        "latent_height": limits.max_height // PIXELS_PER_LATENT,
+        "latent_width": limits.max_width // PIXELS_PER_LATENT,
+    }
 
 
 @functools.cache
 def activation_memory(device: torch.device) -> ActivationMemory:
     """Of this process on this GPU, shared by all its engines."""
     return ActivationMemory(device)
-
-
-def _largest_sizes(config: ServeConfig) -> dict[str, int]:
-    limits = config.limits
-    return {
-        "tokens": limits.max_tokens,
-        "latent_height": limits.max_height // PIXELS_PER_LATENT,
-        "latent_width": limits.max_width // PIXELS_PER_LATENT,
-    }
-
-
-def _divided(config: ServeConfig, name: str, largest: Mapping[str, int]) -> dict[str, int]:
-    parts = 1 if name.startswith(WHOLE_TOKENS) else Layout.parse(config.denoiser.layout).sp
-    return {**largest, "tokens": -(-largest["tokens"] // parts)}
 
 
 def _activation_bytes(entries: Mapping[str, GraphEntry]) -> int:

@@ -116,8 +116,10 @@ def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> 
     return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in (*common, *own)}
 
 
-def build_sharded_llm(config: ServeConfig, layout: Layout, ranks: Collectives) -> ShardedStepLLM:
-    """This rank's slice of Step-LLM. Raises ConfigError when the layout does not cut it."""
+def build_sharded_llm(
+    config: ServeConfig, layout: Layout, ranks: Collectives
+) -> tuple[ShardedStepLLM, dict[str, EngineRunner]]:
+    """This rank's slice of Step-LLM, and its graphs. Raises ConfigError when the layout does not cut it."""
     checkpoint = Checkpoint(config.model.dir)
     llm_config = checkpoint.llm_config
     layout.check(checkpoint.dit_config.num_heads, llm_groups=llm_config.num_groups)
@@ -132,4 +134,4 @@ def build_sharded_llm(config: ServeConfig, layout: Layout, ranks: Collectives) -
     else:
         part = part_folder(layout, ranks.tp_index)
         graphs = load_runners(config, names, config.denoiser.threads, part, layout.world_size)
-    return ShardedStepLLM(graphs, llm_config, ranks)
+    return ShardedStepLLM(graphs, llm_config, ranks), graphs

@@ -1,7 +1,7 @@
 """The stages of the pipeline as a configuration says: in this process, or one rank's part of them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.dit.shape_check import check_shapes
 from stepvideo_serve.dit.velocity import DiTVelocity, Graph
 from stepvideo_serve.engine.manifest import content_key
+from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.geometry import LATENTS_PER_CHUNK
 from stepvideo_serve.parallel.collectives import Collectives
@@ -145,6 +146,11 @@ class Denoiser:
         return run_job(job, self._dit, self._preview.render, self._ranks.agree)
 
     @property
+    def runners(self) -> Mapping[str, EngineRunner]:
+        """By the names of the graphs."""
+        return self._runners
+
+    @property
     def engines(self) -> str:
         """Identifies all graphs of this rank together, for reports."""
         ids = sorted(runner.engine_id for runner in self._runners.values())
@@ -213,6 +219,11 @@ class ShardedDecoder:
         """Raises EngineError, on every rank, for latents of which the graph does not take a chunk; runs nothing."""
         for chunk in latents.split(LATENTS_PER_CHUNK):
             self._graph.spec.check_shapes({"latents": (1, *chunk.shape)})
+
+    @property
+    def runners(self) -> Mapping[str, EngineRunner]:
+        """By the names of the graphs."""
+        return {self._graph.spec.name: self._graph}
 
     def decode(self, latents: Tensor, go_on: Callable[[], None]) -> Iterator[Frames]:
         """latents [F, C, h, w] -> on the leader, uint8 frames [n, H, W, 3] a chunk; on other ranks, nothing.
