@@ -71,8 +71,8 @@ class Layout:
             r for r in range(self.world_size) if all(getattr(self.coordinates(r), n) == v for n, v in others.items())
         )
 
-    def check(self, num_heads: int, devices: int | None = None, llm_groups: int | None = None) -> None:
-        """Raises ConfigError unless heads (and the LLM's key/value groups) divide and there are enough devices."""
+    def check(self, num_heads: int, llm_groups: int | None = None) -> None:
+        """Raises ConfigError unless heads (and the LLM's key/value groups) divide."""
         if num_heads % (self.tp * self.sp):
             raise ConfigError(
                 f"layout {self} must divide the DiT's {num_heads} heads by tp x sp = {self.tp * self.sp}, "
@@ -83,9 +83,13 @@ class Layout:
                 f"layout {self} must divide Step-LLM's {llm_groups} key/value groups by tp = {self.tp}, it does not: "
                 "choose a smaller tp, or leave Step-LLM whole."
             )
-        if devices is not None and devices < self.world_size:
+
+    def check_devices(self, devices: int) -> None:
+        """Raises ConfigError unless there is a GPU for each rank."""
+        if devices < self.world_size:
             raise ConfigError(
-                f"layout {self} needs {self.world_size} devices, found {devices}: choose a smaller layout."
+                f"layout {self} needs {self.world_size} GPUs, found {devices}: see nvidia-smi and "
+                "CUDA_VISIBLE_DEVICES, or choose a smaller layout."
             )
 
     def check_tokens(self, tokens: int) -> None:

@@ -39,6 +39,12 @@ from stepvideo_serve.parallel.shared_memory import Arena, Array
 
 LEADER = 0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# All ranks are on this machine: NCCL meets over loopback, as gloo does (collectives.py), and looks for no InfiniBand.
+# Tensors go from GPU to GPU without any of that.
+ONE_MACHINE = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"}
+# What an operator may set otherwise: NCCL says in the log what is wrong; requests of many sizes do not fragment the
+# GPU's memory.
+UNLESS_SET = {"NCCL_DEBUG": "WARN", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 BEAT = encode({"kind": "beat"})
 MARK = encode({"kind": "mark"})
 
@@ -224,6 +230,14 @@ def build_worker(factory: str, settings: JsonObject) -> Worker:
     return worker
 
 
+def prepare_environment() -> None:
+    """For NCCL and torch, which read it later. torch knows an older name of PYTORCH_ALLOC_CONF, too."""
+    os.environ.update(ONE_MACHINE)
+    for name, value in UNLESS_SET.items():
+        if name != "PYTORCH_ALLOC_CONF" or "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault(name, value)
+
+
 def die_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when the thread that started it ends; exit if it has ended already."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -241,6 +255,7 @@ def main() -> int:
     die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group: the parent decides
     faulthandler.enable()
+    prepare_environment()
     os.set_inheritable(arguments.fd, False)
     channel = Channel(socket.socket(fileno=arguments.fd), None)  # the parent may be slow to take a message
     start = channel.receive()

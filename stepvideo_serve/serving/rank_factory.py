@@ -9,6 +9,7 @@ from stepvideo_serve.assembly.denoiser_rank import DenoiserRank
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.parallel.collectives import init_process_group
+from stepvideo_serve.parallel.gpus import DriverGpus, check_gpus
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.serving.observe.logs import configure_logging
 
@@ -21,19 +22,20 @@ def build_rank(settings: dict[str, Any]) -> DenoiserRank:
     configure_logging(config.logging, f"dit_denoiser rank {settings['rank']}", in_stub=False)
     layout = Layout.parse(config.denoiser.layout)
     if config.model.device == "cuda":
-        _use_gpu(settings["rank"])
+        _use_gpu(layout, settings["rank"])
     if layout.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if config.model.device == "cuda" else "gloo"
         init_process_group(settings, backend, COLLECTIVE_TIMEOUT_S)
     return DenoiserRank(config, layout, settings["rank"])
 
 
-def _use_gpu(rank: int) -> None:
-    """Rank N computes on GPU N. Raises SetupError where there is none."""
-    count = torch.cuda.device_count()
-    if rank >= count:
+def _use_gpu(layout: Layout, rank: int) -> None:
+    """Rank N computes on GPU N. Raises SetupError where it cannot."""
+    gpus = DriverGpus()
+    if not gpus.count():
         raise SetupError(
-            f'[model] device = "cuda" needs a GPU for each rank, found {count} that torch {torch.__version__} can use '
-            f"and none for rank {rank}: see nvidia-smi and CUDA_VISIBLE_DEVICES, or take a layout with fewer ranks."
+            f'[model] device = "cuda" needs a GPU for each rank, found 0 that torch {torch.__version__} can use: see '
+            "nvidia-smi and CUDA_VISIBLE_DEVICES, and install a torch for CUDA."
         )
+    check_gpus(layout, rank, gpus)
     torch.cuda.set_device(rank)

@@ -79,3 +79,14 @@ def test_values_and_shapes_are_compared() -> None:
     assert difference(torch.tensor([[1.0, 2.0], [5.0, 4.0]]), expected) == "3 at [1, 0], it gave 5"
     assert difference(torch.tensor([[1.0, float("nan")], [3.0, 4.0]]), expected) == "2 at [0, 1], it gave nan"
     assert difference(expected[:1], expected) == "a shape of [2, 2], it gave [1, 2]"
+
+
+def test_ranks_talk_over_loopback_only(rank_env: dict[str, str]) -> None:
+    """Whatever the server's environment says; what NCCL logs, and how torch allocates, an operator may choose."""
+    given = {"NCCL_SOCKET_IFNAME": "eth0", "NCCL_IB_DISABLE": "0", "NCCL_DEBUG": "INFO"}
+    with group_of("corrupt", "tp2", {**rank_env, **given}, names=[]) as group:
+        environment = group.start()["environment"]
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+    assert (environment["NCCL_NET"], environment["NCCL_IB_DISABLE"]) == ("Socket", "1")
+    assert environment["NCCL_DEBUG"] == "INFO"
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

@@ -92,7 +92,8 @@ def test_heads_that_do_not_divide_are_refused(name: str, num_heads: int) -> None
 @pytest.mark.parametrize(("name", "num_heads"), [("tp8.sp2", 48), ("cfg2", 3), ("single", 1), ("sp8", 48)])
 def test_heads_that_divide_are_accepted(name: str, num_heads: int) -> None:
     layout = Layout.parse(name)
-    layout.check(num_heads, devices=layout.world_size)
+    layout.check(num_heads)
+    layout.check_devices(layout.world_size)
 
 
 def test_groups_of_step_llm_that_do_not_divide_are_refused() -> None:
@@ -102,8 +103,8 @@ def test_groups_of_step_llm_that_do_not_divide_are_refused() -> None:
 
 
 def test_a_missing_device_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"layout cfg2\.tp4 needs 8 devices, found 7"):
-        Layout(cfg=2, tp=4).check(48, devices=7)
+    with pytest.raises(ConfigError, match=r"layout cfg2\.tp4 needs 8 GPUs, found 7"):
+        Layout(cfg=2, tp=4).check_devices(7)
 
 
 def test_a_rank_without_a_token_is_refused() -> None:
