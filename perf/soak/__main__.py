@@ -1,10 +1,12 @@
 """Many callers at once who behave as callers do: right, wrong, late, impatient; and ranks that die under them.
 
-    python -m perf.soak [--requests 1000] [--concurrency 32] [--seed 0] [--kill-every 100] [--config serve.toml | --url]
+    python -m perf.soak [--requests 1000] [--concurrency 32] [--seed 0] [--kill-every 100] [--honest 40] [--rounds 4]
+                        [--config serve.toml | --url HOST:PORT]
 
 First every kind of good request runs alone: its LATENTS are what must come back later, bit for bit. Then the callers
-start. The verdict says what was violated; docs/load.md has the rules. Exit code 1 if one was. With --url the server is
-somebody else's: no rank is killed and no memory is looked at.
+start. Last, honest callers alone and beside strangers who attack (honest.py). The verdict says what was violated;
+docs/load.md has the rules. Exit code 1 if one was. With --url the server is somebody else's: no rank is killed and no
+memory is looked at.
 """
 
 import argparse
@@ -17,15 +19,18 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 
-from perf.soak.growth import Sampler, ranks_of
+from perf.soak import honest
+from perf.soak.growth import Sampler, cpu_seconds, ranks_of
 from perf.soak.plan import Planned, good_requests, plan
 from perf.soak.report import Books, Ended, Soak, growing, summary, table, violations
-from perf.soak.wire import OK, Leave, Outcome, Values, exchange, exchange_unary
+from perf.soak.wire import OK, OWN_CONNECTION, Leave, Outcome, Values, exchange, exchange_unary
 from stepvideo_serve.errors import SetupError, StepVideoError
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer
@@ -167,7 +172,10 @@ def _until_accepted(url: str, planned: Planned, dice: random.Random) -> tuple[Ou
     """Tries again while the queue is full, after 50 ms, 100 ms ... 2 s and some chance; the end, and the refusals."""
     refusals, began_s = 0, time.monotonic()
     while True:
-        if planned.action == "unary":
+        if planned.attack is not None:
+            with grpc.insecure_channel(url, options=OWN_CONNECTION) as channel:
+                outcome = planned.attack.send(channel, LIMIT_S)
+        elif planned.action == "unary":
             outcome = exchange_unary(url, planned.values, LIMIT_S)
         else:
             leave: Leave = "close" if planned.action == "vanish" else "cancel"
@@ -197,13 +205,27 @@ def soak_server(url: str, server: TritonServer | None, options: argparse.Namespa
     requests = plan(options.requests, options.seed, good)
     soak = run(url, requests, options.concurrency, options.kill_every, server, options.seed)
     wrong = list(violations(soak, quiet))
+    compared = compare_honest(url, server, options) if options.honest else {}
     if server is not None and not psutil.pid_exists(server.pid):
         wrong.append("the server has ended")
     if quiet_run(url, good) != quiet:
         wrong.append("afterwards, alone again, the bits are others")
     figures = summary(soak, wrong)
     wrong += growing(figures)
+    if compared:
+        figures["honest"] = honest.figures(compared)
+        wrong += honest.starved(figures["honest"], compared)
     return figures
+
+
+def compare_honest(url: str, server: TritonServer | None, options: argparse.Namespace) -> dict[str, list[honest.Round]]:
+    """Honest callers alone, and beside strangers who attack."""
+    print("honest callers alone, and beside strangers who attack ...", file=sys.stderr, flush=True)
+    meters = None
+    if server is not None:
+        steps_s = partial(metric, server.metrics_url, "stepvideo_step_seconds_sum")
+        meters = honest.Meters(steps_s, partial(cpu_seconds, server.pid))
+    return honest.compare(url, options.honest, options.rounds, options.seed, meters)
 
 
 def main() -> int:
@@ -236,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--concurrency", type=int, default=32)
     add("--seed", type=int, default=0, help="the same seed, the same requests; default: %(default)s")
     add("--kill-every", type=int, default=100, metavar="N", help="requests between two kills of a rank; 0: none")
+    add("--honest", type=int, default=40, metavar="N", help="honest requests of a round alone or under attack; 0: none")
+    add("--rounds", type=int, default=4, help="of each; default: %(default)s")
     add("--config", type=Path, default=Path("serve.toml"))
     add("--url", help="HOST:PORT of a server that runs already (gRPC)")
     add("--log", type=Path, default=Path("build/soak-server.log"), help="default: %(default)s")

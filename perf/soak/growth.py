@@ -1,5 +1,6 @@
-"""Memory of a server's processes while it works, and whether it grows."""
+"""Memory and CPU time of a server's processes while it works, and whether the memory grows."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,16 @@ def _command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:  # it has just ended
         return ""
+
+
+def cpu_seconds(pid: int) -> float:
+    """That the server with this pid and its living processes have used."""
+    server, total = psutil.Process(pid), 0.0
+    for process in (server, *server.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def sample(pid: int, shm_prefix: str, requests: int) -> Sample:

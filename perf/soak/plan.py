@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from perf.soak.attacks import DEADLINE, INVALID, Attack, refused
 from perf.soak.wire import CANCELLED, OK, REFUSED_BY_TRITON, Values
 
 KINDS = 6  # of good requests
 PICTURE_SIDE = 256
-DEADLINE = "DEADLINE_EXCEEDED"
 
 # What callers do, how often (relative), and how such a request may end.
 ACTIONS: Mapping[str, tuple[int, frozenset[str]]] = {
@@ -24,19 +24,22 @@ ACTIONS: Mapping[str, tuple[int, frozenset[str]]] = {
     "vanish": (6, frozenset({OK, CANCELLED})),
     "tight deadline": (6, frozenset({OK, DEADLINE})),
     "impossible deadline": (4, frozenset({DEADLINE})),
-    "bad input": (12, frozenset({"INVALID_ARGUMENT", REFUSED_BY_TRITON})),
+    "bad input": (12, frozenset({INVALID, REFUSED_BY_TRITON})),
+    "attack": (12, frozenset({INVALID, DEADLINE})),
 }
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One request: `kind` of the good request that it is made of; `leave_after_s` where the caller leaves."""
+    """One request: `kind` of the good request that it is made of; `leave_after_s` where the caller leaves; `attack` is
+    sent in place of the values where there is one."""
 
     number: int
     action: str
     kind: int
     values: Values
     leave_after_s: float | None = None
+    attack: Attack | None = None
 
 
 def good_requests() -> list[Values]:
@@ -64,13 +67,14 @@ def plan(count: int, seed: int, good: list[Values]) -> list[Planned]:
     """The same requests for the same seed."""
     dice = random.Random(seed)
     actions = dice.choices(list(ACTIONS), [weight for weight, _ in ACTIONS.values()], k=count)
-    return [_planned(number, action, dice, good) for number, action in enumerate(actions)]
+    attacks = refused(good[0])
+    return [_planned(number, action, dice, good, attacks) for number, action in enumerate(actions)]
 
 
-def _planned(number: int, action: str, dice: random.Random, good: list[Values]) -> Planned:
+def _planned(number: int, action: str, dice: random.Random, good: list[Values], attacks: list[Attack]) -> Planned:
     kind = dice.randrange(len(good))
     values = {**good[kind], "REQUEST_PRIORITY": np.array([dice.randint(1, 3)], np.int32)}
-    leave_after_s = None
+    leave_after_s, attack = None, None
     match action:
         case "repeat":
             values["REQUEST_ID"] = f"soak-{number // 50}-{kind}".encode()
@@ -82,7 +86,9 @@ def _planned(number: int, action: str, dice: random.Random, good: list[Values]) 
             values["TIMEOUT_S"] = np.array([1e-4], np.float32)
         case "bad input":
             values |= dice.choice(_bad_inputs(good[kind]))
-    return Planned(number, action, kind, values, leave_after_s)
+        case "attack":
+            attack = dice.choice(attacks)
+    return Planned(number, action, kind, values, leave_after_s, attack)
 
 
 def _bad_inputs(good: Values) -> list[dict[str, Any]]:

@@ -58,8 +58,10 @@ def violations(soak: Soak, quiet: list[bytes]) -> Iterable[str]:
     """One sentence for each request that did not end as it may. `quiet`: the LATENTS of each kind, run alone."""
     for ended in soak.ended:
         planned, outcome = ended.planned, ended.outcome
-        who = f"request {planned.number} ({planned.action}, {ended.kills} kills)"
-        if outcome.code not in ACTIONS[planned.action][1]:
+        name = planned.action if planned.attack is None else f"attack: {planned.attack.name}"
+        who = f"request {planned.number} ({name}, {ended.kills} kills)"
+        allowed = ACTIONS[planned.action][1] if planned.attack is None else planned.attack.ends
+        if outcome.code not in allowed:
             yield f"{who} ended with {outcome.code}: {outcome.text}"
         elif outcome.ends != 1 and not (outcome.ends == 0 and outcome.code == CANCELLED):
             yield f"{who} ended {outcome.ends} times"
@@ -71,9 +73,10 @@ def violations(soak: Soak, quiet: list[bytes]) -> Iterable[str]:
 
 def _unbalanced(ended: list[Ended], books: Books) -> Iterable[str]:
     """Where the server has counted other ends than the callers have seen. Who leaves may do so before the server has
-    the request."""
-    sent = sum(each.refusals + (each.outcome.code != REFUSED_BY_TRITON) for each in ended)
-    left = sum(each.outcome.code == CANCELLED for each in ended)
+    the request; what is sent to internal models is no request."""
+    public = [each for each in ended if each.planned.attack is None or each.planned.attack.public]
+    sent = sum(each.refusals + (each.outcome.code != REFUSED_BY_TRITON) for each in public)
+    left = sum(each.outcome.code == CANCELLED for each in public)
     if not sent - left <= books.answered <= sent:
         yield f"the server counts {books.answered:g} ends for {sent} requests, {left} of which were left"
     if books.internal:
@@ -136,6 +139,9 @@ def table(figures: Mapping[str, Any]) -> str:
     lines = [f"{'action':<20} ends"]
     for action, codes in figures["ends"].items():
         lines.append(f"{action:<20} " + ", ".join(f"{code} {count}" for code, count in sorted(codes.items())))
-    lines += [f"{name:<20} {value}" for name, value in figures.items() if name not in ("ends", "violations")]
+    apart = ("ends", "violations", "honest")
+    lines += [f"{name:<20} {value}" for name, value in figures.items() if name not in apart]
+    for group, told in figures.get("honest", {}).items():
+        lines.append(f"{f'honest, {group}':<20} " + ", ".join(f"{name} {value}" for name, value in told.items()))
     lines += [f"VIOLATED: {sentence}" for sentence in figures["violations"]] or ["nothing was violated"]
     return "\n".join(lines)

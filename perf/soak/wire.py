@@ -1,5 +1,6 @@
-"""One request to `ti2v` or `ti2v_unary` as it is on the wire, and everything that came back, counted."""
+"""One request as it is on the wire, and everything that came back, counted."""
 
+import contextlib
 import json
 import threading
 import time
@@ -133,6 +134,26 @@ def exchange_unary(url: str, values: Values, limit_s: float) -> Outcome:
         except grpc.RpcError as error:
             return _without_answer(error, threading.Event(), began_s)
     return _result(InferResult(response), 1, time.monotonic() - began_s)
+
+
+def outcome_of(channel: grpc.Channel, request: Any, limit_s: float, leave_after_s: float | None = None) -> Outcome:
+    """How a unary request to any model ends, whatever it answers; the caller cancels after `leave_after_s`."""
+    began_s = time.monotonic()
+    call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer.future(request, timeout=limit_s)
+    left = threading.Event()
+    try:
+        if leave_after_s is not None:
+            with contextlib.suppress(grpc.FutureTimeoutError):
+                call.exception(leave_after_s)
+            if not call.done():
+                left.set()
+                call.cancel()
+        call.result()
+    except grpc.RpcError as error:
+        return _without_answer(error, left, began_s)
+    except grpc.FutureCancelledError:
+        return Outcome(CANCELLED, "", 0, seconds=time.monotonic() - began_s)
+    return Outcome(OK, "", 1, seconds=time.monotonic() - began_s)
 
 
 def _result(result: InferResult, ends: int, seconds: float) -> Outcome:

@@ -4,6 +4,7 @@ import argparse
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,12 +14,17 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2_grpc
 
-from perf.soak.__main__ import soak_server
+from perf.soak import honest
+from perf.soak.__main__ import metric, soak_server
+from perf.soak.attacks import REFUSED, SERVED, Attack, blank_png, refused, scanned_jpeg, served
 from perf.soak.growth import Sample, slope
 from perf.soak.plan import ACTIONS, good_requests, plan
 from perf.soak.report import Books, Ended, Soak, flat_below_mib, growing, violations
-from perf.soak.wire import CANCELLED, OK, Outcome, exchange, message
+from perf.soak.wire import CANCELLED, OK, OWN_CONNECTION, Outcome, exchange, message
+from stepvideo_serve.errors import InvalidRequest
+from stepvideo_serve.launch.boundary import INTERNAL_MODELS
 from stepvideo_serve.launch.server import TritonServer
+from stepvideo_serve.video.image import fit_image_file
 from tests.server_deaths import WatchServer
 from tests.serving.calls import PATIENCE_S, Refused, Server, Values
 from tests.serving.launch import serving
@@ -71,6 +77,50 @@ def test_the_books_of_the_server_must_agree() -> None:
         assert len(list(violations(Soak(ended, books=books), [b"right"] * 6))) == count
 
 
+def test_what_an_attack_gets_that_it_must_not_is_a_violation() -> None:
+    good = good_requests()
+    [direct] = [p for p in plan(200, 0, good) if p.attack is not None and not p.attack.public][:1]
+    assert direct.attack is not None
+    answered = Soak([Ended(direct, Outcome(OK, "", 1), 0, 0)], books=Books(0, 0, 0, 0, 0, 0, 0))
+    [sentence] = violations(answered, [b""] * 6)
+    assert f"(attack: {direct.attack.name}, 0 kills) ended with OK" in sentence
+    refusal = Soak([Ended(direct, Outcome("INVALID_ARGUMENT", "", 1), 0, 0)], books=Books(0, 0, 0, 0, 0, 0, 0))
+    assert not list(violations(refusal, [b""] * 6)), "calls of internal models are not among the server's requests"
+
+
+def test_the_ratio_of_honest_throughput() -> None:
+    attacks = {"note": Counter(INVALID_ARGUMENT=10)}
+    found = {
+        honest.QUIET: [honest.Round(10, wall_s=10.0, step_s=8.0, ranks_s=8.0, server_cpu_s=10.0)] * 2,
+        REFUSED: [
+            honest.Round(10, 0, 12.5, step_s=8.0, ranks_s=10.0, server_cpu_s=25.0, attacks=attacks, wrong=["one"]),
+            honest.Round(10, wall_s=12.5),
+        ],
+        SERVED: [honest.Round(5, wall_s=10.0)] * 2,
+    }
+    told = honest.figures(found)
+    assert (told[REFUSED]["ratio"], told[SERVED]["ratio"]) == (0.8, 0.5)
+    assert told[REFUSED]["share_of_steps"] == 0.8
+    assert told[REFUSED]["server_cpu_ms_per_attack"] == 500.0, (
+        "25 s beside the 20 s of twenty requests, for ten attacks"
+    )
+    one, throughput, steps = honest.starved(told, found)
+    assert one == "one"
+    assert throughput == "honest callers had 0.80 of their throughput under attack, the least is 0.9"
+    assert steps == "honest requests had 0.80 of the steps under attacks that are refused"
+    well = {group: [honest.Round(10, wall_s=10.0)] * 2 for group in found}
+    assert not list(honest.starved(honest.figures(well), well))
+
+
+def test_the_pictures_of_attackers_are_what_they_are_called() -> None:
+    assert fit_image_file(scanned_jpeg(64, 100), 32, 32).pixels.shape == (3, 32, 32)
+    with pytest.raises(InvalidRequest, match="at most 100 JPEG scans at 64x64, got 101"):
+        fit_image_file(scanned_jpeg(64, 101), 32, 32)
+    assert fit_image_file(blank_png(640, 480), 32, 32).pixels.min() > 0.999, "transparency is flattened onto white"
+    with pytest.raises(InvalidRequest, match="at most 64000000 pixels, got 8001x8000"):
+        fit_image_file(blank_png(8001, 8000, rows=1), 32, 32)
+
+
 def test_memory_that_grows_is_told() -> None:
     def figures(rate: float) -> dict[str, object]:
         return {"mib_per_100_requests": {"server": rate, "shm": 0.0}, "flat_below": flat_below_mib()}
@@ -80,6 +130,32 @@ def test_memory_that_grows_is_told() -> None:
     leaked = slope([s.requests for s in samples], [s.server for s in samples])
     assert len(list(growing(figures(leaked)))) == 1
     assert not list(growing(figures(0.0)))
+
+
+ATTACKS = refused(good_requests()[0])
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.name}{' with a token' * bool(attack.token)}")
+def test_an_attack_is_refused_before_any_step(triton: TritonServer, server: Server, attack: Attack) -> None:
+    steps = metric(triton.metrics_url, "stepvideo_steps_total")
+    with grpc.insecure_channel(server.grpc_url, options=OWN_CONNECTION) as channel:
+        outcome = attack.send(channel, PATIENCE_S)
+    assert outcome.code in attack.ends, outcome.text
+    assert metric(triton.metrics_url, "stepvideo_steps_total") == steps
+    assert server.waiting() == 0
+
+
+def test_every_internal_model_is_attacked_and_the_costliest_is_served() -> None:
+    assert {attack.model for attack in ATTACKS if not attack.public} == set(INTERNAL_MODELS)
+    assert all(OK in attack.ends and attack.public for attack in served(good_requests()[0]))
+
+
+def test_honest_requests_end_right_beside_strangers(server: Server) -> None:
+    """How it is measured; how much it is, `make soak` says."""
+    found = honest.compare(server.grpc_url, 3, 1, seed=0, meters=None, order=(honest.QUIET, REFUSED), nice=0)
+    assert not [sentence for rounds in found.values() for each in rounds for sentence in each.wrong]
+    assert [each.requests for rounds in found.values() for each in rounds] == [3, 3]
+    assert found[REFUSED][0].attacks
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +171,17 @@ def soaked(
 
 @pytest.mark.slow
 def test_soak(soaked: TritonServer) -> None:
-    options = argparse.Namespace(requests=120, concurrency=16, seed=3, kill_every=40)
+    options = argparse.Namespace(requests=120, concurrency=16, seed=3, kill_every=40, honest=6, rounds=1)
     figures = soak_server(soaked.grpc_url, soaked, options)
     # Memory is judged by `make soak`: caches and allocators still fill while so few requests pass.
-    assert not [sentence for sentence in figures["violations"] if not sentence.startswith("memory ")]
+    # So is throughput, which a busy machine decides as well.
+    unjudged = ("memory ", "honest callers had ")
+    assert not [sentence for sentence in figures["violations"] if not sentence.startswith(unjudged)]
     assert figures["requests"] == 120
     assert figures["kills"] >= 2
     assert figures["queue_full"] > 0
     assert figures["preemptions"] > 0
+    assert figures["honest"][REFUSED]["share_of_steps"] > 0.99, "strangers had steps"
     assert all(figures["ends"].values()), "every action was planned"
 
 
