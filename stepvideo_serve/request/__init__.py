@@ -6,6 +6,7 @@ field     Field: one input
 fields    FIELDS, the table of all inputs; a new input begins there
 presets   presets of quality, and which one a request means
 parse     the inputs of `ti2v` -> GenerationRequest
+asked_outputs  the outputs asked for by name, against the one that OUTPUT makes
 response_size  how large the message with a result is, and whether its caller can take it
 settings  the part of a request that the ranks get
 """

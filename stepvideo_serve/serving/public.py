@@ -33,6 +33,7 @@ from stepvideo_serve.request import (
     parse_request,
     with_timeout,
 )
+from stepvideo_serve.request.asked_outputs import check_asked
 from stepvideo_serve.request.response_size import check_fits
 from stepvideo_serve.scheduling.idempotency import Answer, fingerprint
 from stepvideo_serve.serving.adapter import (
@@ -126,6 +127,7 @@ class PublicModel:
             check_keep(parsed)
             parsed = with_timeout(parsed, own_timeout_s(request), self._config.limits)
             watch.identify(parsed.request_id)
+            check_asked(request.requested_output_names(), parsed.output)
             check_fits(parsed, self._latent_channels, self._frame_size(parsed))
             sender.most_bytes = parsed.max_response_bytes
             if parsed.request_id is not None:

@@ -11,7 +11,13 @@ import pytest
 from tests.serving.calls import Server, Values
 from tests.video.decode import decode_mp4
 
-HOW = {"python": [sys.executable, "-"], "bash": ["bash"], "javascript": ["node", "--input-type=module"]}
+HOW = {
+    "python": [sys.executable, "-"],
+    "bash": ["bash"],
+    "javascript": ["node", "--input-type=module"],
+    "go": ["go", "run", "video.go"],
+}
+FILES = {"go": "video.go"}  # what takes no program from standard input
 
 
 @pytest.mark.parametrize("language", HOW)
@@ -25,6 +31,7 @@ def test_an_example_makes_the_video(
     assert "127.0.0.1:800" in example
     example = example.replace("127.0.0.1:8001", server.grpc_url).replace("127.0.0.1:8000", server.http_url)
     (tmp_path / "first.png").write_bytes(picture)
+    (tmp_path / FILES.get(language, "program")).write_text(example, encoding="utf-8")
     done = subprocess.run(
         HOW[language], input=example, text=True, capture_output=True, cwd=tmp_path, timeout=300, check=False
     )
