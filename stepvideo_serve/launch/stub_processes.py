@@ -42,7 +42,7 @@ def model_of(pid: int, models: dict[int, str]) -> str | None:
     if pid not in models:
         with contextlib.suppress(OSError):
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if arguments[0].endswith(STUB.encode()):
+            if arguments[0].endswith(STUB.encode()) and len(arguments) > 2:  # Triton first tries whether it can be run
                 models[pid] = Path(os.fsdecode(arguments[1])).parts[-3]  # .../MODEL/VERSION/model.py
     return models.get(pid)
 

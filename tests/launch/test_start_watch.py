@@ -1,5 +1,8 @@
 """Starts for whose models Triton would wait for ever: they end with the reason. With the real server."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ from stepvideo_serve.errors import SetupError
 from stepvideo_serve.launch.install import STUB
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer
+from stepvideo_serve.launch.stub_processes import children_of, model_of, stubs_of
 from tests.launch.test_server import MODEL, gone, members, model_repository
 
 FAR_TOO_LONG_S = 200.0
@@ -26,11 +30,10 @@ class TritonPythonModel:
 
 def starve(server: TritonServer) -> None:
     """Takes the processor from the model's process while the model is loaded, as a machine does that is overloaded."""
-    while not (
-        stubs := [child for child in psutil.Process(server.pid).children() if child.name().startswith(STUB[:15])]
-    ):
+    models: dict[int, str] = {}
+    while not (stubs := list(stubs_of(server.pid, models))):
         time.sleep(0.05)
-    [stub] = stubs
+    stub = psutil.Process(stubs[0].pid)
     time.sleep(2.0)  # until it has given its first word
     stub.suspend()
     time.sleep(STARVED_S)
@@ -61,3 +64,10 @@ def test_a_process_that_dies_without_a_word_ends_the_start(tmp_path: Path) -> No
         pytest.raises(SetupError, match=r"Triton must load .*, but its process has died without a word"),
     ):
         server.wait_ready(FAR_TOO_LONG_S)
+
+
+def test_what_triton_runs_to_try_the_program_is_no_model() -> None:
+    """Before each model it runs the program of its processes once without arguments."""
+    with subprocess.Popen([STUB], executable=sys.executable, stdin=subprocess.PIPE) as tried:
+        assert (tried.pid, None) in [(pid, model_of(pid, {})) for pid, _ in children_of(os.getpid())]
+        assert list(stubs_of(os.getpid(), {})) == []
