@@ -59,7 +59,7 @@ def parse_inputs(extra: Inputs, limits: RequestLimits | None = None) -> Generati
 def test_a_byte_order_mark_is_no_part_of_a_text() -> None:
     """Editors write one; as tokens of the prompt, the mark would make another video of the same words."""
     for name, attribute in (("PROMPT", "prompt"), ("NEGATIVE_PROMPT", "negative_prompt")):
-        assert getattr(parse(**{name: text("\ufeff一只猫")}), attribute) == "一只猫"
+        assert getattr(parse_inputs({name: text("\ufeff一只猫")}), attribute) == "一只猫"
     assert parse(PROMPT=text("a\ufeffcat")).prompt == "a\ufeffcat", "in the middle the mark is a character"
 
 

@@ -118,7 +118,7 @@ def test_a_slow_line_has_the_time_too(root: Path, config_text: str, small: Value
         assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
     assert took_s > TRITON_EXIT_S + EXIT_MARGIN_S, "Triton alone would have had the time"
     assert frames[0].shape == (102, 128, 128, 3)
-    np.testing.assert_array_equal(*frames)
+    np.testing.assert_array_equal(frames[0], frames[1])
     assert_nothing_left(tmp_path, process)
 
 
@@ -127,7 +127,7 @@ def test_a_terminal_that_is_closed_lets_the_requests_end(
 ) -> None:
     """SIGHUP from the kernel, with standard error gone: as where a connection to the machine is lost."""
     master, slave = os.openpty()
-    terminal = {"command": ("setsid", "--ctty", *SERVE), "stdin": slave, "stderr": slave}
+    terminal: dict[str, Any] = {"command": ("setsid", "--ctty", *SERVE), "stdin": slave, "stderr": slave}
     with ExitStack() as ends:
         ends.callback(os.close, slave)
         terminal_end = ends.enter_context(os.fdopen(master, "rb", buffering=0))
