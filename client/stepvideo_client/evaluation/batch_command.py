@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> int:
             check_same(stored, about)
         chosen = args.shard.part(whole_set.select(args.only, args.dimension, args.limit))
         clips = plan(chosen, settings, names)
-        there = read_clips(args.out)
-        left = [clip for clip in clips if clip.key not in there or not is_whole(args.out, there[clip.key])]
+        left = _left(args, clips)
         if not args.quiet:
             _tell(whole_set, clips, left, names)
         if args.dry_run:
             return _quote(args, left, settings, connect)
         _refuse_early(args, left, settings, connect)
         folder.begin(about, _unfit(whole_set, names))
-        return _make(args, folder, settings, clips, left, connect)
+        # Asked again: another process may have made some until it let the folder go.
+        return _make(args, folder, settings, clips, _left(args, clips), connect)
 
 
 def _settings(args: argparse.Namespace, stored: Mapping[str, Any] | None, connect: Connect) -> Settings:
@@ -86,6 +86,12 @@ def _settings(args: argparse.Namespace, stored: Mapping[str, Any] | None, connec
 
 def _read(args: argparse.Namespace, settings: Settings) -> EvaluationSet:
     return read_set(args.set, args.images, args.ratio or nearest_ratio(*settings.landscape))
+
+
+def _left(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> list[PlannedClip]:
+    """Those that are not whole in the folder."""
+    there = read_clips(args.out)
+    return [clip for clip in clips if clip.key not in there or not is_whole(args.out, there[clip.key])]
 
 
 def _about(args: argparse.Namespace, whole_set: EvaluationSet, settings: Settings) -> dict[str, Any]:
@@ -135,7 +141,11 @@ def _quote(args: argparse.Namespace, left: Sequence[PlannedClip], settings: Sett
 
 
 def _hours(found: Estimate) -> str:
-    return f"{found.seconds / 3600:.3g} hours, {found.gpu_seconds / 3600:.3g} GPU-hours"
+    hours, gpu_hours = (
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (found.seconds / 3600, found.gpu_seconds / 3600)
+    )
+    return f"{hours} hours, {gpu_hours} GPU-hours"
 
 
 def _refuse_early(args: argparse.Namespace, left: Sequence[PlannedClip], settings: Settings, connect: Connect) -> None:

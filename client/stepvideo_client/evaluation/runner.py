@@ -66,6 +66,9 @@ class Runner:
             self._cancel(self._threads)
             for thread in self._threads.values():
                 thread.join(_GOODBYE_S)
+            for _, flight in self._landed:  # one may have been too far to be cancelled
+                if flight.clip is not None:
+                    self.progress.made(flight.clip)
             self.progress.close()
 
     def _send(self) -> None:
