@@ -42,7 +42,7 @@ def texture(height: int, width: int, seed: int = 0) -> Frame:
     """Smooth noise, in which any motion can be seen."""
     noise = np.random.default_rng(seed).normal(size=(height, width, 3)).astype(np.float32)
     smooth = cv2.GaussianBlur(noise, (0, 0), 3)
-    return (128 + 40 * smooth / smooth.std()).clip(0, 255).astype(np.uint8)
+    return np.asarray((128 + 40 * smooth / smooth.std()).clip(0, 255), np.uint8)
 
 
 def moving(steps: Iterable[tuple[int, int]], height: int = 128, width: int = 160) -> list[Frame]:
@@ -56,7 +56,8 @@ def moving(steps: Iterable[tuple[int, int]], height: int = 128, width: int = 160
 
 def write_mp4(path: Path, frames: Sequence[Frame], crf: int = 10) -> None:
     """As the server encodes, but finer."""
-    with Mp4Encoder(*frames[0].shape[:2], crf=crf) as encoder:
+    height, width = frames[0].shape[:2]
+    with Mp4Encoder(height, width, crf=crf) as encoder:
         encoder.write(np.stack(frames))
         path.write_bytes(encoder.finish())
 
