@@ -67,17 +67,17 @@ def write_clip(
     name: str,
     frames: Sequence[Frame],
     latents: NDArray[np.float32] | None = None,
-    picture: Frame | None = None,
     quality: dict[str, Any] = EXACT,
+    motion: float = 5.0,
     change: Callable[[dict[str, Any]], object] = dict.copy,
 ) -> None:
-    """Adds a clip to the folder. quality: the preset, of whose 10 steps exact evaluates all and others 4. change: is
-    given the Clip's values to edit."""
+    """Adds a clip to the folder. quality: the preset, of whose 10 steps exact evaluates all and others 4. motion: its
+    MOTION_SCORE. change: is given the Clip's values to edit."""
     for part in ("videos", "latents", "pictures"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     video, image = folder / "videos" / f"{name}-0.mp4", folder / "pictures" / f"{name}.png"
     write_mp4(video, frames)
-    Image.fromarray(frames[0] if picture is None else picture).save(image)
+    Image.fromarray(frames[0]).save(image)
     if latents is not None:
         np.save(folder / "latents" / f"{name}-0.npy", latents)
     mask = "1" * 10 if quality["rule"] == "exact" else "1100100001"
@@ -100,7 +100,7 @@ def write_clip(
         "video": f"videos/{name}-0.mp4",
         "image": str(image),
         "prompt": f"a prompt <of> {name}",
-        "motion": 5.0,
+        "motion": motion,
         "seed": 7,
         "preset": quality["preset"],
         "request": {"steps": 10, "cfg_scale": 4.0, "time_shift": 7.0, "quality": quality["preset"]},

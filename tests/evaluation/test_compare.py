@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     for index in range(CLIPS):
         write_clip(folder / "a", f"c{index}", frames(index), latents(index))
-        changed = [np.minimum(frame, 254) + (index % 2) for frame in frames(index)]
+        changed = [np.asarray(np.minimum(frame, 254) + (index % 2), np.uint8) for frame in frames(index)]
         write_clip(folder / "b", f"c{index}", changed, latents(index, ERROR), quality=BALANCED)
     return folder
 

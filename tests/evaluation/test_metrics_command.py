@@ -119,8 +119,7 @@ def test_pictures_that_moved_are_found_again(tmp_path: Path) -> None:
 
 def test_motion_follows_the_motion_score(tmp_path: Path) -> None:
     for index, speed in enumerate((1, 2, 3)):
-        frames = moving([(speed, 0)] * 5)
-        write_clip(tmp_path, f"c{index}", frames, change=lambda values, speed=speed: values.update(motion=5.0 * speed))
+        write_clip(tmp_path, f"c{index}", moving([(speed, 0)] * 5), motion=5.0 * speed)
     assert run("metrics", tmp_path) == 0
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["motion_rank"] == pytest.approx(1)
 

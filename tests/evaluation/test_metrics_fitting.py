@@ -15,7 +15,8 @@ from tests.evaluation.synthetic import Frame, texture
 
 
 def served(content: bytes, height: int, width: int) -> Frame:
-    return to_uint8(fit_image_file(content, height, width).pixels[None])[0]
+    frames = to_uint8(fit_image_file(content, height, width).pixels[None])
+    return np.asarray(frames[0], np.uint8)
 
 
 def saved(picture: Image.Image, path: Path, **options: object) -> bytes:

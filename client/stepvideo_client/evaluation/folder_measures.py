@@ -114,7 +114,15 @@ def entries_of(folder: Path) -> list[Entry]:
 
 def _entry(folder: Path, clip: Clip) -> Entry:
     """Raises InvalidInput for values that are not what a Clip has."""
-    kinds = {"id": str, "index": int, "video": str, "image": str, "prompt": str, "motion": int | float, "seed": int}
+    kinds: dict[str, Any] = {
+        "id": str,
+        "index": int,
+        "video": str,
+        "image": str,
+        "prompt": str,
+        "motion": int | float,
+        "seed": int,
+    }
     kinds |= {"preset": str, "request": Mapping, "report": Mapping, "latents": str | None}
     for name, kind in kinds.items():
         if not isinstance(getattr(clip, name), kind):
@@ -193,10 +201,11 @@ def _measure(entry: Entry, folder: Path, images: Path | None) -> Row:
 
 def _picture(clip: Clip, folder: Path, images: Path | None) -> Frame | None:
     """Fitted to the size that was asked for, None where it is not there or was shown to the model in other colours."""
-    path, size = picture_path(clip, folder, images), (clip.report.get("height"), clip.report.get("width"))
-    if path is None or not all(isinstance(side, int) and side > 0 for side in size):
+    path, height, width = picture_path(clip, folder, images), clip.report.get("height"), clip.report.get("width")
+    known = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+    if path is None or not known or not has_plain_colours(clip.report):
         return None
-    return fitted_picture(path, *size) if has_plain_colours(clip.report) else None
+    return fitted_picture(path, int(height), int(width))
 
 
 def _missing_frames(entry: Entry, measured: MeasuredClip) -> int:

@@ -36,7 +36,8 @@ def price_file(rows: Sequence[PairRow], checkpoint: str | None, name: str | None
     groups: dict[str, list[Measured]] = {}
     for one in measured:
         groups.setdefault(str((_parameters(one[1]), _setting(one[0]), _setting(one[1]))), []).append(one)
-    of_a, served = (_the_only([_served(one[side], checkpoint) for one in measured], side) for side in (0, 1))
+    of_a = _the_only([_served(a, checkpoint) for a, _, _ in measured], "A")
+    served = _the_only([_served(b, checkpoint) for _, b, _ in measured], "B")
     same = of_a == served  # seconds over exact would say nothing of a preset on another layout
     prices, comparisons = [], []
     for group in groups.values():
@@ -107,12 +108,12 @@ def _served(clip: Clip, checkpoint: str | None) -> dict[str, str]:
     return {name: str(value) for name, value in found.items()}
 
 
-def _the_only(served: Sequence[dict[str, str]], side: int) -> dict[str, str]:
+def _the_only(served: Sequence[dict[str, str]], side: str) -> dict[str, str]:
     for one in served:
         if one != served[0]:
             name = next(key for key in SERVED if one[key] != served[0][key])
             raise _needs(
-                f"one {name} for all clips of {'AB'[side]}, got {served[0][name]!r} and {one[name]!r}: "
+                f"one {name} for all clips of {side}, got {served[0][name]!r} and {one[name]!r}: "
                 "make a set per server configuration."
             )
     return served[0]
