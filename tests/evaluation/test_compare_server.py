@@ -1,6 +1,5 @@
 """`stepvideo compare --set` on running servers: the same requests made twice, and prices that servers take."""
 
-import csv
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +24,8 @@ from tests.evaluation.reading import run
 from tests.server_deaths import WatchServer
 from tests.serving.launch import EAGER, serving
 from toyworld.evaluate import CHECKPOINT, held_out_scene, wording
-from toyworld.samples import Sampling, first_image, make_request, png, serve_config
+from toyworld.samples import Sampling, make_request, serve_config
+from toyworld.scene_set import write_scenes
 
 STEPS = 12
 SEED = 7
@@ -87,16 +87,8 @@ def make_priced_request(config: ServeConfig, options: dict[str, Any]) -> Generat
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Held-out scenes of the toy world as a set: a CSV with their first images, prompts and motion scores."""
-    folder = tmp_path_factory.mktemp("scenes")
-    with (folder / "scenes.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("id", "image", "prompt", "motion_score"))
-        for index in range(SCENES):
-            scene = held_out_scene(index)
-            (folder / f"{index}.png").write_bytes(png(first_image(scene)))
-            rows.writerow((f"scene{index}", f"{index}.png", wording(scene, index), repr(scene.motion_score)))
-    return folder / "scenes.csv"
+    """Held-out scenes of the toy world as a set."""
+    return write_scenes(tmp_path_factory.mktemp("scenes"), SCENES)
 
 
 TOY = """
@@ -177,6 +169,6 @@ def gates(url: str, scenes: Path) -> list[str]:
     """Of the warnings in REPORT of a request under the preset."""
     options: dict[str, Any] = {"steps": 50, "cfg_scale": 4.0, "time_shift": 7.0, "seed": SEED, "quality": "balanced"}
     with Client(url) as client:
-        *_, result = client.generate(scenes.with_name("0.png"), "红色圆形向右移动。", **options)
+        *_, result = client.generate(scenes.with_name("scene0.png"), "红色圆形向右移动。", **options)
     assert isinstance(result, Result)
     return [warning["gate"] for warning in result.report["warnings"]]
