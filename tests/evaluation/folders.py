@@ -14,12 +14,16 @@ PATIENCE_S = 600
 DIFFERS = ("report", "server", "seconds")  # of one and the same clip, from run to run
 
 
-def contents(out: Path) -> dict[str, Any]:
-    """Every file's bytes, and of results.jsonl, whose order is that of finishing, the clips by what decides them."""
+def contents(out: Path, ids: str = "") -> dict[str, Any]:
+    """Every file's bytes, and of results.jsonl, whose order is that of finishing, the clips by what decides them; of
+    the entries whose id begins with `ids` only."""
     files: dict[str, Any] = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     lines = files.pop("results.jsonl").decode().splitlines()
     clips = read_clips(out)
     assert len(lines) == len(clips), "a clip was made twice"
+    others = [clip for clip in clips.values() if not clip.id.startswith(ids)]
+    for clip in others:
+        del clips[clip.key], files[clip.video]
     files["clips"] = {
         key: {name: value for name, value in asdict(clip).items() if name not in DIFFERS} for key, clip in clips.items()
     }

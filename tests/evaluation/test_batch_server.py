@@ -68,13 +68,14 @@ def test_killed_and_resumed_it_is_the_same_folder(
 def test_two_shards_at_a_time_are_the_whole(
     mini_server: TritonServer, start: Start, vbench: Path, whole: Path, tmp_path: Path
 ) -> None:
-    command = ("batch", vbench, "--out", tmp_path, "--url", mini_server.grpc_url, "--seed", 7, "--shard")
-    shards = [start(*command, f"{number}/2") for number in (1, 2)]
+    """Of the entries that are hardest to name."""
+    command = ("batch", vbench, "--out", tmp_path, "--url", mini_server.grpc_url, "--seed", 7, "--only", "002*")
+    shards = [start(*command, "--shard", f"{number}/2") for number in (1, 2)]
     for process in shards:
         _, stderr = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, stderr
-        assert "15 clips here" in stderr
-    assert contents(tmp_path) == contents(whole)
+        assert "5 clips here" in stderr
+    assert contents(tmp_path) == contents(whole, "002")
 
 
 def test_presets_latents_and_the_dry_run(
