@@ -5,6 +5,7 @@ import re
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_coverage_is_added_up_by_folder() -> None:
     ]
 
 
-CUDA_TORCH = {
+CUDA_TORCH: dict[str, Any] = {
     "version": "2.13.0",
     "requires_dist": ["filelock", 'nvidia-nccl-cu13==2.29.7; platform_system == "Linux"'],
 }
@@ -61,14 +62,15 @@ def test_what_is_pinned_is_asked_for(root: Path) -> None:
 
 
 def test_an_answer_that_is_not_the_pinned_one_is_no_answer() -> None:
-    found = {"torch": CUDA_TORCH, "numpy": {"version": "2.1.0"}}
+    found: dict[str, dict[str, Any]] = {"torch": CUDA_TORCH, "numpy": {"version": "2.1.0"}}
     assert problems(["torch==2.13.0", "numpy>=1.26"], found) == []
     assert problems(["numpy==1.26.4"], found) == ["numpy==1.26.4 was asked for, 2.1.0 would be installed"]
     assert problems(["Pillow>=11"], found) == ["Pillow>=11 was asked for, none would be installed"]
 
 
 def test_a_torch_for_cpus_is_no_answer() -> None:
-    for torch in ({"version": "2.13.0", "requires_dist": ["filelock"]}, {"version": "2.13.0+cpu"}):
+    metadata: list[dict[str, Any]] = [{"version": "2.13.0", "requires_dist": ["filelock"]}, {"version": "2.13.0+cpu"}]
+    for torch in metadata:
         assert "torch must be a build for CUDA" in problems([], {"torch": torch})[0]
 
 
