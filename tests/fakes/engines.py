@@ -11,7 +11,7 @@ from stepvideo_kernels.compile.binaries import Binary, Slot, slots_of
 from stepvideo_kernels.vae_attention import spec as vae_attention
 from stepvideo_serve.engine.manifest import KEY, EngineTarget, GraphEntry, GraphFile, Manifest
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.fused.kernels_package import KERNELS
+from stepvideo_serve.fused.kernels_package import LOOKED_UP
 from stepvideo_serve.parallel.layout import Layout, part_folder
 from tests.fakes.tensorrt import MAGIC, VERSION
 
@@ -74,7 +74,7 @@ def engine_entry(
     name = entry.spec.name
     write_engine(folder / f"{name}.engine", onnx, entry.spec, **sizes)
     figures = {"activation_bytes": ACTIVATION_BYTES, "weight_bytes": WEIGHT_BYTES, **sizes}
-    extras = {**entry.extras, "plan": {**figures, "plugins": len(kernels)}, KERNELS: list(kernels)}
+    extras = {**entry.extras, "plan": {**figures, "plugins": len(kernels)}, LOOKED_UP: list(kernels)}
     return GraphEntry((GraphFile.of(folder, f"{name}.engine"),), entry.key, entry.spec, extras)
 
 

@@ -8,7 +8,6 @@ With --set, A and B are made first, by `stepvideo batch`, in FOLDER/a and FOLDER
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Final
@@ -21,6 +20,7 @@ from stepvideo_client.evaluation.metrics_page import estimate_text
 from stepvideo_client.evaluation.price_file import LEAST_CLIPS, price_file
 from stepvideo_client.evaluation.thresholds import add_limits, check_numbers, verdicts
 from stepvideo_client.evaluation.twice import FORM, make_side
+from stepvideo_client.evaluation.workers import JOBS
 from stepvideo_client.exit_codes import EXIT_OK, EXIT_SERVER_ERROR, EXIT_THRESHOLD
 from stepvideo_client.output import check_target, save_bytes, save_json
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="A B", help="the reference, and what is compared with it")
     add("--out", type=Path, default=Path("comparison"), metavar="FOLDER", help="where the files go (comparison)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="pairs at a time (the processors)")
+    add("--jobs", type=int, default=JOBS, metavar="N", help=f"pairs at a time ({JOBS})")
     add("--shown", type=int, default=SHOWN, metavar="N", help=f"pairs that the page shows with pictures ({SHOWN})")
     made = parser.add_argument_group("made by this command")
     made.add_argument("--set", type=Path, help="the evaluation set, as batch takes it, instead of A and B")

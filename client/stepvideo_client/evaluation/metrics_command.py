@@ -5,7 +5,6 @@ frames.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ from stepvideo_client.evaluation.folder_measures import FIGURES, FolderMeasures,
 from stepvideo_client.evaluation.metrics_page import estimate_text, metrics_page
 from stepvideo_client.evaluation.results import VIDEOS
 from stepvideo_client.evaluation.vbench import COMMAND, DIMENSIONS, run_vbench
+from stepvideo_client.evaluation.workers import JOBS
 from stepvideo_client.exit_codes import EXIT_OK, EXIT_SERVER_ERROR
 from stepvideo_client.output import check_target, save_bytes, save_json
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", type=Path, metavar="DIR", help="what batch wrote, or a folder of mp4 files")
     add("--out", type=Path, metavar="FOLDER", help="where metrics.json and metrics.html go (DIR)")
     add("--images", type=Path, metavar="FOLDER", help="where the first pictures are, if no longer where batch had them")
-    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="clips at a time (the processors)")
+    add("--jobs", type=int, default=JOBS, metavar="N", help=f"clips at a time ({JOBS})")
     add("--sheets", type=int, default=SHEETS, metavar="N", help=f"clips that the page shows with pictures ({SHEETS})")
     add(
         "--vbench",

@@ -7,6 +7,8 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+JOBS = 2  # clips at a time, if nothing else is said: each takes a processor and some hundred MB
+
 
 def in_parallel(work: Callable[[T], R], items: Sequence[T], jobs: int, said: Callable[[int], None]) -> list[R]:
     """What `work` gives for each item, in their order, on `jobs` threads: decoding and OpenCV let go of Python's lock.
