@@ -8,7 +8,7 @@ cancel one model's call of another.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ CALL_ID = "call_id"
 CANCEL_CALL = "cancel_call"
 STUCK_S = 120.0  # of work in this process, not counting what is waited for elsewhere: no stage takes so long
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 class Reply(Protocol):

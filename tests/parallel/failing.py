@@ -112,4 +112,4 @@ def _lose_device(how: str) -> None:
     changes = {"is_initialized": lambda: True, "current_stream": lambda: stream, "fail_here": fail_here}
     for name, value in changes.items():
         setattr(torch.cuda, name, value)
-    EngineRunner.__call__ = fail_here  # type: ignore[assignment, method-assign]
+    setattr(EngineRunner, "__call__", fail_here)  # noqa: B010  # which is final

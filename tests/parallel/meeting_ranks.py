@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepvideo_serve.errors import SetupError
-from stepvideo_serve.parallel.collectives import Collectives, Summing, init_process_group
+from stepvideo_serve.parallel.collectives import Collectives, Exchange, init_process_group
 from stepvideo_serve.parallel.communicator import Done
 from stepvideo_serve.parallel.first_contact import connect
 from stepvideo_serve.parallel.layout import Layout
@@ -34,7 +34,7 @@ def spoiled(result: Any) -> Any:
         wrong = result.clone()
         wrong.view(-1)[0] += 1
         return wrong
-    if isinstance(result, Summing | Done):
+    if isinstance(result, Exchange | Done):
         return Done(spoiled(result.wait()))
     if isinstance(result, tuple | list):
         return type(result)([spoiled(result[0]), *result[1:]]) if result else [torch.ones(1)]
@@ -44,7 +44,7 @@ def spoiled(result: Any) -> Any:
 class NeverSums(Collectives):
     """Rank 1 never comes to the sum, and the others wait for it."""
 
-    def sum_tp(self, partial: Tensor) -> Done | Summing:
+    def sum_tp(self, partial: Tensor) -> Done | Exchange:
         if self.tp_index == 1:
             threading.Event().wait()
         return super().sum_tp(partial)

@@ -356,5 +356,6 @@ def test_a_step_is_told_when_the_next_one_has_been_begun_and_the_bits_are_the_sa
         assert early.state is not None
         assert late.state.scalars() == early.state.scalars()
         if late.step < 14:
+            assert late.latents is not None
             rest = done(replace(job, start_step=late.step, latents=late.latents, state=late.state), dit, behind=1)
             assert torch.equal(rest[-1].latents, at_once[-1].latents)  # type: ignore[arg-type]

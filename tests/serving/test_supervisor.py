@@ -187,9 +187,10 @@ def test_a_model_that_loses_its_gpu_answers_ends_and_is_replaced(
 ) -> None:
     since, old = len(supervised.said), supervised.stub(model)
     old.send_signal(SIGNALS["CUDA error"])
-    other: Values = {**small, "PROMPT": uuid.uuid4().hex.encode(), "SEED": np.array([8], np.int64), "OUTPUT": b"frames"}
     with Image.open(io.BytesIO(small["IMAGE"])) as picture:  # type: ignore[arg-type]  # nothing of it is kept
-        other["IMAGE"] = png(picture.transpose(Image.Transpose.ROTATE_180))
+        turned = png(picture.transpose(Image.Transpose.ROTATE_180))
+    words = {"PROMPT": uuid.uuid4().hex.encode(), "IMAGE": turned, "OUTPUT": b"frames"}
+    other: Values = {**small, **words, "SEED": np.array([8], np.int64)}
     with pytest.raises(Refused, match=r"INTERNAL: CUDA must work in this process, .*illegal memory access"):
         supervised.server.stream(other)
     supervised.wait_for(f"{model} is loaded anew: its process {old.pid} has died", since)

@@ -221,7 +221,8 @@ def test_probes_of_the_servers_user_find_the_key(mutual: TritonServer, root: Pat
 
 def test_the_key_is_the_servers_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = LauncherFolder()
+    folder = LauncherFolder("stepvideo_1_test")
+    folder.make()
     leave_http_key(folder.path, 8000, {OPERATOR_HEADER: "key"})
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
     assert find_http_key("127.0.0.1", 8000) == {OPERATOR_HEADER: "key"}

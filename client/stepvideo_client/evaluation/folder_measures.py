@@ -202,10 +202,11 @@ def _measure(entry: Entry, folder: Path, images: Path | None) -> Row:
 def _picture(clip: Clip, folder: Path, images: Path | None) -> Frame | None:
     """Fitted to the size that was asked for, None where it is not there or was shown to the model in other colours."""
     path, height, width = picture_path(clip, folder, images), clip.report.get("height"), clip.report.get("width")
-    known = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-    if path is None or not known or not has_plain_colours(clip.report):
+    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
         return None
-    return fitted_picture(path, int(height), int(width))
+    if path is None or not has_plain_colours(clip.report):
+        return None
+    return fitted_picture(path, height, width)
 
 
 def _missing_frames(entry: Entry, measured: MeasuredClip) -> int:

@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stepvideo_serve.config import TelemetryConfig
 from stepvideo_serve.errors import RequestCancelled, WorkerFailed
 from stepvideo_serve.launch import health
 from stepvideo_serve.launch.server_log import ServerLog
+from stepvideo_serve.parallel.first_contact import connect
 from stepvideo_serve.parallel.group import RankGroup
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.pipeline.generate import Progress
 from stepvideo_serve.scheduling.run_queue import QueueRules, RunQueue
 from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
 from stepvideo_serve.serving.observe.traces import Tracer
@@ -155,7 +159,7 @@ def the_heartbeat_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat.__enter__()
     until_dead("heartbeat")
     with failed:
-        heartbeat.send(public.Progress(1, 3, 0.0, None))
+        heartbeat.send(Progress(1, 3, 0.0, None))
 
 
 def the_watch_over_a_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +199,14 @@ def the_server_log(monkeypatch: pytest.MonkeyPatch) -> None:
     log.close()
 
 
+def the_work_of_a_stage(_: pytest.MonkeyPatch) -> None:
+    from stepvideo_serve.serving.stage_work import StageWork, Task
+
+    reply: Any = types.SimpleNamespace(finish=planted, fail=planted)
+    StageWork(lambda _: {}).put(Task({}, reply))
+    until_dead("stage-work")
+
+
 DIE: dict[Where, Callable[[pytest.MonkeyPatch], None]] = {
     ("scheduling/run_queue.py", "runs"): lambda _: in_the_queue(),
     ("scheduling/run_queue.py", ""): the_expiry,
@@ -206,6 +218,7 @@ DIE: dict[Where, Callable[[pytest.MonkeyPatch], None]] = {
     ("serving/model_calls.py", "cancel-watch"): the_watch_over_a_cancel,
     ("serving/observe/traces.py", "last-spans"): the_last_spans,
     ("launch/server_log.py", "server-log"): the_server_log,
+    ("serving/stage_work.py", "stage-work"): the_work_of_a_stage,
 }
 """Threads whose death is remembered: what they do is done by nobody else."""
 
@@ -232,10 +245,17 @@ def the_questions_of_a_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
         health.check("127.0.0.1:1")
 
 
+def the_first_contact_of_ranks(_: pytest.MonkeyPatch) -> None:
+    ranks: Any = types.SimpleNamespace(from_all=planted)
+    with pytest.raises(OverflowError, match="planted"):
+        connect(ranks, Layout.parse("cfg2"), 0, torch.device("cpu"))
+
+
 HAND_OVER: dict[Where, Callable[[pytest.MonkeyPatch], None]] = {
     ("serving/model_calls.py", "run-reader"): the_reader_of_a_run,
     ("serving/model_calls.py", "question"): a_question,
     ("launch/health.py", ""): the_questions_of_a_health_check,
+    ("parallel/first_contact.py", "first contact"): the_first_contact_of_ranks,
 }
 """Threads whose exception reaches who waits for them: a request, which fails by it, or a health check."""
 
@@ -278,13 +298,17 @@ def test_a_thread_that_somebody_waits_for_hands_its_exception_over(
     assert deaths.none
 
 
+def nothing() -> None:
+    """Ends well."""
+
+
 @pytest.mark.usefixtures("server_api")
 def test_what_escapes_a_request_is_logged(deaths: ThreadDeaths, caplog: pytest.LogCaptureFixture) -> None:
     from stepvideo_serve.serving.public import _log_what_was_lost
 
     with caplog.at_level(logging.ERROR), ThreadPoolExecutor(1) as pool:
         pool.submit(planted).add_done_callback(_log_what_was_lost)
-        pool.submit(int).add_done_callback(_log_what_was_lost)
+        pool.submit(nothing).add_done_callback(_log_what_was_lost)
     [record] = caplog.records
     assert record.message == LOG["serving/public.py", "request"]
     assert record.exc_info is not None
