@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +28,7 @@ CLASSES: dict[str, type] = {
 
 @pytest.fixture(scope="module")
 def real() -> ModuleType:
-    import tensorrt_rtx
-
-    return tensorrt_rtx
+    return import_module("tensorrt_rtx")
 
 
 def public(owner: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
 from stepvideo_serve.vae.graphs import vae_decoder_spec
 
 NAME = "vae_decoder"
+IR_VERSION = 10  # the ONNX library writes a newer one than ONNX Runtime reads
 
 
 def add_decoder(folder: Path, checkpoint: Checkpoint) -> None:
@@ -41,7 +42,9 @@ def add_decoder(folder: Path, checkpoint: Checkpoint) -> None:
     ]
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, NAME, ends[0], ends[1], initializers)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), folder / f"{NAME}.onnx")
+    opset = [helper.make_opsetid("", 23)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
+    onnx.save(model, folder / f"{NAME}.onnx")
     passed = {
         "output": "frames",
         "sizes": {},

@@ -29,12 +29,12 @@ CPU = torch.device("cpu")
 class DeviceTensor(Tensor):
     """`inner` holds the values."""
 
-    inner: Tensor
+    inner: Any
     _device: torch.device
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> "DeviceTensor":
-        made: DeviceTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: DeviceTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -48,7 +48,9 @@ class DeviceTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, function: Operator, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Operator, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{function} ran outside of the fake GPU")
 
     @property
@@ -76,7 +78,7 @@ class DeviceTensor(Tensor):
             "memory first."
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         del tensor_contents
         return f"{self.inner!r} on {self._device}"
 
@@ -85,7 +87,7 @@ class OnGpu(TorchDispatchMode):
     """Runs what torch is asked for on the fake GPU; `collective` what torch.distributed is asked for."""
 
     def __init__(self, gpu: FakeGpu, collective: Collective) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._gpu, self._collective = gpu, collective
 
     @classmethod
@@ -124,7 +126,8 @@ class OnGpu(TorchDispatchMode):
 
     def download(self, tensor: DeviceTensor) -> Tensor:
         self.read_by_host(tensor)
-        return tensor.inner.clone()
+        value: Tensor = tensor.inner.clone()
+        return value
 
     def read_by_host(self, *tensors: Tensor) -> None:
         self._gpu.launch(self._gpu.current, "a copy to the host", ranges_of(tensors))
@@ -191,7 +194,7 @@ class AskedForGpu(TorchFunctionMode):
         if function is Tensor.cpu and isinstance(args[0], DeviceTensor):
             return self._on_gpu.download(args[0])
         if function is Tensor.to:
-            device, dtype, _, _ = torch._C._nn._parse_to(*args[1:], **given)  # type: ignore[attr-defined]
+            device, dtype, _, _ = torch._C._nn._parse_to(*args[1:], **given)
             if device is not None:
                 return self._moved(args[0], device, dtype)
         if function is torch.tensor and self._means_gpu(given.get("device")):

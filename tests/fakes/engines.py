@@ -53,7 +53,7 @@ def write_engines(
         source = Manifest.load(onnx_dir / folder)
         target = EngineTarget("tensorrt", VERSION, SM, layout, folder)
         graphs = {
-            name: engine_entry(out / folder, onnx_dir / folder / entry.file, entry, **(sizes or {}).get(name, {}))
+            name: engine_entry(out / folder, onnx_dir / folder / entry.file, entry, (sizes or {}).get(name, {}))
             for name, entry in source.graphs.items()
             if folder or _is_common(name, of_branch)
         }
@@ -68,12 +68,16 @@ def _is_common(name: str, layout: Layout) -> bool:
 
 
 def engine_entry(
-    folder: Path, onnx: Path, entry: GraphEntry, kernels: Sequence[Mapping[str, Any]] = (), **sizes: int
+    folder: Path,
+    onnx: Path,
+    entry: GraphEntry,
+    sizes: Mapping[str, int] | None = None,
+    kernels: Sequence[Mapping[str, Any]] = (),
 ) -> GraphEntry:
     """Writes the engine of a graph, and says what the manifest has of it. `kernels`: those of its plugins."""
     name = entry.spec.name
-    write_engine(folder / f"{name}.engine", onnx, entry.spec, **sizes)
-    figures = {"activation_bytes": ACTIVATION_BYTES, "weight_bytes": WEIGHT_BYTES, **sizes}
+    figures = {"activation_bytes": ACTIVATION_BYTES, "weight_bytes": WEIGHT_BYTES, **(sizes or {})}
+    write_engine(folder / f"{name}.engine", onnx, entry.spec, figures["activation_bytes"], figures["weight_bytes"])
     extras = {**entry.extras, "plan": {**figures, "plugins": len(kernels)}, LOOKED_UP: list(kernels)}
     return GraphEntry((GraphFile.of(folder, f"{name}.engine"),), entry.key, entry.spec, extras)
 

@@ -12,6 +12,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -143,22 +144,27 @@ class _Runtime:
     def deserialize_cuda_engine(self, serialized_engine: Any) -> "_CudaEngine | None":
         content = bytes(memoryview(serialized_engine))
         self._fake.gpu.check()
+        made = self._made(content)
+        if isinstance(made, _CudaEngine):
+            return made
+        self._logger.log(ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: {made}")
+        return None
+
+    def _made(self, content: bytes) -> "_CudaEngine | str":
+        """The engine, or why there is none."""
         if not content.startswith(MAGIC):
-            return self._refused("Error Code 1: Serialization (magicTag mismatch)")
+            return "Error Code 1: Serialization (magicTag mismatch)"
         description = json.loads(content[len(MAGIC) :])
         if description["version"] != self._fake.version:
-            return self._refused("Error Code 1: Serialization (the engine plan file is not compatible)")
+            return "Error Code 1: Serialization (the engine plan file is not compatible)"
         weight_bytes = description["weight_bytes"]
         if weight_bytes > self._fake.gpu.free_bytes:
-            return self._refused(f"Error Code 2: OutOfMemory (Requested size was {weight_bytes} bytes.)")
+            return f"Error Code 2: OutOfMemory (Requested size was {weight_bytes} bytes.)"
         graph = Graph(description["onnx"])
         for operator, version, domain in graph.plugins:
             if self._fake.registry.get_creator(operator, version, domain) is None:
-                return self._refused(f"Error Code 4: Internal Error (Cannot find plugin: {operator}, {version})")
+                return f"Error Code 4: Internal Error (Cannot find plugin: {operator}, {version})"
         return _CudaEngine(self._fake, self._logger, description, graph)
-
-    def _refused(self, message: str) -> None:
-        self._logger.log(ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: {message}")
 
 
 class _CudaEngine:
@@ -271,7 +277,7 @@ class _ExecutionContext:
         places = {t.name: (self._addresses[t.name], shapes[t.name], t.dtype) for t in engine._tensors}
         values = Values(fake.scale_outputs, places)
         try:
-            engine._graph.run(values, spec, lambda *call: self._run_plugin(*call, stream_handle))
+            engine._graph.run(values, spec, partial(self._run_plugin, stream_handle))
         except ContractError:
             raise
         except Exception:
@@ -282,7 +288,7 @@ class _ExecutionContext:
             return self._refused("Error Code 2: Internal Error (a plugin failed)")
         return True
 
-    def _run_plugin(self, index: int, inputs: list[Any], outputs: list[Any], stream_handle: int) -> None:
+    def _run_plugin(self, stream_handle: int, index: int, inputs: list[Any], outputs: list[Any]) -> None:
         """Descriptions and addresses of one plugin layer."""
         plugin = self._plugins[index]
         descriptions = [[one.description for one in tensors] for tensors in (inputs, outputs)]

@@ -42,18 +42,20 @@ class Postgres:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self.process = None
         subprocess.run(["pkill", "-KILL", "-f", str(self.data)], check=False)
 
     def start(self) -> None:
-        """Starts the server, again perhaps, and waits until it answers."""
+        """Starts the server, again perhaps, and waits until it answers. After a kill it refuses to start until the last
+        of its old processes has gone."""
         (self.data / "postmaster.pid").unlink(missing_ok=True)
-        self.process = subprocess.Popen(
-            _server(self.bin, self.data, self.port), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
         deadline_s = time.monotonic() + 60.0
         ask = [str(self.bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         while subprocess.run(ask, check=False).returncode != 0:
             assert time.monotonic() < deadline_s, "PostgreSQL must answer within 60 s"
+            if self.process is None or self.process.poll() is not None:
+                line = _server(self.bin, self.data, self.port)
+                self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
             time.sleep(0.1)
 
 
