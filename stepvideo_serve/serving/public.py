@@ -231,7 +231,7 @@ class PublicModel:
         return [{"gate": "price", "message": sentence}]
 
 
-def _log_what_was_lost(run: Future[None]) -> None:
+def _log_what_was_lost(run: Future[Any]) -> None:
     """A request whose answer, error or not, could not be sent: the pool of threads keeps such an exception to itself.
     Its thread goes on to the next request."""
     if (error := run.exception()) is not None:
