@@ -29,6 +29,8 @@ LARGE_SIDE = 8000  # 64 megapixels, the most
 SCANS = 100  # the most
 SCANNED_SIDE = 1600
 
+Changes = dict[str, NDArray[Any] | bytes]
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -66,34 +68,32 @@ def refused(good: Values) -> list[Attack]:
         for name, model, values in _direct_calls()
         for token in (None, WRONG_TOKEN)
     ]
-    hopeless = {"REQUEST_PRIORITY": np.array([1], np.int32), "TIMEOUT_S": np.array([1e-3], np.float32)}
-    public = partial(_public, good=good)
+    hopeless: Changes = {"REQUEST_PRIORITY": np.array([1], np.int32), "TIMEOUT_S": np.array([1e-3], np.float32)}
+    public = partial(_public, good)
     return [
         *attacks,
-        public("prompt of 1 MiB", frozenset({INVALID}), PROMPT=b"a b " * (1 << 18)),
-        public("png above 64 megapixels", frozenset({INVALID}), IMAGE=blank_png(LARGE_SIDE + 1, LARGE_SIDE, rows=1)),
-        public("jpeg of too many scans", frozenset({INVALID}), IMAGE=scanned_jpeg(64, SCANS + 1)),
-        public("hopeless, highest priority", frozenset({DEADLINE}), **hopeless),
+        public("prompt of 1 MiB", {INVALID}, {"PROMPT": b"a b " * (1 << 18)}),
+        public("png above 64 megapixels", {INVALID}, {"IMAGE": blank_png(LARGE_SIDE + 1, LARGE_SIDE, rows=1)}),
+        public("jpeg of too many scans", {INVALID}, {"IMAGE": scanned_jpeg(64, SCANS + 1)}),
+        public("hopeless, highest priority", {DEADLINE}, hopeless),
     ]
 
 
 def served(good: Values) -> list[Attack]:
     """The costliest of what is allowed, at the highest priority."""
-    first: dict[str, NDArray[Any] | bytes] = {"REQUEST_PRIORITY": np.array([1], np.int32)}
-    ends = frozenset({OK, FULL})
-    public = partial(_public, good=good)
+    first: Changes = {"REQUEST_PRIORITY": np.array([1], np.int32)}
+    ends = {OK, FULL}
+    public = partial(_public, good)
     return [
-        public("highest priority", ends, **first),
-        public("png of 64 megapixels", ends, IMAGE=blank_png(LARGE_SIDE, LARGE_SIDE), **first),
-        public("jpeg of 100 scans", ends, IMAGE=scanned_jpeg(SCANNED_SIDE, SCANS), **first),
-        public("highest priority, left", ends | {CANCELLED}, leave_after_s=0.05, **first),
+        public("highest priority", ends, first),
+        public("png of 64 megapixels", ends, {**first, "IMAGE": blank_png(LARGE_SIDE, LARGE_SIDE)}),
+        public("jpeg of 100 scans", ends, {**first, "IMAGE": scanned_jpeg(SCANNED_SIDE, SCANS)}),
+        public("highest priority, left", ends | {CANCELLED}, first, leave_after_s=0.05),
     ]
 
 
-def _public(
-    name: str, ends: frozenset[str], good: Values, leave_after_s: float | None = None, **changes: NDArray[Any] | bytes
-) -> Attack:
-    return Attack(name, "ti2v_unary", {**good, **changes}, ends, leave_after_s=leave_after_s)
+def _public(good: Values, name: str, ends: set[str], changes: Changes, leave_after_s: float | None = None) -> Attack:
+    return Attack(name, "ti2v_unary", {**good, **changes}, frozenset(ends), leave_after_s=leave_after_s)
 
 
 def _direct_calls() -> list[tuple[str, str, Values]]:

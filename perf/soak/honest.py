@@ -127,7 +127,7 @@ def figures(found: Mapping[str, list[Round]]) -> dict[str, Any]:
     for group, rounds in found.items():
         attackers_s = sum(each.attackers_s for each in rounds)
         ranks_s = [each.ranks_s for each in rounds if each.ranks_s is not None]
-        told = {"requests": sum(each.requests for each in rounds), "per_s": round(_per_s(rounds), 3)}
+        told: dict[str, Any] = {"requests": sum(each.requests for each in rounds), "per_s": round(_per_s(rounds), 3)}
         if ranks_s:
             told["share_of_steps"] = round(sum(each.step_s for each in rounds) / max(sum(ranks_s), 1e-9), 3)
         if group != QUIET:

@@ -85,7 +85,7 @@ class Strangers:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._process.kill()
-        said, _ = self._process.communicate()
+        said = self._process.communicate()[0]
         if kind is None:
             self.seen = json.loads(said)
 
@@ -104,7 +104,12 @@ def main() -> int:
         return 0
     os.nice(options.nice)
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
     print(json.dumps(attack(options.url, attacks, options.threads, options.seed, over)), flush=True)
     return 0
 
