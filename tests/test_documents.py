@@ -54,12 +54,24 @@ def cited_tests(root: Path, text: str) -> int:
 
 
 def test_every_protection_cites_a_test_that_exists(root: Path, security: str) -> None:
+    enforced = section(security, "What is enforced, and the test that shows it")
+    by_attacker = dict(re.findall(r"^### ([^\n]+)\n(.*?)(?=^### |\Z)", enforced, re.MULTILINE | re.DOTALL))
+    assert list(by_attacker) == [
+        "A caller over gRPC or HTTP",
+        "A caller with shared memory",
+        "A local user of the machine",
+        "Who can write to a folder",
+        "Who holds a log",
+    ]
     cited = 0
-    for threat, _, shown_by in rows(section(security, "What is enforced, and the test that shows it")):
-        here = cited_tests(root, shown_by)
-        assert here, threat
-        cited += here
-    assert cited > 20
+    for text in (*by_attacker.values(), section(security, "What is loaded, and what anchors it")):
+        found = rows(text)
+        assert found
+        for threat, *_, shown_by in found:
+            here = cited_tests(root, shown_by)
+            assert here, threat
+            cited += here
+    assert cited > 60
 
 
 def test_every_promise_cites_a_test_that_exists_or_says_why_none_can(root: Path) -> None:
