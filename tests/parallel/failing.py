@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 LATE_S = 4
+SLOW_STEP_S = 75  # longer than a minute, after which a cancelled group once was torn down
 SIGNALS = {
     "exception": signal.SIGUSR1,
     "out of memory": signal.SIGUSR2,
@@ -21,6 +22,7 @@ SIGNALS = {
     "no heartbeat": signal.SIGVTALRM,
     "CUDA error": signal.SIGPROF,
     "TensorRT refuses": signal.SIGIO,
+    "slow step": signal.SIGALRM,
 }
 LOST_DEVICE = ("CUDA error", "TensorRT refuses")
 """How a process learns that its GPU is lost; from then on all that uses the GPU fails."""
@@ -50,6 +52,8 @@ def fail(how: str) -> None:
         HOLD_THE_INTERPRETER(3600)
     elif how in LOST_DEVICE:
         lose_device(how)
+    elif how == "slow step":
+        time.sleep(SLOW_STEP_S)
     elif how == "stuck":
         time.sleep(3600)
     else:
