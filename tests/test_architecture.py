@@ -225,7 +225,12 @@ def test_no_circle_of_imports_between_files() -> None:
 def test_the_folders_of_tests_are_those_of_the_code() -> None:
     rooms = {room_of(path) for path in sources(PACKAGE)} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
-    others = {"engines", "gpu", "evaluation"}  # what builds TensorRT engines, what needs a GPU, the client's extra
+    others = {
+        "engines",
+        "gpu",
+        "evaluation",
+        "fakes",
+    }  # TensorRT builds, what needs a GPU, the client's extra, stand-ins
     assert folders - rooms == others
 
 

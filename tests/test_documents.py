@@ -64,7 +64,7 @@ def test_every_protection_cites_a_test_that_exists(root: Path, security: str) ->
         "Who holds a log",
     ]
     cited = 0
-    for text in (*by_attacker.values(), section(security, "What is loaded, and what anchors it")):
+    for text in by_attacker.values():
         found = rows(text)
         assert found
         for threat, *_, shown_by in found:

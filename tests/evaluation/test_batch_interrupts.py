@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM while `stepvideo batch` runs."""
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,12 +78,12 @@ def test_ctrl_c_lets_what_runs_end(
     assert len(clips(tmp_path / "out")) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("tell", [signals.interrupt, Popen.terminate], ids=["Ctrl-C", "SIGTERM"])
 def test_a_second_ctrl_c_or_a_sigterm_cancels(
-    under_way: tuple[Popen, OneRank], tmp_path: Path, number: signal.Signals
+    under_way: tuple[Popen, OneRank], tmp_path: Path, tell: Callable[[Popen], None]
 ) -> None:
     process, rank = under_way
-    process.send_signal(number)
+    tell(process)
     stdout, _ = process.communicate(timeout=30)
     assert not rank.release.is_set()
     assert process.returncode == 130
