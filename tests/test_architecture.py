@@ -230,7 +230,7 @@ def test_the_folders_of_tests_are_those_of_the_code() -> None:
         "gpu",
         "evaluation",
         "fakes",
-    }  # TensorRT builds, what needs a GPU, the client's extra, stand-ins
+    }  # of no room: builds, GPUs, the client's extra, stubs
     assert folders - rooms == others
 
 
