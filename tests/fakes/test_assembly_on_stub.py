@@ -88,17 +88,19 @@ def test_activations_are_accounted_for_once(load: Load, tmp_path: Path, gpu_mach
     """What one group has reserved is there for the next: 80 GiB hold 12 of activations, 60 of weights, 4 are free."""
     large = {"activation_bytes": 12 * GIB, "weight_bytes": 30 * GIB}
     config = sized(load("single"), tmp_path, dit_embed=large, vae_decoder=large)
-    load_in_turn(config, "dit_embed", "vae_decoder")
+    loaded = load_in_turn(config, "dit_embed", "vae_decoder")
     assert activation_memory(torch.device("cuda", 0)).size_bytes == 12 * GIB
     assert gpu_machine.gpu.free_bytes < 8 * GIB
+    assert len(loaded) == 2  # still there
 
 
 def test_a_larger_buffer_takes_the_place_of_the_smaller(load: Load, tmp_path: Path, gpu_machine: Machine) -> None:
     small = {"activation_bytes": 5 * GIB, "weight_bytes": 30 * GIB}
     large = {"activation_bytes": 12 * GIB, "weight_bytes": 33 * GIB}
     config = sized(load("single"), tmp_path, dit_embed=small, vae_decoder=large)
-    load_in_turn(config, "dit_embed", "vae_decoder")
+    loaded = load_in_turn(config, "dit_embed", "vae_decoder")
     assert gpu_machine.gpu.free_bytes < 5 * GIB
+    assert len(loaded) == 2  # still there
 
 
 def test_weights_that_leave_too_little(load: Load, tmp_path: Path, gpu_machine: Machine) -> None:
