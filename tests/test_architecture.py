@@ -225,13 +225,8 @@ def test_no_circle_of_imports_between_files() -> None:
 def test_the_folders_of_tests_are_those_of_the_code() -> None:
     rooms = {room_of(path) for path in sources(PACKAGE)} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
-    others = {
-        "engines",
-        "gpu",
-        "evaluation",
-        "fakes",
-    }  # of no room: builds, GPUs, the client's extra, stubs
-    assert folders - rooms == others
+    known = "engines: TensorRT builds; evaluation: the client's extra; fakes: a machine with GPUs; gpu: what needs one"
+    assert folders - rooms == {"engines", "evaluation", "fakes", "gpu"}, known
 
 
 def test_stages_know_no_backend_and_no_ranks() -> None:
