@@ -29,7 +29,7 @@ from perf.soak.wire import OWN_CONNECTION, message, outcome_of
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import SetupError, StepVideoError
 from stepvideo_serve.launch.options import ServerOptions
-from stepvideo_serve.launch.server import SHARED_MEMORY, TritonServer
+from stepvideo_serve.launch.server import TritonServer
 
 ROOT = Path(__file__).absolute().parents[2]
 MODELS = ("ti2v", "ti2v_unary", "ti2v_quote", "text_encoder", "vae_encoder", "dit_denoiser", "vae_decoder")
