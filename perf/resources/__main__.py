@@ -28,6 +28,7 @@ from perf.soak.plan import good_requests
 from perf.soak.wire import OWN_CONNECTION, message, outcome_of
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import SetupError, StepVideoError
+from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer
 
