@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepvideo_serve.assembly import engines
 from stepvideo_serve.engine import nvinfer
-from stepvideo_serve.engine.manifest import GraphEntry
+from stepvideo_serve.engine.manifest import GraphEntry, Manifest
 from stepvideo_serve.errors import EngineError
 from stepvideo_serve.parallel import collectives
 from stepvideo_serve.parallel.communicator import Done
@@ -35,8 +35,8 @@ def kernels_are_sought_in_the_folder_of_the_part() -> Patched:
 
 
 def kernels_are_sought_at_the_first_request() -> Patched:
-    def register_plugins(trt: Any, folder: Path, entries: Mapping[str, GraphEntry]) -> None:
-        del entries
+    def register_plugins(trt: Any, folder: Path, entries: Mapping[str, GraphEntry], manifest: Manifest) -> None:
+        del entries, manifest
         from stepvideo_kernels.plugins.registration import device_kernels, register
 
         register(trt, device_kernels(folder))

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
-from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
+from stepvideo_serve.assembly.engines import KERNELS_FOLDER
+from stepvideo_serve.engine.manifest import KERNELS, GraphEntry, GraphFile, Manifest
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from tests.fakes.engines import engine_entry
 from tests.kernels import plugin_graphs
@@ -30,6 +32,15 @@ def add_plugin_engine(folder: Path) -> None:
     manifest = Manifest.load(folder)
     entry = engine_entry(folder, onnx, graph, kernels=[KERNEL])
     replace(manifest, graphs={**manifest.graphs, NAME: entry}).save(folder)
+
+
+def name_kernels(engines: Path, *parts: str) -> None:
+    """Records the descriptions in the folder of the kernels by hash, in the manifests of the root and of its parts, as
+    the builder does."""
+    hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in (engines / KERNELS_FOLDER).glob("*.json")}
+    for folder in (engines, *(engines / part for part in parts)):
+        manifest = Manifest.load(folder)
+        replace(manifest, extra={**manifest.extra, KERNELS: hashes}).save(folder)
 
 
 def forget_kernels(folder: Path) -> None:

@@ -18,7 +18,7 @@ from stepvideo_serve.errors import EngineError
 from tests.fakes.driver import FakeDriver
 from tests.fakes.engines import write_engines, write_kernel
 from tests.fakes.machine import Machine
-from tests.fakes.plugin_engine import NAME, PART, WIDTH, forget_kernels
+from tests.fakes.plugin_engine import NAME, PART, WIDTH, forget_kernels, name_kernels
 from tests.parallel.sharded_ranks import make_job, make_video
 
 Load = Callable[..., ServeConfig]
@@ -42,6 +42,7 @@ def test_one_rank_denoises_and_decodes_as_onnx_runtime_does(load: Load, gpu_mach
 def test_plugins_of_a_rank_find_their_kernels(tp2: ServeConfig, gpu_machine: Machine) -> None:
     """In the order of a rank: the root's engines, its slice's, the root's again."""
     write_kernel(tp2.model.engines_dir / "kernels", WIDTH)
+    name_kernels(tp2.model.engines_dir, PART)
     whole = load_runners(tp2, [NAME], 1)[NAME]
     own = load_runners(tp2, [NAME], 1, PART)[NAME]
     load_runners(tp2, ["vae_decoder"], 1)
@@ -57,9 +58,11 @@ def test_plugins_of_a_rank_find_their_kernels(tp2: ServeConfig, gpu_machine: Mac
 
 def test_a_kernel_that_is_missing_is_said_before_an_engine_is_loaded(tp2: ServeConfig, gpu_machine: Machine) -> None:
     kernels = tp2.model.engines_dir / "kernels"
-    with pytest.raises(EngineError, match=rf"Engine {NAME} has plugins: .*kernels must hold kernels for SM 90"):
+    unnamed = rf"The engine {NAME} has plugins, and the manifest of .* must name their kernels by hash, found none"
+    with pytest.raises(EngineError, match=unnamed):
         load_runners(tp2, [NAME], 1, PART)
     write_kernel(kernels, 2 * WIDTH)
+    name_kernels(tp2.model.engines_dir, PART)
     refused = rf"{kernels} must hold one kernel vae_attention fp16 WIDTH=96 for SM 90, it has 0: build it"
     with pytest.raises(EngineError, match=refused):
         load_runners(tp2, [NAME], 1, PART)
@@ -67,6 +70,8 @@ def test_a_kernel_that_is_missing_is_said_before_an_engine_is_loaded(tp2: ServeC
 
 
 def test_engines_with_plugins_that_name_no_kernels_are_refused(tp2: ServeConfig, gpu_machine: Machine) -> None:
+    write_kernel(tp2.model.engines_dir / "kernels", WIDTH)
+    name_kernels(tp2.model.engines_dir)
     forget_kernels(tp2.model.engines_dir)
     with pytest.raises(EngineError, match=f"must name the kernels of engine {NAME}, .* it names none: build it again"):
         load_runners(tp2, [NAME], 1)
