@@ -6,6 +6,7 @@ python -m stepvideo_gateway [--config gateway.toml] migrate        brings the da
 import argparse
 import asyncio
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
+from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from stepvideo_gateway.api import create_app
 from stepvideo_gateway.config import GatewayConfig
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 where the configuration or the database cannot be used."""
     args = _parser().parse_args(arguments)
     try:
-        config = GatewayConfig.load(args.config) if args.config else GatewayConfig()
+        config = (GatewayConfig.load(args.config) if args.config else GatewayConfig()).in_environment(os.environ)
         if args.server:
             config = replace(config, servers=replace(config.servers, urls=tuple(args.server)))
         configure(config.logging.format)
@@ -50,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if args.command == "migrate" else _serve(config)
     except (ConfigError, ApiError) as error:
         print(f"stepvideo-gateway: {error}", file=sys.stderr)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, SQLAlchemyError) as error:
+        database = make_url(config.jobs.database).render_as_string(hide_password=True)
         print(
-            f"stepvideo-gateway: The database must be usable, {config.jobs.database} is not: {error}", file=sys.stderr
+            f"stepvideo-gateway: The database must be usable, {database} is not: {getattr(error, 'orig', error)}",
+            file=sys.stderr,
         )
     return EXIT_CONFIG
 

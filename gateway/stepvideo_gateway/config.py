@@ -4,13 +4,16 @@ import base64
 import binascii
 import ipaddress
 import tomllib
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from stepvideo_gateway.errors import ConfigError
 
 SECRET_PREFIX: Final = "whsec_"
+DATABASE_VARIABLE: Final = "STEPVIDEO_GATEWAY_DATABASE"
+DATABASES: Final = ("sqlite+aiosqlite:///", "postgresql+psycopg://")
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,20 @@ class GatewayConfig:
         jobs = made["jobs"]
         made["jobs"] = Jobs(**{**vars(jobs), "folder": path.parent / jobs.folder, "database": _beside(jobs, path)})
         return cls(**made)
+
+    def in_environment(self, environment: Mapping[str, str]) -> "GatewayConfig":
+        """With the database that STEPVIDEO_GATEWAY_DATABASE names, where it is set: a URL with a password stands in a
+        secret, not in a file. A relative SQLite file is relative to the current folder. Raises ConfigError, without
+        the value."""
+        url = environment.get(DATABASE_VARIABLE)
+        if url is None:
+            return self
+        if not url.startswith(DATABASES):
+            found = "another text" if url else "nothing"
+            raise ConfigError(
+                f"{DATABASE_VARIABLE} must begin with {' or '.join(DATABASES)}, found {found}: correct it."
+            )
+        return replace(self, jobs=replace(self.jobs, database=url))
 
 
 def is_loopback(address: str) -> bool:
