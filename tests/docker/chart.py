@@ -77,6 +77,12 @@ class Helm:
         return self.run("template", "video", str(self.chart), "--namespace", "serving", "--values", str(path))
 
 
-def only(manifests: list[Manifest], kind: str) -> Manifest:
-    [found] = [manifest for manifest in manifests if manifest["kind"] == kind]
+def only(manifests: list[Manifest], kind: str, part: str = "serve") -> Manifest:
+    """Of this kind, the one that belongs to the server, or to the gateway."""
+    [found] = [manifest for manifest in of_part(manifests, part) if manifest["kind"] == kind]
     return found
+
+
+def of_part(manifests: list[Manifest], part: str) -> list[Manifest]:
+    name = f"stepvideo-{part}"
+    return [each for each in manifests if each["metadata"]["labels"]["app.kubernetes.io/name"] == name]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.docker.chart import Helm
 from tests.serving.conftest import engines
 from tests.serving.launch import CONFIG, MAX_QUEUED, Engines
 
@@ -18,6 +19,11 @@ def config_file(engines: Engines, tmp_path: Path) -> Path:
     path = tmp_path / "serve.toml"
     path.write_text(CONFIG.format(model=engines.model_dir, engines=engines.graphs_dir, max_queued=MAX_QUEUED))
     return path
+
+
+@pytest.fixture(scope="session")
+def helm(root: Path) -> Helm:
+    return Helm.install(root)
 
 
 @pytest.fixture

@@ -43,6 +43,8 @@ def test_compose_pins_images_and_takes_rights_away(compose: dict[str, Any]) -> N
         assert service["security_opt"] == ["no-new-privileges:true"]
     assert compose["services"]["stepvideo"]["read_only"] is True
     assert compose["services"]["stepvideo"]["tmpfs"] == ["/tmp:size=8g"]
+    assert compose["services"]["gateway"]["read_only"] is True
+    assert compose["services"]["gateway"]["tmpfs"] == ["/tmp:size=1g"]
     named = {
         volume.split(":")[0] for s in compose["services"].values() for volume in s["volumes"] if volume[0] not in ".$"
     }
@@ -105,7 +107,8 @@ def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any], doc
     assert str(Path(dashboard).parent) == provider["options"]["path"]
 
 
-def test_hadolint_has_nothing_to_say(docker: Path) -> None:
+@pytest.mark.parametrize("name", ["Dockerfile", "gateway.Dockerfile"])
+def test_hadolint_has_nothing_to_say(docker: Path, name: str) -> None:
     program = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run([str(program), str(docker / "Dockerfile")], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(program), str(docker / name)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

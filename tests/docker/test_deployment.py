@@ -24,7 +24,7 @@ from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
 from stepvideo_serve.launch.supervise import Rules
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.serving.observe.metric_families import FAMILIES
-from tests.docker.chart import VERSION, Helm, Manifest, Values, only
+from tests.docker.chart import VERSION, Helm, Manifest, Values, of_part, only
 
 KUBERNETES = "1.37"
 CUSTOM = ("PodMonitor",)  # kinds that Kubernetes itself does not know
@@ -49,16 +49,23 @@ SETTINGS: dict[str, Values] = {
         "affinity": {"nodeAffinity": {}},
         "runtimeClassName": "nvidia",
         "podAnnotations": {"example.org/team": "video"},
+        "gateway": {
+            "enabled": True,
+            "image": {"repository": "registry.example.org/gateway", "tag": "1.3", "digest": f"sha256:{'0b' * 32}"},
+            "replicas": 2,
+            "servers": ["first-stepvideo-serve:8001", "second-stepvideo-serve.other:8001"],
+            "database": {"secret": "stepvideo-database", "key": "address"},
+            "volume": {"claim": "shared-videos"},
+            "service": {"type": "LoadBalancer", "annotations": {"example.org/internal": "true"}},
+            "clients": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}],
+            "egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"protocol": "TCP", "port": 5432}]}],
+        },
     },
+    "gateway": {"gateway": {"enabled": True}},
     "one GPU": {"gpus": 1, "config": '[model]\ndir = "/model"\nengines_dir = "/engines"\n'},
     "host paths": {"volumes": {"model": {"hostPath": "/data/a"}, "engines": {"hostPath": "/data/b"}}},
     "least": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}, "tolerations": []},
 }
-
-
-@pytest.fixture(scope="session")
-def helm(root: Path) -> Helm:
-    return Helm.install(root)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +127,11 @@ def test_a_wrong_manifest_would_be_noticed(manifests: list[Manifest]) -> None:
 
 
 def test_every_kind_is_rendered(everything: list[Manifest]) -> None:
-    kinds = ["ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy"]
-    kinds += ["PodDisruptionBudget", "PodMonitor", "Service"]
-    assert sorted(manifest["kind"] for manifest in everything) == kinds
+    both = ["ConfigMap", "Deployment", "NetworkPolicy", "Service"]
+    assert sorted(manifest["kind"] for manifest in of_part(everything, "gateway")) == both
+    kinds = [*both, "HorizontalPodAutoscaler", "PodDisruptionBudget", "PodMonitor"]
+    assert sorted(manifest["kind"] for manifest in of_part(everything, "serve")) == sorted(kinds)
+    assert len(everything) == len(both) + len(kinds)
 
 
 @pytest.mark.parametrize(
