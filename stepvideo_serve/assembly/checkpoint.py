@@ -32,7 +32,7 @@ from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.model import VideoDecoder, VideoEncoder, VideoVAE
 from stepvideo_serve.weights.cuts import WHOLE, Cut, Shape, ShardPlan, TensorPart
 from stepvideo_serve.weights.files import NO_CUTS, WeightFiles, file_digest, open_weights
-from stepvideo_serve.weights.json_file import integer, read_json_object
+from stepvideo_serve.weights.json_file import integer, read_json_object, require_model_dir
 from stepvideo_serve.weights.whole_file import check_whole
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and most of the server's processes need no text encoder
@@ -64,8 +64,7 @@ class Checkpoint:
     """Opens lazily: each part is checked when it is first asked for. Raises CheckpointError."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise CheckpointError(f"The model directory {folder} must exist, found no such folder.")
+        require_model_dir(folder)
         self.folder = folder
         self._digests: dict[Path, str] = {}
 

@@ -20,7 +20,7 @@ from stepvideo_serve.geometry import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK, PIXELS
 from stepvideo_serve.planning.pace import LONGEST_S, MOST_WORK, WORK
 from stepvideo_serve.request import RequestLimits
 from stepvideo_serve.request.fields import MAX_TEXT_TOKENS
-from stepvideo_serve.weights.json_file import integer, read_json_object
+from stepvideo_serve.weights.json_file import integer, read_json_object, require_model_dir
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -103,6 +103,7 @@ class TensorBounds:
     @classmethod
     def of(cls, model_dir: Path) -> "TensorBounds":
         """Raises CheckpointError."""
+        require_model_dir(model_dir)
         dit, llm = DiTConfig.load(model_dir / "transformer" / "config.json"), model_dir / "step_llm" / "config.json"
         vocabulary = integer(read_json_object(llm), "padded_vocab_size", str(llm))
         return cls(dit.in_channels, dit.llm_channels, dit.clip_channels, vocabulary)

@@ -8,6 +8,12 @@ from stepvideo_serve.errors import CheckpointError
 from stepvideo_serve.weights.whole_file import check_whole
 
 
+def require_model_dir(folder: Path) -> None:
+    """Raises CheckpointError unless the folder of a checkpoint is there."""
+    if not folder.is_dir():
+        raise CheckpointError(f"The model directory {folder} must exist, found no such folder.")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises CheckpointError naming the file."""
     check_whole(path)

@@ -52,6 +52,9 @@ class FakeCuda:
     def device_count(self) -> int:
         return self.count
 
+    def can_device_access_peer(self, device: int, other: int) -> bool:
+        return max(device, other) < self.count
+
     def current_device(self) -> int:
         return int(self.gpu.device.index)
 

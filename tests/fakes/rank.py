@@ -3,8 +3,14 @@
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
+
+import torch
 
 from stepvideo_serve.assembly.denoiser_rank import DenoiserRank, Outcome, TensorMap
+from stepvideo_serve.parallel.collectives import Collectives
+from stepvideo_serve.parallel.first_contact import connect
+from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.parallel.rank_process import JobContext
 from stepvideo_serve.serving.rank_factory import build_rank
 from tests.fakes.machine import Machine, machine
@@ -36,4 +42,10 @@ def build(settings: dict[str, Any]) -> RankOnStub:
     if mutation := settings["mutation"]:
         module, _, name = mutation.partition(":")
         held.enter_context(getattr(import_module(module), name)())
+    # Ranks meet on a thread of their own, and what stands in for torch on GPUs is of the thread that builds.
+    held.enter_context(patch("stepvideo_serve.assembly.denoiser_rank.connect", _connect_on_cpu))
     return RankOnStub(build_rank(settings), made, held)
+
+
+def _connect_on_cpu(ranks: Collectives, layout: Layout, rank: int, _device: torch.device) -> None:
+    connect(ranks, layout, rank, torch.device("cpu"))

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from stepvideo_kernels.vae_attention.reference import vae_attention
+from stepvideo_serve.assembly import engines
 from stepvideo_serve.assembly.engines import activation_memory
 from stepvideo_serve.assembly.runners import load_runners
 from stepvideo_serve.assembly.stages import Denoiser, FrameDecoder
 from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.engine.gpu_memory import free_memory
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import EngineError
@@ -108,7 +111,11 @@ def test_a_larger_buffer_takes_the_place_of_the_smaller(load: Load, tmp_path: Pa
     assert len(loaded) == 2  # still there
 
 
-def test_weights_that_leave_too_little(load: Load, tmp_path: Path, gpu_machine: Machine) -> None:
+def test_weights_that_leave_too_little(
+    load: Load, tmp_path: Path, gpu_machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gives any back, and nobody waits for that here."""
+    monkeypatch.setattr(engines, "free_memory", partial(free_memory, patience_s=0.0))
     large = {"activation_bytes": 12 * GIB, "weight_bytes": 65 * GIB}
     config = sized(load("single"), tmp_path, dit_embed=large)
     with pytest.raises(EngineError, match=r"need 65\.0 GiB for their weights, 64\.0 GiB are free beside their activ"):

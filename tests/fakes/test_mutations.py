@@ -26,7 +26,7 @@ FAULTS: tuple[tuple[Mutation, ModuleType, str, str], ...] = (
         mutations.kernels_are_sought_in_the_folder_of_the_part,
         assembly,
         "test_plugins_of_a_rank_find_their_kernels",
-        "tp0of2/kernels must hold kernels for SM 90, it has none",
+        r"tp0of2/kernels/vae_attention\.fp16\.sm90\..*\.json must describe a built kernel, could not be read",
     ),
     (
         mutations.kernels_are_sought_at_the_first_request,
