@@ -36,15 +36,16 @@ def build(settings: dict[str, Any]) -> RankOnStub:
     in which generation, on which rank and at which enqueue the GPU is lost, or is None."""
     held = ExitStack()
     made = held.enter_context(machine(count=settings["world_size"]))
+    # Ranks meet on a thread of their own, and what stands in for torch on GPUs is of the thread that builds.
+    held.enter_context(patch("stepvideo_serve.assembly.denoiser_rank.connect", _connect_on_cpu))
+    rank = build_rank(settings)  # and then it breaks: the warm-up has no part in that
     lost = settings["lost"]
     if lost and (lost["generation"], lost["rank"]) == (settings["generation"], settings["rank"]):
         made.fake.lose_at_enqueue = lost["enqueue"]
     if mutation := settings["mutation"]:
         module, _, name = mutation.partition(":")
         held.enter_context(getattr(import_module(module), name)())
-    # Ranks meet on a thread of their own, and what stands in for torch on GPUs is of the thread that builds.
-    held.enter_context(patch("stepvideo_serve.assembly.denoiser_rank.connect", _connect_on_cpu))
-    return RankOnStub(build_rank(settings), made, held)
+    return RankOnStub(rank, made, held)
 
 
 def _connect_on_cpu(ranks: Collectives, layout: Layout, rank: int, _device: torch.device) -> None:

@@ -21,7 +21,7 @@ class ExchangingWorker:
         torch.set_num_threads(1)
         init_process_group(settings, "gloo", timeout_s=120.0)
         self._rank, self._ranks = settings["rank"], settings["world_size"]
-        self._collectives = Collectives(Layout.parse(f"sp{self._ranks}"), self._rank)
+        self._collectives = Collectives(Layout(sp=self._ranks), self._rank)
 
     def info(self) -> dict[str, Any]:
         return {}
