@@ -93,10 +93,21 @@ class Refusing:
         return bool(planted())
 
 
+OTHERS: set[threading.Thread] = set()
+"""Those that ran before the test: servers and groups of the whole session have threads of these names, too."""
+
+
+@pytest.fixture(autouse=True)
+def _others() -> Iterator[None]:
+    OTHERS.update(threading.enumerate())
+    yield
+    OTHERS.clear()
+
+
 def until_dead(name: str) -> None:
-    """Until no thread has this name."""
+    """Until no thread of the test has this name."""
     deadline_s = time.monotonic() + PATIENCE_S
-    while any(thread.name == name for thread in threading.enumerate()):
+    while any(thread.name == name for thread in {*threading.enumerate()} - OTHERS):
         assert time.monotonic() < deadline_s, f"{name} still runs"
         time.sleep(0.01)
 
@@ -129,6 +140,7 @@ def the_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkerFailed, match=r"The keeper of the ranks has failed \(OverflowError\)"):
         group.start()
     group.close()
+    until_dead("rank-keeper")
 
 
 def the_watch_over_the_ranks(_: pytest.MonkeyPatch) -> None:
