@@ -101,6 +101,7 @@ def test_requests_under_way_and_waiting_end_and_new_ones_are_refused_at_once(
     assert_nothing_left(tmp_path, process)
 
 
+@pytest.mark.slow
 def test_a_slow_line_has_the_time_too(root: Path, config_text: str, small: Values, tmp_path: Path) -> None:
     """Answers that are given, and still on their way to their callers, are requests under way."""
     large: Values = {**small, **LARGE, "OUTPUT": b"frames"}
