@@ -3,6 +3,8 @@
 python -m tests.parallel.faults     the whole matrix, as a table
 """
 
+import contextlib
+import gc
 import os
 import signal
 import sys
@@ -79,7 +81,8 @@ class Bench:
         self.log = Path(self.folder.name, "fault")
         self._scratch = Path(self.folder.name, "scratch")
         self._scratch.mkdir()
-        self._files = len(os.listdir("/proc/self/fd"))
+        gc.collect()  # what earlier tests left in cycles is not to be closed meanwhile
+        self._files = _open_files()
         self.group = RankGroup(
             "gloo_ranks:gloo",
             {"fault": {"how": self.how, "when": self.when, "log": str(self.log)}},
@@ -142,7 +145,8 @@ class Bench:
     def close(self) -> None:
         self.group.close()
         self.check_nothing_is_left()
-        assert len(os.listdir("/proc/self/fd")) == self._files
+        now = _open_files()
+        assert len(now) == len(self._files), (self._files, now)
         self.folder.cleanup()
 
     def __enter__(self) -> "Bench":
@@ -253,3 +257,12 @@ def _environments() -> Iterator[tuple[int, bytes]]:
 
 if __name__ == "__main__":
     main()
+
+
+def _open_files() -> list[str]:
+    """What this process has open, by where each leads."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing itself
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
