@@ -60,13 +60,10 @@ def test_the_next_start_removes_what_nobody_owns_any_more(
 
     [server] = [child for child in psutil.Process(launcher.pid).children() if child.name() == "tritonserver"]
     processes = [server, *server.children(recursive=True)]
-    server.suspend()
+    launcher.send_signal(signal.SIGSTOP)  # it is not to see what comes
+    server.kill()  # as the end of a machine's memory ends both
     launcher.kill()
     launcher.wait()
-    remove_leftovers()
-    assert left(launcher, temporary) == (regions, folders), "its server still lives"
-
-    server.kill()  # as the end of a machine's memory ends both
     assert gone(processes)
     assert left(launcher, temporary)[1] == folders
     with TritonServer(ServerOptions(repository, log=temporary.parent / "log", exit_timeout_s=2)) as second:
@@ -75,6 +72,29 @@ def test_the_next_start_removes_what_nobody_owns_any_more(
         remove_leftovers()
         assert list(SHARED_MEMORY.glob(f"{second.shm_prefix}*")), "the second one lives"
     assert not list(SHARED_MEMORY.glob(f"{second.shm_prefix}*"))
+
+
+def test_what_a_living_server_owns_stays(tmp_path: Path) -> None:
+    """Its launcher is gone, and the server has the claim open still."""
+    folder = tmp_path / "stepvideo_7_02"
+    script = "import subprocess, sys; from pathlib import Path; "
+    script += "from stepvideo_serve.launch.leftovers import Claim; claim = Claim(sys.argv[2], Path(sys.argv[1])); "
+    script += "server = subprocess.Popen(['sleep', '600'], pass_fds=(claim.fd,)); print(server.pid, flush=True)"
+    folder.mkdir()
+    region = SHARED_MEMORY / f"{folder.name}_region"
+    region.write_bytes(b"tensors")
+    command = [sys.executable, "-c", script, str(folder), folder.name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        server = psutil.Process(int(launcher.stdout.readline()))
+        launcher.wait()
+    remove_leftovers()
+    assert (folder.exists(), region.exists()) == (True, True)
+    server.kill()
+    assert gone([server])
+    remove_leftovers()
+    assert (folder.exists(), region.exists()) == (False, False)
+    assert not list(SHARED_MEMORY.glob(f"{folder.name}_*"))
 
 
 def test_a_launcher_that_is_killed_while_it_starts_leaves_nothing_either(tmp_path: Path) -> None:
