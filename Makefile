@@ -147,7 +147,7 @@ demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint
 serve: $(SERVED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## run the server in the foreground until Ctrl-C (GPU=1: with TensorRT)
 	@$(RUN) stepvideo_serve serve --config '$(CONFIG)'
 
-gateway: $(SERVED) ## run server and gateway in the foreground: /v1/videos for OpenAI's client, at the address that is printed
+gateway: $(SERVED) build/first_image.png ## run server and gateway in the foreground: /v1/videos for OpenAI's client, at the address that is printed
 	@$(RUN) stepvideo_serve run --config '$(CONFIG)' --log build/gateway-server.log -- \
 		sh -c 'exec $(RUN) stepvideo_gateway --config gateway/gateway.toml --server "$$STEPVIDEO_GRPC_URL"'
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 USER = "postgres"
 
 
@@ -22,6 +24,17 @@ def programs() -> Path | None:
         return Path(found).resolve().parent
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     return folders[-1] if folders else None
+
+
+def installed() -> Path:
+    """The same, for tests that need PostgreSQL: they are skipped without one, and fail in CI."""
+    found = programs()
+    if found is not None:
+        return found
+    reason = "needs PostgreSQL: apt-get install postgresql"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @dataclass

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 
 from stepvideo_gateway.database import Delivery, Job, engine_for
 from tests.gateway.conftest import Running, create, until
-from tests.gateway.postgres import Postgres, postgres, programs
+from tests.gateway.postgres import Postgres, installed, postgres
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -39,13 +39,7 @@ PATIENCE_S = 600.0
 
 @pytest.fixture
 def database() -> Iterator[Postgres]:
-    found = programs()
-    if found is None:
-        reason = "needs PostgreSQL: apt-get install postgresql"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with postgres(found) as server:
+    with postgres(installed()) as server:
         yield server
 
 

@@ -1,7 +1,6 @@
 """Jobs in SQLite and in PostgreSQL: claimed by one gateway at a time, and found again."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from stepvideo_gateway.database import Job, engine_for, migrate, migrations
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
 from stepvideo_gateway.fields import Asked
 from stepvideo_gateway.jobs import DAY_S, Jobs, job_of, new_id
-from tests.gateway.postgres import Postgres, postgres, programs
+from tests.gateway.postgres import Postgres, installed, postgres
 
 ASKED = Asked("a cat", b"png", {"num_frames": 17, "height": 64, "width": 96}, 2)
 SERVER = "a:8001"
@@ -51,13 +50,7 @@ class Base:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Postgres]:
-    found = programs()
-    if found is None:
-        reason = "needs PostgreSQL: apt-get install postgresql"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with postgres(found) as server:
+    with postgres(installed()) as server:
         yield server
 
 
