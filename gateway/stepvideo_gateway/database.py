@@ -60,7 +60,6 @@ class Job(Base):
     queue_position: Mapped[int | None] = mapped_column(default=None)
     start_in_s: Mapped[float | None] = mapped_column(default=None)
     elapsed_s: Mapped[float] = mapped_column(default=0.0)
-    progress_at: Mapped[float] = mapped_column(default=0.0)
     seed: Mapped[int | None] = mapped_column(sa.BigInteger, default=None)
     report: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON, default=None)
     video_bytes: Mapped[int] = mapped_column(sa.BigInteger, default=0)

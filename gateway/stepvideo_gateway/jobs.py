@@ -146,7 +146,7 @@ class Jobs:
 
     async def progress(self, job_id: str, **values: Any) -> None:
         """How far the run is; the values are columns."""
-        await self._change(job_id, progress_at=self._clock(), **values)
+        await self._change(job_id, **values)
 
     async def complete(self, job_id: str, seed: int, report: dict[str, Any], video_bytes: int) -> None:
         """The video is in the store."""
@@ -202,15 +202,6 @@ class Jobs:
         query = sa.select(Job.status, sa.func.count()).where(~Job.cancelled).group_by(Job.status)
         async with self._transaction() as session:
             return {row[0]: row[1] for row in (await session.execute(query)).all()}
-
-    async def ahead_of(self, job: Job) -> int:
-        """How many jobs wait that go before this one."""
-        earlier = sa.and_(Job.urgency == job.urgency, sa.tuple_(Job.created_at, Job.id) < (job.created_at, job.id))
-        query = sa.select(sa.func.count()).where(
-            Job.status == QUEUED, ~Job.cancelled, sa.or_(Job.urgency < job.urgency, earlier)
-        )
-        async with self._transaction() as session:
-            return int(await session.scalar(query) or 0)
 
     async def _end(self, job_id: str, **values: Any) -> None:
         now = self._clock()

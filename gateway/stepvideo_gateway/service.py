@@ -19,14 +19,13 @@ from stepvideo_gateway.database import ApiKey, Job, engine_for, migrate
 from stepvideo_gateway.dispatch import Dispatcher
 from stepvideo_gateway.errors import ApiError, BadRequest, NotReady, Unavailable
 from stepvideo_gateway.fields import REFERENCE, Asked, asked, is_address, param_of
-from stepvideo_gateway.jobs import COMPLETED, DAY_S, FAILED, Jobs, job_of, new_id
+from stepvideo_gateway.jobs import COMPLETED, FAILED, Jobs, job_of, new_id
 from stepvideo_gateway.keys import Keys, check_counts, check_request
 from stepvideo_gateway.outbound import NotAllowed, ask, target_of
 from stepvideo_gateway.store import INPUT, SPRITESHEET, THUMBNAIL, VIDEO, Store
 from stepvideo_gateway.webhooks import Postman
 
 ERASED_S = 5.0  # how long a deletion waits for its run to end
-DELIVERIES_KEPT_S = 7 * DAY_S
 QUOTED = ("num_frames", "height", "width", "steps", "cfg_scale", "time_shift", "quality")
 VARIANTS: dict[str, tuple[str, str, Callable[..., bytes] | None]] = {
     "video": (VIDEO, "video/mp4", None),

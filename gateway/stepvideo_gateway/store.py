@@ -58,7 +58,3 @@ class Store:
     def remove(self, job_id: str) -> None:
         """Removes all files of a job."""
         shutil.rmtree(self.path(job_id, ""), ignore_errors=True)
-
-    def jobs(self) -> list[str]:
-        """Of which jobs there are files."""
-        return sorted(path.name for path in self.folder.iterdir() if path.is_dir())

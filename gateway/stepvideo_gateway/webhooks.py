@@ -5,6 +5,7 @@ import base64
 import hashlib
 import hmac
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -22,6 +23,8 @@ from stepvideo_gateway.transactions import Transactions
 RETRIES_S: Final = (5.0, 30.0, 120.0, 600.0, 3600.0, 4 * 3600.0, 12 * 3600.0)  # after each failure; then given up
 LEASE_S: Final = 60.0
 LOOK_S: Final = 0.5
+SWEEP_S: Final = 3600.0
+KEPT_S: Final = 7 * 86_400.0  # what was delivered or given up, for whoever looks into the database
 
 _logger = logging.getLogger(__name__)
 
@@ -41,9 +44,13 @@ class Postman:
 
     async def run(self) -> None:
         """Until cancelled."""
+        swept_s = -math.inf
         async with httpx2.AsyncClient(timeout=10.0) as client:
             while True:
                 try:
+                    if self._clock() - swept_s >= SWEEP_S:
+                        swept_s = self._clock()
+                        await self.forget_old()
                     while (due := await self._claim()) is not None:
                         await self._send(client, due)
                 except Unavailable as error:
@@ -87,7 +94,8 @@ class Postman:
         async with self._transaction() as session:
             await session.execute(sa.update(Delivery).where(Delivery.id == due.id).values(**values))
 
-    async def forget(self, before: float) -> None:
-        """Removes what was delivered or given up long ago."""
+    async def forget_old(self) -> None:
+        """Removes what was delivered or given up, KEPT_S after its making."""
+        before = self._clock() - KEPT_S
         async with self._transaction() as session:
             await session.execute(sa.delete(Delivery).where(Delivery.next_at.is_(None), Delivery.created_at < before))

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from stepvideo_gateway.database import Job, engine_for, migrate, migrations
+from stepvideo_gateway.config import Webhooks
+from stepvideo_gateway.database import Delivery, Job, engine_for, migrate, migrations
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
 from stepvideo_gateway.fields import Asked
 from stepvideo_gateway.jobs import DAY_S, Jobs, job_of, new_id
+from stepvideo_gateway.webhooks import KEPT_S, Postman
 from tests.gateway.postgres import Postgres, installed, postgres
 
 ASKED = Asked("a cat", b"png", {"num_frames": 17, "height": 64, "width": 96}, 2)
@@ -101,7 +104,6 @@ def test_the_most_urgent_then_the_oldest_goes_first(base: Base) -> None:
         old = await jobs.create(a_job(1.0), 100)
         low = await jobs.create(a_job(0.0, urgency=3), 100)
         high = await jobs.create(a_job(2.0, urgency=1), 100)
-        assert [await jobs.ahead_of(job) for job in (high, old, low)] == [0, 1, 2]
         claimed = [await jobs.claim(SERVER) for _ in range(4)]
         assert [job and job.id for job in claimed] == [high.id, old.id, low.id, None]
 
@@ -253,6 +255,28 @@ def test_the_oldest_videos_go_first(base: Base) -> None:
         assert waiting.id not in await jobs.expired(1)
 
     base.use(test)
+
+
+def test_old_deliveries_are_forgotten_and_open_ones_are_not(base: Base) -> None:
+    async def test() -> None:
+        engine = engine_for(base.url)
+        jobs = Jobs(engine, 30.0, 1.0, base.clock, webhooks=["http://127.0.0.1:1/hook"])
+        for _ in range(2):
+            job = await jobs.create(a_job(), 100)
+            await jobs.claim(SERVER)
+            await jobs.complete(job.id, 7, {}, 10)
+        async with engine.begin() as connection:
+            some = (await connection.scalars(sa.select(Delivery.id))).all()
+            await connection.execute(sa.update(Delivery).where(Delivery.id == some[0]).values(next_at=None))
+        postman = Postman(engine, Webhooks(), base.clock)
+        for passed_s, left in ((KEPT_S, 2), (1.0, 1)):
+            base.clock.now_s += passed_s
+            await postman.forget_old()
+            async with engine.connect() as connection:
+                assert len((await connection.scalars(sa.select(Delivery.id))).all()) == left
+        await engine.dispose()
+
+    asyncio.run(test())
 
 
 def test_a_database_that_is_away_is_said_in_one_sentence(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ def upgrade() -> None:
         sa.Column("queue_position", sa.Integer),
         sa.Column("start_in_s", sa.Double),
         sa.Column("elapsed_s", sa.Double, nullable=False),
-        sa.Column("progress_at", sa.Double, nullable=False),
         sa.Column("seed", sa.BigInteger),
         sa.Column("report", sa.JSON),
         sa.Column("video_bytes", sa.BigInteger, nullable=False),
