@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from stepvideo_gateway.config import Webhooks
+from stepvideo_gateway.database import Base as Tables
 from stepvideo_gateway.database import Delivery, Job, engine_for, migrate, migrations
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
 from stepvideo_gateway.fields import Asked
@@ -81,6 +84,19 @@ def _has_tables(url: str) -> bool:
             await engine.dispose()
 
     return asyncio.run(look())
+
+
+def test_the_steps_lead_to_the_tables_of_the_code(base: Base) -> None:
+    def differences(connection: sa.Connection) -> list[Any]:
+        return list(compare_metadata(MigrationContext.configure(connection), Tables.metadata))
+
+    async def test() -> None:
+        engine = engine_for(base.url)
+        async with engine.connect() as connection:
+            assert await connection.run_sync(differences) == []
+        await engine.dispose()
+
+    asyncio.run(test())
 
 
 def a_job(now_s: float = 1000.0, key: str | None = None, **changes: Any) -> Job:
