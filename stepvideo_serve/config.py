@@ -179,7 +179,7 @@ class IdempotencyConfig:
 
     ttl_s: float = 600.0
     max_mib: int = 256
-    max_file_mib: int = 4096
+    max_file_mib: int = 1024
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "ttl_s", "max_mib", "max_file_mib")

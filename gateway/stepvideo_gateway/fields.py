@@ -83,7 +83,7 @@ def asked(given: Mapping[str, Any], model: str, defaults: Mapping[str, Any]) -> 
     num_frames, height and width. Raises BadRequest."""
     for name in given:
         if name not in FIELDS:
-            raise BadRequest(f"There is no field {name!r}; the fields are {', '.join(FIELDS)}.", name)
+            raise BadRequest(f"There is no field {_shown(name)}; the fields are {', '.join(FIELDS)}.", name)
     if given.get("model") not in (None, "", model):
         raise BadRequest(f"model must be {model!r}, got {given['model']!r}.", "model")
     prompt = _prompt(given)

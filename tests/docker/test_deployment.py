@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from stepvideo_serve.__main__ import COMMANDS
-from stepvideo_serve.config import DenoiserConfig, ServeConfig
+from stepvideo_serve.config import DenoiserConfig, IdempotencyConfig, ServeConfig
+from stepvideo_serve.launch.health import PUBLIC_MODELS
 from stepvideo_serve.launch.options import READY_TIMEOUT_S, add_server_arguments
 from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
 from stepvideo_serve.launch.supervise import Rules
@@ -197,6 +198,8 @@ def test_what_is_written_is_bounded(manifests: list[Manifest]) -> None:
     volumes = only(manifests, "Deployment")["spec"]["template"]["spec"]["volumes"]
     limits = {volume["name"]: volume["emptyDir"].get("sizeLimit") for volume in volumes if "emptyDir" in volume}
     assert limits == {"shared-memory": "4Gi", "tmp": "8Gi"}
+    kept_mib = len(PUBLIC_MODELS) * IdempotencyConfig().max_file_mib
+    assert kept_mib <= 8 * 1024 // 2, "what the models keep in files leaves half of it"
 
 
 def test_a_digest_decides_which_image_runs(everything: list[Manifest], defaults: list[Manifest]) -> None:
