@@ -29,8 +29,8 @@ LONG_ENOUGH_S = 300
 SERVE = (sys.executable, "-m", "stepvideo_serve", "serve")
 LARGE = {
     "NUM_FRAMES": np.array([102], np.int32),
-    "HEIGHT": np.array([192], np.int32),
-    "WIDTH": np.array([192], np.int32),
+    "HEIGHT": np.array([128], np.int32),
+    "WIDTH": np.array([128], np.int32),
 }
 BEGUN_BYTES = 100_000  # more than progress and headers take
 
