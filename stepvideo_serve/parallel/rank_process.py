@@ -217,13 +217,13 @@ class RankLoop:
 
 def build_worker(factory: str, settings: JsonObject) -> Worker:
     """Import "package.module:function" and call it. Raises SetupError when the name has another form, and WorkerFailed
-    where ranks that are started anew find too little memory: that of the former ones may come back."""
+    where ranks that are started anew find too little memory, or lose their GPU: the next ones may do better."""
     module, _, function = factory.partition(":")
     if not module or not function:
         raise SetupError(f'A worker factory must be given as "package.module:function", got {factory!r}.')
     try:
         worker: Worker = getattr(importlib.import_module(module), function)(settings)
-    except MemoryShortage as error:
+    except (MemoryShortage, DeviceLost) as error:
         if settings["generation"] == 1:
             raise
         raise WorkerFailed(str(error)) from error

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stepvideo_serve.errors import CheckpointError, InvalidRequest, MemoryShortage
+from stepvideo_serve.errors import CheckpointError, DeviceLost, InvalidRequest, MemoryShortage
 from stepvideo_serve.parallel.rank_process import JobContext
 from stepvideo_serve.parallel.shared_memory import Array
 
@@ -119,10 +119,12 @@ def while_the_file_exists(settings: dict[str, Any]) -> ScriptedWorker:
     return ScriptedWorker(settings)
 
 
-def short_of_memory(settings: dict[str, Any]) -> ScriptedWorker:
-    """In these generations."""
-    if settings["generation"] in settings["short"]:
-        raise MemoryShortage("The engines need 48.0 GiB for their weights, 2.0 GiB are free: choose another layout.")
+def without_a_gpu(settings: dict[str, Any]) -> ScriptedWorker:
+    """In these generations: the GPU has too little memory, or is lost while the worker is made."""
+    if settings["generation"] in settings["generations"]:
+        raise {"MemoryShortage": MemoryShortage, "DeviceLost": DeviceLost}[settings["error"]](
+            "The GPU must do what it does not: choose another layout."
+        )
     return ScriptedWorker(settings)
 
 

@@ -249,8 +249,12 @@ def test_a_group_that_cannot_be_rebuilt_refuses_at_once_until_it_can(make_group:
     assert_serves(group)
 
 
-def test_too_little_memory_at_a_rebuild_may_be_that_of_the_dead_and_is_tried_again(make_group: MakeGroup) -> None:
-    group = make_group("short_of_memory", {"short": [2, 3]}, size=2)
+OF_THE_GPU = pytest.mark.parametrize("error", ["MemoryShortage", "DeviceLost"])
+
+
+@OF_THE_GPU
+def test_what_a_gpu_lacks_at_a_rebuild_may_come_back_and_is_tried_again(make_group: MakeGroup, error: str) -> None:
+    group = make_group("without_a_gpu", {"generations": [2, 3], "error": error}, size=2)
     group.start()
     with pytest.raises(WorkerFailed, match="SIGSEGV"):
         list(group.run({"do": "segfault"}, {}))
@@ -258,15 +262,16 @@ def test_too_little_memory_at_a_rebuild_may_be_that_of_the_dead_and_is_tried_aga
     assert group.generation == 4
 
 
-def test_too_little_memory_for_good_ends_a_first_start_and_at_last_a_rebuild(make_group: MakeGroup) -> None:
-    group = make_group("short_of_memory", {"short": [1]})
-    with pytest.raises(ServiceUnavailable, match=r"48\.0 GiB for their weights, 2\.0 GiB are free"):
+@OF_THE_GPU
+def test_what_a_gpu_lacks_for_good_ends_a_first_start_and_at_last_a_rebuild(make_group: MakeGroup, error: str) -> None:
+    group = make_group("without_a_gpu", {"generations": [1], "error": error})
+    with pytest.raises(ServiceUnavailable, match="The GPU must do what it does not: choose another layout"):
         group.start()
-    again = make_group("short_of_memory", {"short": list(range(2, 100))})
+    again = make_group("without_a_gpu", {"generations": list(range(2, 100)), "error": error})
     again.start()
     with pytest.raises(WorkerFailed, match="SIGSEGV"):
         list(again.run({"do": "segfault"}, {}))
-    with pytest.raises(ServiceUnavailable, match=r"48\.0 GiB for their weights, 2\.0 GiB are free"):
+    with pytest.raises(ServiceUnavailable, match="The GPU must do what it does not: choose another layout"):
         again.run({"do": "echo"}, {})
 
 
