@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,16 @@ def two_behind(make_config: Callable[[str], Path], root: Path) -> Iterator[RankG
 
 
 def events_of(group: RankGroup, job: Resumable, kill_after: int | None = None) -> list[Event]:
-    """All events; the last rank is killed when so many have come."""
+    """All events; the last rank is killed when so many have come, and the group knows at the end, also where the run
+    needed that rank no longer."""
     events: list[Event] = []
+    generation = group.generation
     for event in run_on(group, QueuedRun("run", RunTerms(job), NoAnswer()), max_resumes=1):
         events.append(event)
         if len(events) == kill_after:
             os.kill(group.pids[-1], signal.SIGKILL)
+    while kill_after is not None and (group.last_loss is None or group.last_loss.generation < generation):
+        time.sleep(0.005)
     return events
 
 
