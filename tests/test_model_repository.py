@@ -64,7 +64,7 @@ DENOISER_OUTPUTS: Tensors = {
     "EVALUATIONS": INT_SCALAR,
     "QUEUE_POSITION": INT_SCALAR,
     "START_IN_S": FLOAT_SCALAR,
-    "preview": ("TYPE_UINT8", [-1, -1, 3]),
+    "preview": FRAMES,
     "latents": LATENTS,
     "frames": FRAMES,
     "llm_states": ("TYPE_FP32", [1, -1, -1]),

@@ -70,6 +70,7 @@ def test_prompt_and_image_are_enough() -> None:
     assert request.geometry == VideoGeometry(102, 544, 992)
     assert (request.steps, request.cfg_scale, request.time_shift, request.motion_score) == (50, 9.0, 7.0, 5.0)
     assert (request.output, request.preview_every, request.timeout_s, request.priority) == ("mp4", 0, None, 2)
+    assert request.preview_format == "jpeg"
     assert request.latents is None
     assert request.encode_noise is None
     assert request.request_id is None
@@ -92,6 +93,7 @@ def test_every_input_reaches_its_field() -> None:
         ENCODE_NOISE=noise,
         OUTPUT=text("frames"),
         PREVIEW_EVERY=int32(2),
+        PREVIEW_FORMAT=text("webp"),
         TIMEOUT_S=fp32(1.5),
         REQUEST_PRIORITY=int32(1),
         REQUEST_ID=text("7b0c/1"),
@@ -106,7 +108,7 @@ def test_every_input_reaches_its_field() -> None:
     np.testing.assert_array_equal(request.latents, latents)
     np.testing.assert_array_equal(request.encode_noise, noise)
     assert (request.output, request.preview_every, request.timeout_s, request.priority) == ("frames", 2, 1.5, 1)
-    assert request.request_id == "7b0c/1"
+    assert (request.request_id, request.preview_format) == ("7b0c/1", "webp")
 
 
 def test_given_tensors_are_copied() -> None:
@@ -169,6 +171,7 @@ BAD_INPUTS: list[tuple[str, NDArray[Any], str]] = [
     ("SEED", int32(1), "must be INT64"),
     ("OUTPUT", text("gif"), "mp4, frames, latents"),
     ("PREVIEW_EVERY", int32(-1), "from 0 to 200"),
+    ("PREVIEW_FORMAT", text("gif"), "jpeg, webp"),
     ("TIMEOUT_S", fp32(0), "above 0"),
     ("TIMEOUT_S", fp32(float("-inf")), "finite"),
     ("TIMEOUT_S", fp32(1e9), "at most 86400 seconds"),

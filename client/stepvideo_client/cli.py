@@ -35,6 +35,7 @@ from stepvideo_client.progress import Progress
 ARRAYS = ("frames", "latents")  # values of OUTPUT whose results are saved as .npy
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", "")
+PREVIEW_SUFFIXES = {"image/jpeg": ".jpg", "image/webp": ".webp"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +138,8 @@ def _stream(client: Client, args: argparse.Namespace, prompt: str, options: Opti
                 if progress is not None:
                     progress.show(event)
                 if event.preview is not None and args.preview_dir is not None:
-                    save_bytes(args.preview_dir / f"step_{event.step:04}.jpg", event.preview)
+                    suffix = PREVIEW_SUFFIXES.get(event.preview_type or "", ".bin")
+                    save_bytes(args.preview_dir / f"step_{event.step:04}{suffix}", event.preview)
         finally:
             if progress is not None:
                 progress.close()
@@ -154,6 +156,8 @@ def _check_outputs(args: argparse.Namespace) -> Path | None:
         raise InvalidInput(f"--out must be {wanted} for this --output, got {str(args.out)!r}.")
     if (args.preview_every is None) != (args.preview_dir is None):
         raise InvalidInput("--preview-every and --preview-dir go together: give both or neither.")
+    if args.preview_format is not None and args.preview_dir is None:
+        raise InvalidInput("--preview-format goes with --preview-every and --preview-dir: add these, or leave it out.")
     if args.preview_dir is not None:
         if args.unary:
             raise InvalidInput("--unary has no previews: leave out --preview-every and --preview-dir.")

@@ -4,7 +4,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,21 @@ from stepvideo_client.errors import MalformedResponse
 
 T = TypeVar("T")
 
+_PREVIEW_TYPES: Final[dict[str, Callable[[bytes], bool]]] = {
+    "image/jpeg": lambda content: content.startswith(b"\xff\xd8"),
+    "image/webp": lambda content: content[:4] == b"RIFF" and content[8:12] == b"WEBP",
+}
+
 
 @dataclass(frozen=True)
 class StepEvent:
     """One denoising step is done. `elapsed_s` counts seconds from when the server accepted the request.
 
-    `preview` is a JPEG of this step, where one was asked for and due. A server that wants to say only that it is
-    alive repeats a step (step 0: none is done yet). While the request waits, `queue_position` is its place (1: next)
-    and `start_in_s` the estimated seconds until it begins or goes on, where the server knows. `evaluations` counts
-    those of the model so far, fewer than the steps where `quality` says so (None from a server that does not tell).
+    `preview` is a picture of this step, where one was asked for and due, `preview_type` its media type. A server that
+    wants to say only that it is alive repeats a step (step 0: none is done yet). While the request waits,
+    `queue_position` is its place (1: next) and `start_in_s` the estimated seconds until it begins or goes on, where the
+    server knows. `evaluations` counts those of the model so far, fewer than the steps where `quality` says so (None
+    from a server that does not tell).
     """
 
     step: int
@@ -33,6 +39,14 @@ class StepEvent:
     queue_position: int | None = None
     start_in_s: float | None = None
     evaluations: int | None = None
+
+    @property
+    def preview_type(self) -> str | None:
+        """image/webp, image/jpeg, or application/octet-stream for a picture of another kind; None without a preview."""
+        if self.preview is None:
+            return None
+        kinds = (kind for kind, is_one in _PREVIEW_TYPES.items() if is_one(self.preview))
+        return next(kinds, "application/octet-stream")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Command = Literal["generate", "quote"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Input:
     """One input: its name and datatype on the wire, and how many dimensions it has; the commands that take it; on the
     command line its flag (none without), what stands for its value, the words to choose from, and its help."""
@@ -23,8 +23,8 @@ class Input:
     commands: tuple[Command, ...]
     flag: str
     metavar: str
-    choices: tuple[str, ...]
-    required: bool
+    choices: tuple[str, ...] = ()
+    required: bool = False
     help: str
 
 
@@ -49,7 +49,9 @@ class Options(TypedDict, total=False):
     encode_noise: float32 [1, C, h, w], h = HEIGHT / 16, w = WIDTH / 16, within +-1000; the noise of the encoded
         image, for exact reproduction; drawn from SEED, if not given
     output: what the result holds; the command line saves frames and latents as .npy (mp4)
-    preview_every: a JPEG comes with every N-th step; 0: none. No effect in ti2v_unary (0)
+    preview_every: a preview comes with every N-th step; 0: none. No effect in ti2v_unary (0)
+    preview_format: what a preview is: jpeg, the first, the middle and the last latent frame side by side; webp, all
+        of them as a small picture that moves (jpeg)
     timeout_s: the server gives up after S seconds: at once when the queue and the pace of the ranks do not allow
         them, else at a step
     priority: who goes first: 1 high, 2 normal, 3 low (2)
@@ -76,6 +78,7 @@ class Options(TypedDict, total=False):
     encode_noise: NDArray[np.float32] | None
     output: str | None
     preview_every: int | None
+    preview_format: str | None
     timeout_s: float | None
     priority: int | None
     request_id: str | None
@@ -122,7 +125,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--prompt",
         metavar="TEXT",
-        choices=(),
         required=True,
         help="what happens in the video, in Chinese or English; with POSITIVE_SUFFIX at most 320 tokens",
     ),
@@ -133,7 +135,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--image",
         metavar="FILE",
-        choices=(),
         required=True,
         help=(
             "the first frame: the bytes of a PNG, JPEG or WebP file, not base64; at most 64 megapixels and 16:1; "
@@ -148,8 +149,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--negative-prompt",
         metavar="TEXT",
-        choices=(),
-        required=False,
         help="what the video must not show; not computed at a CFG_SCALE of 1 (the official text)",
     ),
     "positive_suffix": Input(
@@ -159,8 +158,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--positive-suffix",
         metavar="TEXT",
-        choices=(),
-        required=False,
         help="added to the prompt by the server (the official text)",
     ),
     "num_frames": Input(
@@ -170,8 +167,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--num-frames",
         metavar="N",
-        choices=(),
-        required=False,
         help="length of the video in frames, a multiple of 17 (the server's default)",
     ),
     "height": Input(
@@ -181,8 +176,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--height",
         metavar="PX",
-        choices=(),
-        required=False,
         help="height of the video in pixels, a multiple of 16 (the server's default)",
     ),
     "width": Input(
@@ -192,8 +185,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--width",
         metavar="PX",
-        choices=(),
-        required=False,
         help="width of the video in pixels, a multiple of 16 (the server's default)",
     ),
     "steps": Input(
@@ -203,8 +194,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--infer-steps",
         metavar="N",
-        choices=(),
-        required=False,
         help="denoising steps (the server's default)",
     ),
     "cfg_scale": Input(
@@ -214,8 +203,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--cfg-scale",
         metavar="X",
-        choices=(),
-        required=False,
         help="classifier-free guidance; at 1 the prompt alone is followed, at half the cost (the server's default)",
     ),
     "time_shift": Input(
@@ -225,8 +212,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--time-shift",
         metavar="X",
-        choices=(),
-        required=False,
         help="shift of the schedule: the higher, the more of the steps are spent near the noise (the server's default)",
     ),
     "motion_score": Input(
@@ -236,8 +221,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--motion-score",
         metavar="X",
-        choices=(),
-        required=False,
         help="how much moves: 2 stable, 5 general, 10 to 20 intense (the server's default)",
     ),
     "quality": Input(
@@ -247,8 +230,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--quality",
         metavar="PRESET",
-        choices=(),
-        required=False,
         help=(
             "which steps evaluate the model, while the others forecast: a preset of the server (exact: all do), "
             "or mask: and a digit per step, as REPORT gives it (exact)"
@@ -261,8 +242,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--seed",
         metavar="N",
-        choices=(),
-        required=False,
         help="decides everything random, and is returned: same seed, same video (random)",
     ),
     "latents": Input(
@@ -272,8 +251,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="",
         metavar="N",
-        choices=(),
-        required=False,
         help="the noise that denoising starts from, for exact reproduction; drawn from SEED, if not given",
     ),
     "encode_noise": Input(
@@ -283,8 +260,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="",
         metavar="N",
-        choices=(),
-        required=False,
         help="the noise of the encoded image, for exact reproduction; drawn from SEED, if not given",
     ),
     "output": Input(
@@ -295,7 +270,6 @@ INPUTS: Final[dict[str, Input]] = {
         flag="--output",
         metavar="N",
         choices=("mp4", "frames", "latents"),
-        required=False,
         help="what the result holds; the command line saves frames and latents as .npy (mp4)",
     ),
     "preview_every": Input(
@@ -305,9 +279,20 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--preview-every",
         metavar="N",
-        choices=(),
-        required=False,
-        help="a JPEG comes with every N-th step; 0: none. No effect in ti2v_unary (0)",
+        help="a preview comes with every N-th step; 0: none. No effect in ti2v_unary (0)",
+    ),
+    "preview_format": Input(
+        name="PREVIEW_FORMAT",
+        datatype="BYTES",
+        dimensions=1,
+        commands=("generate",),
+        flag="--preview-format",
+        metavar="N",
+        choices=("jpeg", "webp"),
+        help=(
+            "what a preview is: jpeg, the first, the middle and the last latent frame side by side; webp, all of "
+            "them as a small picture that moves (jpeg)"
+        ),
     ),
     "timeout_s": Input(
         name="TIMEOUT_S",
@@ -316,8 +301,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--timeout",
         metavar="S",
-        choices=(),
-        required=False,
         help=(
             "the server gives up after S seconds: at once when the queue and the pace of the ranks do not allow "
             "them, else at a step"
@@ -330,8 +313,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate", "quote"),
         flag="--priority",
         metavar="N",
-        choices=(),
-        required=False,
         help="who goes first: 1 high, 2 normal, 3 low (2)",
     ),
     "request_id": Input(
@@ -341,8 +322,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--request-id",
         metavar="ID",
-        choices=(),
-        required=False,
         help="a name of the caller's choosing; sent again with the same inputs, it gets the first one's run or result",
     ),
     "keep_s": Input(
@@ -352,8 +331,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--keep",
         metavar="S",
-        choices=(),
-        required=False,
         help=(
             "so long a run with a REQUEST_ID goes on when nobody waits for it any more, and its result is kept; "
             "only ti2v_cancel ends it before (0)"
@@ -366,8 +343,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("generate",),
         flag="--max-response-bytes",
         metavar="BYTES",
-        choices=(),
-        required=False,
         help=(
             "the largest message that the caller can receive; a larger result is refused, before the work where "
             "its size is known"
@@ -380,8 +355,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("quote",),
         flag="--prompt-tokens",
         metavar="N",
-        choices=(),
-        required=False,
         help="tokens of a prompt with its suffix that is new to the server (320)",
     ),
     "negative_tokens": Input(
@@ -391,8 +364,6 @@ INPUTS: Final[dict[str, Input]] = {
         commands=("quote",),
         flag="--negative-tokens",
         metavar="N",
-        choices=(),
-        required=False,
         help="tokens of a negative prompt that is new to the server; not given, it is the usual one",
     ),
 }

@@ -12,12 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from stepvideo_gateway import __version__, media
+from stepvideo_gateway import __version__, media, previews
 from stepvideo_gateway.body import fields_of
 from stepvideo_gateway.config import GatewayConfig
 from stepvideo_gateway.database import ApiKey, Job
 from stepvideo_gateway.errors import ApiError, BadRequest, Unavailable
-from stepvideo_gateway.fields import REFERENCE, Asked
+from stepvideo_gateway.fields import PREVIEW, REFERENCE, Asked
 from stepvideo_gateway.jobs import COMPLETED, FAILED
 from stepvideo_gateway.metrics import Metrics
 from stepvideo_gateway.service import Gateway, owner_of
@@ -196,8 +196,9 @@ def _noted(gateway: Gateway, action: str, request: Request, key: ApiKey | None, 
 
 
 async def _events(gateway: Gateway, job: Job) -> AsyncIterator[bytes]:
-    """A video object whenever it has changed, until it ends."""
+    """A video object whenever it has changed, and a preview whenever there is a new one, until the video ends."""
     shown: dict[str, Any] | None = None
+    seen: dict[str, Any] | None = None
     while True:
         now = video_object(job)
         if now != shown:
@@ -206,6 +207,10 @@ async def _events(gateway: Gateway, job: Job) -> AsyncIterator[bytes]:
             yield f"event: {name}\ndata: {json.dumps(now)}\n\n".encode()
             if job.status in (COMPLETED, FAILED):
                 return
+        preview = await previews.last(gateway.store, job.id) if PREVIEW in job.options else None
+        if preview is not None and preview != seen:
+            seen = preview
+            yield f"event: video.preview\ndata: {json.dumps({'id': job.id, **preview})}\n\n".encode()
         await asyncio.sleep(EVENT_S)
         try:
             job = await gateway.jobs.get(job.id, job.owner)

@@ -23,10 +23,11 @@ from stepvideo_client import (
     StepEvent,
     StreamStalled,
 )
-from stepvideo_gateway import media
+from stepvideo_gateway import media, previews
 from stepvideo_gateway.config import GatewayConfig
 from stepvideo_gateway.database import Job
 from stepvideo_gateway.errors import Unavailable
+from stepvideo_gateway.fields import settings_of
 from stepvideo_gateway.jobs import IN_PROGRESS, QUEUED, Jobs
 from stepvideo_gateway.store import INPUT, VIDEO, Store
 
@@ -135,20 +136,26 @@ class Worker:
         options = {**job.options, "priority": job.urgency, "output": "mp4"}
         keep_s = self._config.servers.keep_s
         events = self.client.generate(image, job.prompt, request_id=job.id, keep_s=keep_s, **options)
-        written_s = -PROGRESS_S
-        async for event in events:
-            if isinstance(event, Result):
-                return event
-            if time.monotonic() - written_s >= PROGRESS_S:
-                await self._progress(job.id, event)
-                written_s = time.monotonic()
+        written_s = seen_s = -PROGRESS_S
+        try:
+            async for event in events:
+                if isinstance(event, Result):
+                    return event
+                if time.monotonic() - written_s >= PROGRESS_S:
+                    await self._progress(job.id, event)
+                    written_s = time.monotonic()
+                if event.preview is not None and time.monotonic() - seen_s >= PROGRESS_S:
+                    await previews.keep(self._store, job.id, event)
+                    seen_s = time.monotonic()
+        finally:
+            previews.forget(self._store, job.id)
         raise ServiceUnavailable("The server ended the run without a result.")
 
     def _finished(self, job: Job, result: Result) -> bytes:
         """The mp4 as it is handed out, and in the store. Blocks."""
         video = result.video or b""
         if self._config.videos.mark:
-            settings = {"prompt": job.prompt, **job.options, "seed": result.seed, "model": job.model}
+            settings = {"prompt": job.prompt, **settings_of(job.options), "seed": result.seed, "model": job.model}
             video = media.marked(video, settings)
         self._store.write(job.id, VIDEO, video)
         return video

@@ -19,6 +19,7 @@ from typing import Any, Final
 from PIL import Image, UnidentifiedImageError
 
 from stepvideo_client import MOVEMENTS, with_camera
+from stepvideo_client.fields import INPUTS
 from stepvideo_gateway.errors import BadRequest
 
 REFERENCE: Final = "input_reference"
@@ -39,10 +40,12 @@ NUMBERS: Final[Mapping[str, tuple[str, type[int] | type[float], float, float]]] 
     "seed": ("seed", int, 0, MAX_SEED),
 }
 TEXTS: Final = ("negative_prompt", "quality")
+PREVIEW: Final = "preview_format"
 FIELDS: Final = (
     *("prompt", "model", "seconds", "size", "input_reference", "num_frames", "fps", "camera", "priority"),
     *NUMBERS,
     *TEXTS,
+    PREVIEW,
 )
 # Where a sentence of the server names an input, which field of the API is meant.
 INPUT_OF: Final[Mapping[str, str]] = {
@@ -94,6 +97,7 @@ def asked(given: Mapping[str, Any], model: str, defaults: Mapping[str, Any]) -> 
     for name in TEXTS:
         if (value := given.get(name)) not in (None, ""):
             options[name] = _text(name, value)
+    options |= _previews(given)
     return Asked(prompt, picture(given.get("input_reference")), options, urgency(given.get("priority")))
 
 
@@ -152,6 +156,11 @@ def seconds_of(num_frames: int) -> str:
     return f"{num_frames / FPS:.2f}".rstrip("0").rstrip(".")
 
 
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a job's options those that decide what the video is."""
+    return {name: value for name, value in options.items() if name not in (PREVIEW, "preview_every")}
+
+
 def param_of(sentence: str) -> str | None:
     """The field that a sentence of the server is about."""
     found = re.match(r"[A-Z_]+", sentence)
@@ -168,6 +177,16 @@ def _prompt(given: Mapping[str, Any]) -> str:
     if camera not in MOVEMENTS:
         raise BadRequest(f"camera must be one of {', '.join(MOVEMENTS)}, got {_shown(camera)}.", "camera")
     return with_camera(prompt, camera)
+
+
+def _previews(given: Mapping[str, Any]) -> dict[str, Any]:
+    """With every step, where previews are asked for; how many of them anybody sees is the gateway's."""
+    value, formats = given.get(PREVIEW), INPUTS[PREVIEW].choices
+    if value in (None, ""):
+        return {}
+    if value not in formats:
+        raise BadRequest(f"{PREVIEW} must be one of {', '.join(formats)}, got {_shown(value)}.", PREVIEW)
+    return {PREVIEW: value, "preview_every": 1}
 
 
 def _text(name: str, value: Any) -> str:

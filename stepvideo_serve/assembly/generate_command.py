@@ -31,6 +31,7 @@ from stepvideo_serve.errors import InvalidRequest, StepVideoError
 from stepvideo_serve.pipeline.generate import Cancelled, Frames, Progress, Result, generate
 from stepvideo_serve.request import (
     OUTPUT_MP4,
+    PREVIEW_JPEG,
     Default,
     Field,
     GenerationRequest,
@@ -44,7 +45,7 @@ from stepvideo_serve.request.rules import Choice, Multiple
 from stepvideo_serve.sampling.job import DenoiseJob, StepDone
 from stepvideo_serve.scheduling.run_queue import Waiting
 from stepvideo_serve.text.states import TextStates
-from stepvideo_serve.video.preview import encode_jpeg
+from stepvideo_serve.video.preview import SUFFIXES, encode_preview
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -90,7 +91,8 @@ def _generate(options: argparse.Namespace) -> None:
         made = _result(generate(draft, stages, config.video, lambda: False, config.gates), None)
         if not _is_wanted(made, options, draft):
             return
-    result = _result(generate(request, stages, config.video, lambda: False, config.gates), options.preview_dir)
+    events = generate(request, stages, config.video, lambda: False, config.gates)
+    result = _result(events, options.preview_dir, request.preview_format)
     warnings = [{"gate": "card", "message": sentence} for sentence in card_warnings(request, config.card)]
     result.report["warnings"] += warnings
     for warning in result.report["warnings"]:
@@ -187,6 +189,8 @@ def _check_outputs(options: argparse.Namespace, request: GenerationRequest) -> P
         raise InvalidRequest(f"--out must end in {suffix} for --output {request.output}, got {options.out}: rename it.")
     if (request.preview_every > 0) != (options.preview_dir is not None):
         raise InvalidRequest("--preview-every and --preview-dir go together, got one of them: give both or neither.")
+    if options.preview_format is not None and options.preview_dir is None:
+        raise InvalidRequest("--preview-format goes with --preview-every and --preview-dir, got it alone: add these.")
     if options.preview_dir is not None:
         check_target(options.preview_dir / "step_0001.jpg", "A preview")
     if options.profile is not None:
@@ -206,7 +210,9 @@ def _check_outputs(options: argparse.Namespace, request: GenerationRequest) -> P
     return report_path
 
 
-def _result(events: Iterator[Progress | Result], preview_dir: Path | None) -> Result:
+def _result(
+    events: Iterator[Progress | Result], preview_dir: Path | None, preview_format: str = PREVIEW_JPEG
+) -> Result:
     """Iterates to the result, showing progress and keeping previews."""
     progress = StepProgress(sys.stderr)
     try:
@@ -215,7 +221,8 @@ def _result(events: Iterator[Progress | Result], preview_dir: Path | None) -> Re
                 return event
             progress.show(event)
             if event.preview is not None and preview_dir is not None:
-                write_file(preview_dir / f"step_{event.step:04}.jpg", encode_jpeg(event.preview))
+                path = preview_dir / f"step_{event.step:04}{SUFFIXES[preview_format]}"
+                write_file(path, encode_preview(event.preview, preview_format))
     finally:
         progress.close()
     raise RuntimeError("the pipeline ended without a result")

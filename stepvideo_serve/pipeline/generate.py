@@ -71,8 +71,8 @@ class Stages(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """A step is done, or the request waits; `elapsed_s` counts from the acceptance of the request, `evaluations` those
-    of the DiT so far."""
+    """A step is done, or the request waits; `elapsed_s` counts from the acceptance of the request, `preview` is uint8
+    [F, h, w, 3] (see LatentPreview), `evaluations` those of the DiT so far."""
 
     step: int
     total_steps: int

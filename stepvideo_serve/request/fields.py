@@ -31,6 +31,10 @@ OUTPUT_FRAMES: Final = "frames"
 OUTPUT_LATENTS: Final = "latents"
 OUTPUTS: Final = (OUTPUT_MP4, OUTPUT_FRAMES, OUTPUT_LATENTS)
 
+PREVIEW_JPEG: Final = "jpeg"
+PREVIEW_WEBP: Final = "webp"
+PREVIEW_FORMATS: Final = (PREVIEW_JPEG, PREVIEW_WEBP)
+
 MAX_SEED: Final = 2**32 - 1  # torch's CPU generator uses 32 bits: larger seeds would repeat videos
 MAX_MESSAGE_BYTES: Final = 2**40  # more than any transport takes: as good as no bound
 MIN_TEXT_TOKENS: Final = 2  # of any text: its beginning and its end
@@ -204,7 +208,17 @@ FIELDS: Final[tuple[Field, ...]] = (
         0,
         Range(lambda limits: (0, limits.max_steps)),
         ("request", "ranks", "client"),
-        "a JPEG comes with every N-th step; 0: none. No effect in ti2v_unary",
+        "a preview comes with every N-th step; 0: none. No effect in ti2v_unary",
+    ),
+    Field(
+        "PREVIEW_FORMAT",
+        "preview_format",
+        "BYTES",
+        PREVIEW_JPEG,
+        Choice(PREVIEW_FORMATS),
+        ("request", "client"),
+        "what a preview is: jpeg, the first, the middle and the last latent frame side by side; webp, all of them as a "
+        "small picture that moves",
     ),
     Field(
         "TIMEOUT_S",

@@ -57,6 +57,7 @@ class GenerationRequest:
     encode_noise: NDArray[np.float32] | None
     output: str
     preview_every: int
+    preview_format: str
     timeout_s: float | None
     priority: int
     request_id: str | None = None

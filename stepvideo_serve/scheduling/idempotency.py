@@ -27,7 +27,10 @@ from stepvideo_serve.scheduling.request_signs import RequestSigns
 Outputs = Mapping[str, NDArray[Any]]
 
 # What a repeat may change: it decides how the result is waited for, not what it is.
-FREE_INPUTS = ("REQUEST_ID", "REQUEST_PRIORITY", "TIMEOUT_S", "PREVIEW_EVERY", "MAX_RESPONSE_BYTES", "KEEP_S")
+FREE_INPUTS = (
+    *("REQUEST_ID", "REQUEST_PRIORITY", "TIMEOUT_S", "PREVIEW_EVERY", "PREVIEW_FORMAT"),
+    *("MAX_RESPONSE_BYTES", "KEEP_S"),
+)
 MAX_CALLERS = 16  # that may wait for one run
 
 _logger = logging.getLogger(__name__)

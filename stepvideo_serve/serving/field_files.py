@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 Command = Literal["generate", "quote"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Input:
     """One input: its name and datatype on the wire, and how many dimensions it has; the commands that take it; on the
     command line its flag (none without), what stands for its value, the words to choose from, and its help."""
@@ -59,8 +59,8 @@ class Input:
     commands: tuple[Command, ...]
     flag: str
     metavar: str
-    choices: tuple[str, ...]
-    required: bool
+    choices: tuple[str, ...] = ()
+    required: bool = False
     help: str
 '''
 
@@ -185,8 +185,8 @@ def _client_entry(field: Field) -> str:
         "commands": _tuple(commands),
         "flag": _quoted(field.option if "client" in field.needs else ""),
         "metavar": _quoted(field.metavar),
-        "choices": _tuple(choices),
-        "required": str(field.default is Default.REQUIRED),
+        **({"choices": _tuple(choices)} if choices else {}),
+        **({"required": "True"} if field.default is Default.REQUIRED else {}),
         "help": _wrapped(_client_help(field)),
     }
     lines = "".join(f"        {name}={value},\n" for name, value in arguments.items())

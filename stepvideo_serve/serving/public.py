@@ -51,11 +51,11 @@ from stepvideo_serve.serving.launcher_folder import results_of
 from stepvideo_serve.serving.model_calls import ANSWER_S, call, in_time
 from stepvideo_serve.serving.observe.request_watch import RequestWatch, RequestWatches
 from stepvideo_serve.serving.observe.thread_deaths import ThreadDeaths
+from stepvideo_serve.serving.previews import PREVIEW, PreviewAnswer, PreviewFiles
 from stepvideo_serve.serving.remote_stages import BlsStages, report_pace
 from stepvideo_serve.serving.stage_models import StageModel
 from stepvideo_serve.video.decoding_room import DecodingRoom
 from stepvideo_serve.video.mp4 import standard_size
-from stepvideo_serve.video.preview import encode_jpeg
 from stepvideo_serve.weights.exposed import exposed
 
 HEARTBEAT_S = 15.0
@@ -87,7 +87,7 @@ class PublicModel:
             self._pricing = Pricing.of(self._config)
             self._description = describe(self._config)
         self._results = results_of(self._config.idempotency, args["model_name"])
-        self._decoding = DecodingRoom()
+        self._decoding, self._previews = DecodingRoom(), PreviewFiles()
         self._max_accepted = 1 + self._config.denoiser.max_queued
         self._accepted = self._unanswered = 0
         self.stop_sign = StopSign.from_environment()
@@ -130,6 +130,8 @@ class PublicModel:
             check_asked(request.requested_output_names(), parsed.output)
             check_fits(parsed, self._latent_channels, self._frame_size(parsed))
             sender.most_bytes = parsed.max_response_bytes
+            shown = parsed.preview_format if parsed.preview_every and self.decoupled else None
+            answer = PreviewAnswer(sender, shown, self._previews)
             if parsed.request_id is not None:
                 mark = fingerprint(inputs)
                 run = self._results.join(parsed.request_id, mark, answer, parsed.timeout_s, parsed.keep_s)
@@ -288,7 +290,8 @@ class Heartbeat:
         with self._changed:
             self._latest = replace(progress, preview=None)
             self._sent = True
-            self._answer.send({**progress_outputs(progress), **_preview_outputs(progress)})
+            preview = {} if progress.preview is None else {PREVIEW: progress.preview}
+            self._answer.send({**progress_outputs(progress), **preview})
             self._changed.notify()
 
     def __enter__(self) -> "Heartbeat":
@@ -348,10 +351,6 @@ def result_outputs(result: Result) -> Outputs:
     if result.latents is not None:
         outputs["LATENTS"] = result.latents
     return outputs
-
-
-def _preview_outputs(progress: Progress) -> Outputs:
-    return {} if progress.preview is None else {"PREVIEW": bytes_array(encode_jpeg(progress.preview))}
 
 
 class QuoteModel(StageModel):

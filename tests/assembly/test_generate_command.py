@@ -115,6 +115,9 @@ def test_arrays_and_previews(command: list[str], tmp_path: Path) -> None:
     assert previews == ["step_0001.jpg", "step_0002.jpg"], "the last step has the video"
     with Image.open(tmp_path / previews[0]) as preview:
         assert preview.format == "JPEG"
+    assert main([*command, *options, "--preview-format", "webp"]) == 0
+    with Image.open(tmp_path / "step_0001.webp") as animation:
+        assert (animation.format, animation.n_frames) == ("WEBP", 3)
 
 
 def test_what_is_no_regular_file_is_written_to_and_links_are_followed(
@@ -156,6 +159,7 @@ def test_what_is_no_regular_file_is_written_to_and_links_are_followed(
         (["--out", "v.webm"], "--out must end in .mp4 for --output mp4, got v.webm"),
         (["--output", "latents"], "--out must end in .npy for --output latents"),
         (["--preview-every", "1"], "--preview-every and --preview-dir go together"),
+        (["--preview-format", "webp"], "--preview-format goes with --preview-every and --preview-dir"),
         (["--profile", "none/t.json"], "--profile must be in a folder that exists"),
         (["--profile", "t.json", "--json", "t.json"], "must be different files"),
         (["--quality", "best"], "exact, balanced, fast"),

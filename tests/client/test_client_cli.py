@@ -101,6 +101,20 @@ def test_options_reach_the_server(server: FakeServer, cli: Cli, image: Path, tmp
     assert (tmp_path / "report.json").is_file()
 
 
+def test_a_preview_is_named_by_what_it_is(server: FakeServer, cli: Cli, image: Path, tmp_path: Path) -> None:
+    webp = b"RIFF\0\0\0\0WEBP animation"
+    sent = [step(1, 4, PREVIEW=webp), step(2, 4, PREVIEW=JPEG), step(3, 4, PREVIEW=b"new kind"), result(), final()]
+    server.script = sent
+    options = ("--preview-every", "1", "--preview-format", "webp", "--preview-dir", tmp_path)
+    done = cli(
+        *("generate", "--url", server.url, "--image", image, "--prompt", "", "--out", tmp_path / "V.mp4", *options)
+    )
+    assert done.returncode == 0, done.stderr
+    assert server.sent()["PREVIEW_FORMAT"] == b"webp"
+    names = ("step_0001.webp", "step_0002.jpg", "step_0003.bin")
+    assert [(tmp_path / name).read_bytes() for name in names] == [webp, JPEG, b"new kind"]
+
+
 @pytest.mark.parametrize("kind", ["frames", "latents"])
 def test_arrays_are_saved_as_npy(server: FakeServer, cli: Cli, image: Path, tmp_path: Path, kind: str) -> None:
     dtype = np.uint8 if kind == "frames" else np.float32
@@ -293,6 +307,8 @@ def test_nobody_there_is_exit_code_3(cli: Cli, image: Path, tmp_path: Path) -> N
         ({"--json": "missing/report.json"}, "--json must be in a folder that exists"),
         ({"--json": "V.mp4"}, "--json must be another file than --out"),
         ({"--preview-every": "2"}, "--preview-every and --preview-dir go together"),
+        ({"--preview-format": "webp"}, "--preview-format goes with --preview-every and --preview-dir"),
+        ({"--preview-format": "gif"}, "invalid choice: 'gif'"),
         ({"--preview-every": "2", "--preview-dir": "missing"}, "A preview must be in a folder that exists"),
         ({"--header": "x"}, "--header must be NAME=VALUE"),
         ({"--idle-timeout": "0"}, "idle timeout must be more than 0 seconds"),

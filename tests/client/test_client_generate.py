@@ -123,8 +123,8 @@ def test_sends_every_option_with_the_datatype_of_the_interface(server: FakeServe
 def test_previews_arrive_with_their_step(server: FakeServer) -> None:
     server.script = [step(1, 2), step(2, 2, PREVIEW=JPEG), result(), final()]
     with Client(server.url) as client:
-        previews = [event.preview for event in client.generate(b"png", "") if isinstance(event, StepEvent)]
-    assert previews == [None, JPEG]
+        events = [event for event in client.generate(b"png", "") if isinstance(event, StepEvent)]
+    assert [(event.preview, event.preview_type) for event in events] == [(None, None), (JPEG, "image/jpeg")]
 
 
 @pytest.mark.parametrize(("name", "array"), [("frames", FRAMES), ("latents", LATENTS)])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from stepvideo_gateway.errors import BadRequest
-from stepvideo_gateway.fields import asked, param_of, seconds_of
+from stepvideo_gateway.fields import asked, param_of, seconds_of, settings_of
 
 MODEL = "step-video-ti2v"
 DEFAULTS = {"num_frames": 102, "height": 544, "width": 992}
@@ -27,6 +27,17 @@ def options(**given: Any) -> dict[str, Any]:
 def test_what_is_left_out_is_the_servers() -> None:
     assert options() == {"num_frames": 102, "height": 544, "width": 992}
     assert options(size="", seconds="", seed="", quality="") == options()
+
+
+def test_previews_are_asked_for_by_their_format_and_are_no_setting_of_the_video() -> None:
+    plain = options()
+    for nothing in (None, ""):
+        assert options(preview_format=nothing) == plain
+    moving = options(preview_format="webp")
+    assert moving == {**plain, "preview_format": "webp", "preview_every": 1}
+    assert settings_of(moving) == plain
+    with pytest.raises(BadRequest, match=r"^preview_format must be one of jpeg, webp, got 'gif'\.$"):
+        options(preview_format="gif")
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,7 @@ def test_the_fingerprint_is_that_of_what_decides_the_result() -> None:
         "REQUEST_ID": bytes_tensor(b"x"),
         "TIMEOUT_S": np.ones(1, np.float32),
         "PREVIEW_EVERY": np.ones(1, np.int32),
+        "PREVIEW_FORMAT": bytes_tensor(b"webp"),
         "MAX_RESPONSE_BYTES": np.ones(1, np.int64),
     }
     assert fingerprint(dict(reversed({**inputs, **free, "REQUEST_PRIORITY": np.ones(1, np.int32)}.items()))) == same
