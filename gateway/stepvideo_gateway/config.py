@@ -13,6 +13,8 @@ from stepvideo_gateway.errors import ConfigError
 
 SECRET_PREFIX: Final = "whsec_"
 DATABASE_VARIABLE: Final = "STEPVIDEO_GATEWAY_DATABASE"
+SECRET_VARIABLE: Final = "STEPVIDEO_GATEWAY_WEBHOOK_SECRET"
+IN_FILE: Final = "[webhooks] secret"
 DATABASES: Final = ("sqlite+aiosqlite:///", "postgresql+psycopg://")
 
 
@@ -94,7 +96,7 @@ class Webhooks:
     """Who hears that a video is completed or failed.
 
     urls           every one hears of all jobs
-    secret         whsec_..., the key of the signatures
+    secret         whsec_..., the key of the signatures; "": the environment has it (STEPVIDEO_GATEWAY_WEBHOOK_SECRET)
     allow_private  addresses inside the own network may be asked (also by fetch_references)
     """
 
@@ -130,7 +132,7 @@ class GatewayConfig:
                 f"[api] require_key must be true where others can reach the gateway, which is to listen on "
                 f"{self.listen.address}: set it, and make keys with `python -m stepvideo_gateway keys add NAME`."
             )
-        if self.webhooks.urls:
+        if self.webhooks.secret:
             key_of(self.webhooks.secret)
         if not self.servers.urls:
             raise ConfigError("[servers] urls must name at least one server, got none: add HOST:PORT.")
@@ -169,18 +171,23 @@ class GatewayConfig:
         return cls(**made)
 
     def in_environment(self, environment: Mapping[str, str]) -> "GatewayConfig":
-        """With the database that STEPVIDEO_GATEWAY_DATABASE names, where it is set: a URL with a password stands in a
-        secret, not in a file. A relative SQLite file is relative to the current folder. Raises ConfigError, without
-        the value."""
-        url = environment.get(DATABASE_VARIABLE)
-        if url is None:
-            return self
-        if not url.startswith(DATABASES):
-            found = "another text" if url else "nothing"
-            raise ConfigError(
-                f"{DATABASE_VARIABLE} must begin with {' or '.join(DATABASES)}, found {found}: correct it."
-            )
-        return replace(self, jobs=replace(self.jobs, database=url))
+        """Complete, as a gateway uses it: with the database that STEPVIDEO_GATEWAY_DATABASE names and the secret in
+        STEPVIDEO_GATEWAY_WEBHOOK_SECRET, where these are set: passwords stand in a secret, not in a file. A relative
+        SQLite file is relative to the current folder. Raises ConfigError, without the values."""
+        config = self
+        if (url := environment.get(DATABASE_VARIABLE)) is not None:
+            if not url.startswith(DATABASES):
+                found = "another text" if url else "nothing"
+                raise ConfigError(
+                    f"{DATABASE_VARIABLE} must begin with {' or '.join(DATABASES)}, found {found}: correct it."
+                )
+            config = replace(config, jobs=replace(config.jobs, database=url))
+        if (secret := environment.get(SECRET_VARIABLE)) is not None:
+            key_of(secret, SECRET_VARIABLE)
+            config = replace(config, webhooks=replace(config.webhooks, secret=secret))
+        if config.webhooks.urls:
+            key_of(config.webhooks.secret, f"{IN_FILE} or {SECRET_VARIABLE}")
+        return config
 
 
 def is_loopback(address: str) -> bool:
@@ -191,16 +198,15 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def key_of(secret: str) -> bytes:
-    """The bytes behind "whsec_...". Raises ConfigError."""
+def key_of(secret: str, where: str = IN_FILE) -> bytes:
+    """The bytes behind "whsec_..."; `where` it stands. Raises ConfigError, without the secret."""
     try:
         key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-    except binascii.Error:
+    except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
         key = b""
     if not secret.startswith(SECRET_PREFIX) or not 24 <= len(key) <= 64:
-        raise ConfigError(
-            f"[webhooks] secret must be {SECRET_PREFIX} and 24 to 64 bytes in base64, found another text."
-        )
+        found = "another text" if secret else "nothing"
+        raise ConfigError(f"{where} must be {SECRET_PREFIX} and 24 to 64 bytes in base64, found {found}: correct it.")
     return key
 
 

@@ -56,6 +56,7 @@ SETTINGS: dict[str, Values] = {
             "replicas": 2,
             "servers": ["first-stepvideo-serve:8001", "second-stepvideo-serve.other:8001"],
             "database": {"secret": "stepvideo-database", "key": "address"},
+            "webhooks": {"secret": "stepvideo-webhooks"},
             "volume": {"claim": "shared-videos"},
             "service": {"type": "LoadBalancer", "annotations": {"example.org/internal": "true"}},
             "clients": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}],

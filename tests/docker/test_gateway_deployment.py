@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from stepvideo_gateway.config import DATABASE_VARIABLE, GatewayConfig
+from stepvideo_gateway.config import DATABASE_VARIABLE, SECRET_VARIABLE, GatewayConfig
 from tests.docker.chart import Helm, Manifest, Values, only
 from tests.docker.test_deployment import SETTINGS
 from tests.gateway.conftest import gateway_process
@@ -74,7 +74,8 @@ def test_compose_has_it_where_it_is_asked_for(compose: dict[str, Any], docker: P
     assert (docker / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == (
         docker / "gateway.Dockerfile"
     )
-    assert service["environment"] == {DATABASE_VARIABLE: None}, "passed on where it is set, and absent where it is not"
+    passed_on_where_set = {DATABASE_VARIABLE: None, SECRET_VARIABLE: None}
+    assert service["environment"] == passed_on_where_set
     config = GatewayConfig.load(docker / "gateway.toml")
     assert service["ports"] == [f"127.0.0.1:{config.listen.port}:{config.listen.port}"]
     [address] = config.servers.urls
@@ -130,9 +131,12 @@ def test_it_asks_the_servers_and_the_database_that_are_named(helm: Helm, tmp_pat
     named = ("first-stepvideo-serve:8001", "second-stepvideo-serve.other:8001")
     assert configuration(several, tmp_path).servers.urls == named
     assert "env" not in pod(alone)["containers"][0]
-    [variable] = pod(several)["containers"][0]["env"]
-    source = {"secretKeyRef": {"name": "stepvideo-database", "key": "address"}}
-    assert variable == {"name": DATABASE_VARIABLE, "valueFrom": source}
+    database = {"secretKeyRef": {"name": "stepvideo-database", "key": "address"}}
+    webhooks = {"secretKeyRef": {"name": "stepvideo-webhooks", "key": "secret"}}
+    assert pod(several)["containers"][0]["env"] == [
+        {"name": DATABASE_VARIABLE, "valueFrom": database},
+        {"name": SECRET_VARIABLE, "valueFrom": webhooks},
+    ]
     assert pod(several)["containers"][0]["image"] == f"registry.example.org/gateway:1.3@sha256:{'0b' * 32}"
     strategies = [only(each, "Deployment", "gateway")["spec"]["strategy"]["type"] for each in (alone, several)]
     assert strategies == ["Recreate", "RollingUpdate"]
@@ -191,6 +195,7 @@ def test_the_schema_knows_what_the_groups_hold(helm: Helm) -> None:
     assert {name: set(values[name]) for name in ("image", "database", "volume")} == {
         name: set(known[name]["properties"]) for name in ("image", "database", "volume")
     }
+    assert set(values["webhooks"]) == set(values["database"])
     with pytest.raises(jsonschema.ValidationError, match="claims"):
         jsonschema.validate({"claims": "a"}, {**schema, **known["volume"]})
 

@@ -1,4 +1,4 @@
-"""The database's URL from the environment, which a secret can fill."""
+"""What secrets can fill from the environment: the database's URL, the key of webhooks."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stepvideo_gateway.config import DATABASE_VARIABLE, GatewayConfig
+from stepvideo_gateway.config import DATABASE_VARIABLE, SECRET_VARIABLE, GatewayConfig
 from stepvideo_gateway.errors import ConfigError
 from tests.gateway.conftest import environment
 
@@ -50,3 +50,23 @@ def test_the_command_uses_it_and_keeps_the_password_to_itself(root: Path, tmp_pa
     assert away.returncode == 2
     assert "The database must be usable, postgresql+psycopg://gateway:***@127.0.0.1:9/videos is not" in away.stderr
     assert "hidden" not in away.stderr
+
+
+def test_the_key_of_webhooks_may_be_in_the_environment_alone(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text('[webhooks]\nurls = ["https://a.example/hook"]\n', encoding="utf-8")
+    config = GatewayConfig.load(path)
+    with pytest.raises(ConfigError, match=rf"secret or {SECRET_VARIABLE} must be whsec_ .*, found nothing: "):
+        config.in_environment({})
+    secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    assert config.in_environment({SECRET_VARIABLE: secret}).webhooks.secret == secret
+    path.write_text(f'[webhooks]\nsecret = "{secret}"\n', encoding="utf-8")
+    other = f"whsec_{'A' * 32}"
+    assert GatewayConfig.load(path).in_environment({SECRET_VARIABLE: other}).webhooks.secret == other
+
+
+@pytest.mark.parametrize(("value", "found"), [("", "nothing"), ("whsec_hidden", "another"), ("whsec_ü", "another")])
+def test_what_is_no_key_is_refused_without_it(value: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"{SECRET_VARIABLE} must be whsec_ .*, found {found}") as refusal:
+        GatewayConfig().in_environment({SECRET_VARIABLE: value})
+    assert "hidden" not in str(refusal.value)

@@ -242,7 +242,7 @@ def test_large_and_slow_bodies_are_refused(start: Callable[..., Running]) -> Non
 def test_what_would_be_open_to_others_is_not_started(root: Path, tmp_path: Path) -> None:
     for text, sentence in (
         ('[listen]\naddress = "0.0.0.0"\n', "[api] require_key must be true where others can reach the gateway"),
-        ('[webhooks]\nurls = ["https://a.example"]\n', "[webhooks] secret must be whsec_"),
+        ('[webhooks]\nurls = ["https://a.example"]\n', "STEPVIDEO_GATEWAY_WEBHOOK_SECRET must be whsec_"),
         ("[api]\nmodle = 3\n", "found 'modle'"),
         ("[servers]\nurls = []\n", "must name at least one server"),
         ("[jobs]\nlease_s = true\n", "must be a number"),
