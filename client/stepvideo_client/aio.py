@@ -95,6 +95,10 @@ class AsyncClient:
         """Whether the server and its model ti2v take requests now."""
         return await self._not_ready_because(PROBE_TIMEOUT_S) is None
 
+    async def why_not_ready(self) -> str | None:
+        """The reason, in words, why the server and its model ti2v take no requests now; None when they do."""
+        return await self._not_ready_because(PROBE_TIMEOUT_S)
+
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns as soon as the server and its model ti2v take requests. Raises ServerNotReady after `timeout_s`."""
         end = time.monotonic() + timeout_s

@@ -125,6 +125,10 @@ class Client:
         """Whether the server and its model ti2v take requests now."""
         return self._not_ready_because(PROBE_TIMEOUT_S) is None
 
+    def why_not_ready(self) -> str | None:
+        """The reason, in words, why the server and its model ti2v take no requests now; None when they do."""
+        return self._not_ready_because(PROBE_TIMEOUT_S)
+
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns as soon as the server and its model ti2v take requests. Raises ServerNotReady after `timeout_s`."""
         end = time.monotonic() + timeout_s

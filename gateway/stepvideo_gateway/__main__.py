@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: GatewayConfig) -> int:
+    config.servers.check_files()
     app = create_app(config)
     app.state.gateway.store.prepare()
     listen = config.listen

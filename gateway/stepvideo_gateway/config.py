@@ -3,6 +3,7 @@
 import base64
 import binascii
 import ipaddress
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,7 @@ SECRET_PREFIX: Final = "whsec_"
 DATABASE_VARIABLE: Final = "STEPVIDEO_GATEWAY_DATABASE"
 SECRET_VARIABLE: Final = "STEPVIDEO_GATEWAY_WEBHOOK_SECRET"
 IN_FILE: Final = "[webhooks] secret"
+PEM_FILES: Final = ("root_certificates", "private_key", "certificate_chain")
 DATABASES: Final = ("sqlite+aiosqlite:///", "postgresql+psycopg://")
 
 
@@ -30,11 +32,14 @@ class Listen:
 class Servers:
     """The Triton servers.
 
-    urls            gRPC endpoints, HOST:PORT
-    waiting         jobs that one server is given beyond the one that runs there
-    keep_s          how long a run goes on while no gateway follows it (KEEP_S; the server bounds it)
-    attempts        how often a job is begun before it fails
-    idle_timeout_s  silence of a server after which its run is given up
+    urls               gRPC endpoints, HOST:PORT
+    waiting            jobs that one server is given beyond the one that runs there
+    keep_s             how long a run goes on while no gateway follows it (KEEP_S; the server bounds it)
+    attempts           how often a job is begun before it fails
+    idle_timeout_s     silence of a server after which its run is given up
+    tls                to all of them; implied by the next three, which are PEM files
+    root_certificates  of the authorities that signed the servers' certificates; "": the system's
+    private_key, certificate_chain  the gateway's own, for servers that ask for them (mutual TLS); "": none
     """
 
     urls: tuple[str, ...] = ("127.0.0.1:8001",)
@@ -42,6 +47,29 @@ class Servers:
     keep_s: float = 600.0
     attempts: int = 3
     idle_timeout_s: float = 60.0
+    tls: bool = False
+    root_certificates: str = ""
+    private_key: str = ""
+    certificate_chain: str = ""
+
+    @property
+    def security(self) -> dict[str, Any]:
+        """The arguments of a client that are about TLS."""
+        return {"tls": self.tls, **{name: getattr(self, name) or None for name in PEM_FILES}}
+
+    def check_files(self) -> None:
+        """Raises ConfigError for a PEM file that cannot be read, or that holds something else."""
+        for name in PEM_FILES:
+            if not (path := getattr(self, name)):
+                continue
+            kind = "PRIVATE KEY" if name == "private_key" else "CERTIFICATE"
+            try:
+                text = Path(path).read_text(encoding="ascii")
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or "it is not ASCII"
+                raise ConfigError(f"[servers] {name} must be a PEM file, {path}: {reason}.") from None
+            if not re.search(f"-----BEGIN ([A-Z]+ )?{kind}-----", text):
+                raise ConfigError(f"[servers] {name} must be a PEM file with a {kind}, {path} has none: correct it.")
 
 
 @dataclass(frozen=True)
@@ -136,6 +164,10 @@ class GatewayConfig:
             key_of(self.webhooks.secret)
         if not self.servers.urls:
             raise ConfigError("[servers] urls must name at least one server, got none: add HOST:PORT.")
+        if bool(self.servers.private_key) != bool(self.servers.certificate_chain):
+            raise ConfigError(
+                "[servers] private_key and certificate_chain go together, got one of them: add the other."
+            )
         for section, key, least in (
             ("servers", "waiting", 0),
             ("servers", "keep_s", 0),
@@ -166,7 +198,9 @@ class GatewayConfig:
         if unknown:
             raise ConfigError(f"{path} must have the sections {', '.join(sections)}, found {sorted(unknown)[0]!r}.")
         made = {name: _section(kind, table.get(name, {}), name, path) for name, kind in sections.items()}
-        jobs = made["jobs"]
+        jobs, servers = made["jobs"], made["servers"]
+        pem = {name: str(path.parent / getattr(servers, name)) for name in PEM_FILES if getattr(servers, name)}
+        made["servers"] = replace(servers, **pem)
         made["jobs"] = Jobs(**{**vars(jobs), "folder": path.parent / jobs.folder, "database": _beside(jobs, path)})
         return cls(**made)
 

@@ -47,6 +47,7 @@ class Worker:
         self.url, self._config, self._jobs, self._store = url, config, jobs, store
         self.wake = asyncio.Event()
         self.ready = False
+        self._noted: bool | None = None
         self.ready_at_s = time.monotonic()
         self._client: AsyncClient | None = None
         self._runs: dict[str, asyncio.Task[None]] = {}
@@ -55,7 +56,8 @@ class Worker:
     def client(self) -> AsyncClient:
         """The connection, made in the running loop."""
         if self._client is None:
-            self._client = AsyncClient(self.url, idle_timeout_s=self._config.servers.idle_timeout_s)
+            servers = self._config.servers
+            self._client = AsyncClient(self.url, idle_timeout_s=servers.idle_timeout_s, **servers.security)
         return self._client
 
     @property
@@ -88,7 +90,7 @@ class Worker:
 
     async def _look(self) -> None:
         try:
-            self.ready = await self.client.is_ready()
+            self._note(await self.client.why_not_ready())
             if not self.ready:
                 return
             self.ready_at_s = time.monotonic()
@@ -98,6 +100,14 @@ class Worker:
                 task.add_done_callback(lambda _task, job_id=job.id: self._ended(job_id))  # type: ignore[misc]
         except Unavailable as error:
             _logger.warning("database_away: %s", error)
+
+    def _note(self, reason: str | None) -> None:
+        """Whether the server is ready, or why not; the log has a line when that changes."""
+        self.ready = reason is None
+        if self.ready is not self._noted:
+            self._noted = self.ready
+            level, event = (logging.INFO, "server_ready") if self.ready else (logging.WARNING, "server_away")
+            _logger.log(level, "%s: %s%s", event, self.url, "" if reason is None else f": {reason}")
 
     async def _next(self) -> Job | None:
         full = len(self._runs) > self._config.servers.waiting

@@ -142,6 +142,26 @@ def test_it_asks_the_servers_and_the_database_that_are_named(helm: Helm, tmp_pat
     assert strategies == ["Recreate", "RollingUpdate"]
 
 
+def test_it_has_certificates_for_servers_with_tls(helm: Helm, tmp_path: Path) -> None:
+    security = {"secret": "gateway-tls", "mutual": True}
+    values: Values = {"tls": {"secret": "server-tls", "mutual": True}, "gateway": {"enabled": True, "tls": security}}
+    manifests = helm.render(values, tmp_path)
+    servers = configuration(manifests, tmp_path).servers
+    named = (servers.root_certificates, servers.private_key, servers.certificate_chain)
+    assert named == ("/tls/ca.crt", "/tls/tls.key", "/tls/tls.crt")
+    assert {"name": "tls", "mountPath": "/tls", "readOnly": True} in pod(manifests)["containers"][0]["volumeMounts"]
+    volumes = {volume["name"]: volume for volume in pod(manifests)["volumes"]}
+    assert volumes["tls"]["secret"] == {"secretName": "gateway-tls", "defaultMode": 0o440}
+    one_way: Values = {**values, "tls": {"secret": "server-tls"}}
+    one_way["gateway"] = {"enabled": True, "tls": {"secret": "gateway-tls"}}
+    assert configuration(helm.render(one_way, tmp_path), tmp_path).servers.security == {
+        "tls": False,
+        "root_certificates": "/tls/ca.crt",
+        "private_key": None,
+        "certificate_chain": None,
+    }
+
+
 def test_only_the_gateway_and_who_is_listed_reach_the_server(helm: Helm, tmp_path: Path) -> None:
     def rules(manifests: list[Manifest], part: str, way: str, end: str) -> list[tuple[Any, set[Any]]]:
         found = only(manifests, "NetworkPolicy", part)["spec"][way]
@@ -173,7 +193,8 @@ def test_only_the_gateway_and_who_is_listed_reach_the_server(helm: Helm, tmp_pat
     [
         ({"replicas": 2}, "gateway.servers must name each server where a release has several pods, got none"),
         ({"autoscaling": {"enabled": True}}, "gateway.servers must name each server"),
-        ({"tls": {"secret": "tls"}}, "gateway.servers must name servers without TLS where tls.secret is set"),
+        ({"tls": {"secret": "tls"}}, "gateway.tls.secret must be set where tls.secret is"),
+        ({"tls": {"secret": "a", "mutual": True}, "gateway": {"tls": {"secret": "b"}}}, "gateway.tls.mutual where"),
         ({"gateway": {"replicas": 2}}, "gateway.database.secret and gateway.volume.claim must be set"),
         ({"gateway": {"replicas": 2, "database": {"secret": "a"}, "volume": {"claim": ""}}}, "gateway.volume.claim"),
         ({"gateway": {"servers": ["http://a:8001"]}}, "servers"),

@@ -26,6 +26,18 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.gateway.servers | default (list (printf "%s:8001" (include "stepvideo.name" .))) | toJson }}
 {{- end }}
 
+{{- define "stepvideo.gateway.tls" -}}
+{{- with .Values.gateway.tls }}
+{{- if .secret -}}
+root_certificates = "/tls/ca.crt"
+{{- if .mutual }}
+private_key = "/tls/tls.key"
+certificate_chain = "/tls/tls.crt"
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "stepvideo.gateway.config" -}}
 {{ tpl .Values.gateway.config . }}
 {{- end }}
@@ -33,8 +45,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- define "stepvideo.gateway.check" -}}
 {{- with .Values.gateway }}
 {{- if not .servers }}
-{{- if $.Values.tls.secret }}
-{{- fail "gateway.servers must name servers without TLS where tls.secret is set, got none: the gateway speaks plain gRPC." }}
+{{- if and $.Values.tls.secret (or (not .tls.secret) (and $.Values.tls.mutual (not .tls.mutual))) }}
+{{- fail "gateway.tls.secret must be set where tls.secret is, and gateway.tls.mutual where tls.mutual is: the server of this release has TLS." }}
 {{- end }}
 {{- if or $.Values.autoscaling.enabled (gt (int $.Values.replicas) 1) }}
 {{- fail "gateway.servers must name each server where a release has several pods, got none: behind one service a run is not found again. Install a release for each server, and name their services." }}
