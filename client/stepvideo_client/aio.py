@@ -59,11 +59,16 @@ class AsyncClient:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(
-        self, image: bytes | str | os.PathLike[str], prompt: str, **options: Unpack[Options]
+        self,
+        image: bytes | str | os.PathLike[str],
+        prompt: str,
+        *,
+        traceparent: str | None = None,
+        **options: Unpack[Options],
     ) -> AsyncGenerator[StepEvent | Result, None]:
         """A generation, as in `Client.generate`. Closing the iterator (`aclose`), or cancelling the task that iterates,
         cancels the generation on the server; one with keep_s goes on, and `cancel` ends it."""
-        return self._events(stream_request(image, prompt, options))
+        return self._events(stream_request(image, prompt, options), self._to.metadata_with(traceparent))
 
     async def generate_unary(
         self,
@@ -130,8 +135,10 @@ class AsyncClient:
         except grpc.aio.AioRpcError as error:
             raise await self._failure(error) from error
 
-    async def _events(self, request: Any) -> AsyncGenerator[StepEvent | Result, None]:
-        call = self._stub.ModelStreamInfer(metadata=self._to.metadata)
+    async def _events(
+        self, request: Any, metadata: tuple[tuple[str, str], ...]
+    ) -> AsyncGenerator[StepEvent | Result, None]:
+        call = self._stub.ModelStreamInfer(metadata=metadata)
         try:
             await self._write(call, request)
             heard = "nothing"

@@ -66,18 +66,24 @@ class Client:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(
-        self, image: bytes | str | os.PathLike[str], prompt: str, **options: Unpack[Options]
+        self,
+        image: bytes | str | os.PathLike[str],
+        prompt: str,
+        *,
+        traceparent: str | None = None,
+        **options: Unpack[Options],
     ) -> Generator[StepEvent | Result, None, None]:
         """A generation, as an iterator of one StepEvent per denoising step that ends with the Result.
 
         image: the bytes of a PNG, JPEG or WebP file, or its path. The request is checked here and sent when the
         iteration starts. Closing the iterator before its end (also by an exception or Ctrl-C in the loop's body
         that lets it be collected) cancels the generation on the server; one with keep_s goes on, and `cancel` ends it.
+        traceparent: the W3C trace context that the server's spans join, in place of one in the client's headers.
 
         Raises InvalidInput at once; while iterating ServerUnreachable, StreamStalled, MalformedResponse, and the
         RequestFailed that the server answered with.
         """
-        return self._events(stream_request(image, prompt, options))
+        return self._events(stream_request(image, prompt, options), self._to.metadata_with(traceparent))
 
     def generate_unary(
         self,
@@ -163,8 +169,8 @@ class Client:
         finally:
             call.cancel()  # does nothing on a call that is over
 
-    def _events(self, request: Any) -> Generator[StepEvent | Result, None, None]:
-        with RequestStream(self._stub, request, self._to.metadata) as stream:
+    def _events(self, request: Any, metadata: tuple[tuple[str, str], ...]) -> Generator[StepEvent | Result, None, None]:
+        with RequestStream(self._stub, request, metadata) as stream:
             heard = "nothing"
             while True:
                 response = self._receive(stream, heard)

@@ -1,6 +1,7 @@
 """What both clients, with threads and with asyncio, know of a connection: where it goes, and what its faults mean."""
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ QUESTION_TIMEOUT_S = 30.0
 SERVER_NOT_READY = "the server says that it is not ready"
 MODEL_NOT_READY = f"the server says that the model {STREAM_MODEL} is not ready"
 
+_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -80,6 +82,17 @@ class Connection:
                 _pem(root_certificates), _pem(private_key), _pem(certificate_chain)
             )
         return cls(host, joined(host, port), idle_timeout_s, metadata, credentials)
+
+    def metadata_with(self, traceparent: str | None) -> tuple[tuple[str, str], ...]:
+        """What a call carries that belongs to a trace. Raises InvalidInput."""
+        if traceparent is None:
+            return self.metadata
+        if not _TRACEPARENT.fullmatch(traceparent):
+            raise InvalidInput(
+                "traceparent must be two, 32, 16 and two hexadecimal digits with hyphens between (W3C trace context), "
+                f"got {traceparent[:80]!r}."
+            )
+        return (*(pair for pair in self.metadata if pair[0] != "traceparent"), ("traceparent", traceparent))
 
     def channel(self, maker: Any) -> Any:
         """A channel of `grpc` or of `grpc.aio`, which connects on first use."""

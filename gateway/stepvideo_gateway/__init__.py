@@ -8,6 +8,7 @@ jobs         jobs in the database: created, claimed for a server, ended, removed
 store        pictures and videos in a folder
 media        a video's thumbnail, spritesheet and last frame
 dispatch     one worker per server: it claims jobs, runs them, and joins those again that another process began
+traces       the trace that a job belongs to
 video_object what the API shows of a job
 api          the HTTP application
 __main__     python -m stepvideo_gateway --config gateway.toml

@@ -19,6 +19,7 @@ from stepvideo_gateway.database import ApiKey, Job
 from stepvideo_gateway.errors import ApiError, BadRequest, Unavailable
 from stepvideo_gateway.fields import PREVIEW, REFERENCE, Asked
 from stepvideo_gateway.jobs import COMPLETED, FAILED
+from stepvideo_gateway.logs import told
 from stepvideo_gateway.metrics import Metrics
 from stepvideo_gateway.service import Gateway, owner_of
 from stepvideo_gateway.store import INPUT
@@ -90,7 +91,8 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         if again is not None and not 0 < len(again) <= MAX_KEY_CHARACTERS:
             raise BadRequest(f"Idempotency-Key must have 1 to {MAX_KEY_CHARACTERS} characters, got {len(again)}.")
         asked = await gateway.asked(await fields_of(request, gateway.config.api))
-        return _shown(_noted(gateway, "create", request, key, await gateway.create(asked, key, again)))
+        job = await gateway.create(asked, key, _trace(request), again)
+        return _shown(_noted(gateway, "create", request, key, job))
 
     @app.get("/v1/videos", summary="List videos")
     async def page(request: Request, after: str | None = None, limit: str = "20", order: str = "desc") -> Response:
@@ -139,7 +141,7 @@ def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
         new = await gateway.asked({**given, REFERENCE: picture, **_sizes(before)})
         options = {**before.options, "seed": before.seed} if before.seed is not None else before.options
         made = Asked(new.prompt, new.image, dict(options), before.urgency)
-        job = await gateway.create(made, key, None, remixed=before.id)
+        job = await gateway.create(made, key, _trace(request), remixed=before.id)
         return _shown(_noted(gateway, "remix", request, key, job))
 
     @app.post("/v1/videos/{video_id}/extension", summary="A clip that begins with the last frame of this one")
@@ -152,7 +154,7 @@ def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
         sizes = {name: value for name, value in _sizes(before).items() if name not in given}
         if "seconds" in given:
             sizes.pop("num_frames", None)
-        job = await gateway.create(await gateway.asked({**sizes, **given, REFERENCE: picture}), key, None)
+        job = await gateway.create(await gateway.asked({**sizes, **given, REFERENCE: picture}), key, _trace(request))
         return _shown(_noted(gateway, "extension", request, key, job))
 
 
@@ -187,11 +189,15 @@ async def _holder(gateway: Gateway, request: Request) -> ApiKey | None:
     return await gateway.holder(request.headers.get("authorization"))
 
 
+def _trace(request: Request) -> list[str]:
+    return request.headers.getlist("traceparent")
+
+
 def _noted(gateway: Gateway, action: str, request: Request, key: ApiKey | None, job: Job) -> Job:
     """The job, once the audit log has a line about it."""
     caller = request.client.host if request.client is not None else "?"
     prompt = f" prompt={json.dumps(job.prompt)}" if gateway.config.api.log_prompts else ""
-    _audit.info("%s job=%s key=%s from=%s%s", action, job.id, json.dumps(owner_of(key)), caller, prompt)
+    _audit.info("%s job=%s key=%s from=%s%s", action, told(job), json.dumps(owner_of(key)), caller, prompt)
     return job
 
 

@@ -141,6 +141,13 @@ class Logging:
 
 
 @dataclass(frozen=True)
+class Traces:
+    """sample_ratio: the share of requests without a traceparent of their own whose spans the servers are to send."""
+
+    sample_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
 class GatewayConfig:
     """The whole file. Raises ConfigError."""
 
@@ -151,10 +158,13 @@ class GatewayConfig:
     videos: Videos = field(default_factory=Videos)
     webhooks: Webhooks = field(default_factory=Webhooks)
     logging: Logging = field(default_factory=Logging)
+    traces: Traces = field(default_factory=Traces)
 
     def __post_init__(self) -> None:
         if self.logging.format not in ("text", "json"):
             raise ConfigError(f'[logging] format must be "text" or "json", got {self.logging.format!r}: correct it.')
+        if not 0.0 <= self.traces.sample_ratio <= 1.0:
+            raise ConfigError(f"[traces] sample_ratio must be from 0 to 1, got {self.traces.sample_ratio}: correct it.")
         if not (self.api.require_key or is_loopback(self.listen.address)):
             raise ConfigError(
                 f"[api] require_key must be true where others can reach the gateway, which is to listen on "

@@ -32,6 +32,7 @@ class Job(Base):
     not_before       when it may be tried again
     cancelled        its caller has deleted it: the run is to end, and then the row goes
     step ...         of the run, as the server told last
+    traceparent      of the request that made the job (traces.py); None: made before there were any
     """
 
     __tablename__ = "jobs"
@@ -65,6 +66,7 @@ class Job(Base):
     video_bytes: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     error_code: Mapped[str | None] = mapped_column(sa.String(64), default=None)
     error_message: Mapped[str | None] = mapped_column(sa.Text, default=None)
+    traceparent: Mapped[str | None] = mapped_column(sa.String(55), default=None)
 
     __table_args__ = (
         sa.UniqueConstraint("owner", "idempotency_key", name="uq_jobs_idempotency"),

@@ -29,6 +29,7 @@ from stepvideo_gateway.database import Job
 from stepvideo_gateway.errors import Unavailable
 from stepvideo_gateway.fields import settings_of
 from stepvideo_gateway.jobs import IN_PROGRESS, QUEUED, Jobs
+from stepvideo_gateway.logs import told
 from stepvideo_gateway.store import INPUT, VIDEO, Store
 
 LOOK_S: Final = 0.5  # between two looks for work
@@ -128,24 +129,27 @@ class Worker:
             result = await self._result(job, image)
             video = await asyncio.to_thread(self._finished, job, result)
             await self._jobs.complete(job.id, result.seed, result.report, len(video))
-            _logger.info("job_completed: %s", job.id)
+            _logger.info("job_completed: %s", told(job))
         except asyncio.CancelledError:  # this gateway stops, or the job is deleted: the run is found again, or gone
             with contextlib.suppress(Unavailable):
                 await self._jobs.put_back(job.id, 0.0, elsewhere=False, attempts=job.attempts)
             raise
         except Unavailable as error:  # a full disk, a database that is away: the server keeps the result meanwhile
-            _logger.warning("job_waits: %s: %s", job.id, error)
+            _logger.warning("job_waits: %s: %s", told(job), error)
             await self._try_later(job, RETRY_S, elsewhere=False, attempts=job.attempts)
         except ClientError as error:
             await self._failed(job, error)
         except Exception:  # a fault of the gateway; logged whole, and bounded like a server's
-            _logger.exception("fault: %s", job.id)
+            _logger.exception("fault: %s", told(job))
             await self._failed(job, StreamStalled("The gateway failed: see its log."))
 
     async def _result(self, job: Job, image: bytes) -> Result:
         options = {**job.options, "priority": job.urgency, "output": "mp4"}
         keep_s = self._config.servers.keep_s
-        events = self.client.generate(image, job.prompt, request_id=job.id, keep_s=keep_s, **options)
+        _logger.info("job_sent: %s to %s", told(job), self.url)
+        events = self.client.generate(
+            image, job.prompt, traceparent=job.traceparent, request_id=job.id, keep_s=keep_s, **options
+        )
         written_s = seen_s = -PROGRESS_S
         try:
             async for event in events:
@@ -185,7 +189,7 @@ class Worker:
     async def _failed(self, job: Job, error: ClientError) -> None:
         """What the server, or the way to it, did not do."""
         attempts = job.attempts + 1
-        _logger.warning("attempt_failed: %s: %s: %s", job.id, error.code, error)
+        _logger.warning("attempt_failed: %s: %s: %s", told(job), error.code, error)
         if isinstance(error, QueueFull):  # no attempt: nothing was begun
             await self._try_later(job, FULL_WAIT_S, elsewhere=True, attempts=job.attempts)
         elif isinstance(error, InvalidRequest | InvalidInput):
@@ -202,7 +206,7 @@ class Worker:
         try:
             await self._jobs.put_back(job.id, wait_s, elsewhere, attempts)
         except Unavailable:  # the lease runs out by itself
-            _logger.warning("job_waits: %s: the database is away", job.id)
+            _logger.warning("job_waits: %s: the database is away", told(job))
 
     async def _keep_leases(self) -> None:
         """Renews them; ends the runs of jobs that were deleted, and lets go of those that another gateway has taken."""

@@ -7,21 +7,32 @@ import sys
 import time
 from typing import Final
 
+from stepvideo_gateway.database import Job
+from stepvideo_gateway.traces import trace_id_of
+
 JOB: Final = re.compile(r"video_[0-9a-f]{32}")
+TRACE: Final = re.compile(r"\btrace=([0-9a-f]{32})\b")
+
+
+def told(job: Job) -> str:
+    """A job in a line of the log: its id, and that of its trace."""
+    trace_id = trace_id_of(job.traceparent)
+    return f"{job.id} trace={trace_id}" if trace_id else job.id
 
 
 class JsonLines(logging.Formatter):
-    """time (UTC), level, logger, message, and the id of the job that the message is about."""
+    """time (UTC), level, logger, message, and the ids of the job and the trace that the message is about."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        job = JOB.search(message)
+        job, trace = JOB.search(message), TRACE.search(message)
         fields = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": message,
             **({"job": job.group()} if job is not None else {}),
+            **({"trace_id": trace[1]} if trace is not None else {}),
             **({"exception": self.formatException(record.exc_info)} if record.exc_info else {}),
         }
         return json.dumps(fields, ensure_ascii=True)  # control characters of a caller's stay escaped

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from stepvideo_gateway.jobs import COMPLETED, FAILED, Jobs, job_of, new_id
 from stepvideo_gateway.keys import Keys, check_counts, check_request
 from stepvideo_gateway.outbound import NotAllowed, ask, target_of
 from stepvideo_gateway.store import INPUT, SPRITESHEET, THUMBNAIL, VIDEO, Store
+from stepvideo_gateway.traces import traceparent_of
 from stepvideo_gateway.webhooks import Postman
 
 ERASED_S = 5.0  # how long a deletion waits for its run to end
@@ -83,13 +84,22 @@ class Gateway:
         await self._let_a_server_look(request)
         return request
 
-    async def create(self, request: Asked, key: ApiKey | None, again: str | None, remixed: str | None = None) -> Job:
-        """Keeps the job and its picture; `again`: its Idempotency-Key. Raises ApiError."""
+    async def create(
+        self,
+        request: Asked,
+        key: ApiKey | None,
+        trace: Sequence[str],
+        again: str | None = None,
+        remixed: str | None = None,
+    ) -> Job:
+        """Keeps the job and its picture. `trace`: the values of its header traceparent; `again`: its Idempotency-Key.
+        Raises ApiError."""
         if key is not None:
             check_request(key, request)
         now = time.time()
         job = job_of(request, new_id(), owner_of(key), self.config.api.model, again, now)
         job.remixed_from = remixed
+        job.traceparent = traceparent_of(trace, self.config.traces.sample_ratio)
         await asyncio.to_thread(self.store.write, job.id, INPUT, request.image)
         try:
             admit = None if key is None else partial(_admit, key=key, now=now)
