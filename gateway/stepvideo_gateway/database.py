@@ -1,6 +1,7 @@
 """The tables, and how they are reached: SQLite for one gateway, PostgreSQL for several."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 BUSY_TIMEOUT_MS = 10_000  # that SQLite waits for another writer
+# To PostgreSQL: a connection whose other end is gone without a word is noticed within half a minute.
+POSTGRESQL: Mapping[str, int] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
 
 
 class Base(DeclarativeBase):
@@ -120,7 +129,7 @@ class Delivery(Base):
 def engine_for(url: str) -> AsyncEngine:
     """An engine; a SQLite file is in WAL mode and its folder is made."""
     if not url.startswith("sqlite"):
-        return create_async_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args={"connect_timeout": 5})
+        return create_async_engine(url, pool_pre_ping=True, pool_timeout=5, connect_args=dict(POSTGRESQL))
     file = sa.make_url(url).database
     if file:
         Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ class Jobs:
 
     async def get(self, job_id: str, owner: str) -> Job:
         """An owner's job. Raises NotFound."""
-        async with self._transaction() as session:
+        async with self._transaction.reading() as session:
             job = await session.get(Job, job_id)
         if job is None or job.owner != owner or job.cancelled:
             raise NotFound(f"There is no video {job_id[:80]!r}.", "video_id")
@@ -100,7 +100,7 @@ class Jobs:
             place = sa.tuple_(sa.literal(last.created_at), sa.literal(last.id))
             query = query.where(key < place if newest_first else key > place)
         order = (Job.created_at.desc(), Job.id.desc()) if newest_first else (Job.created_at, Job.id)
-        async with self._transaction() as session:
+        async with self._transaction.reading() as session:
             found = (await session.scalars(query.order_by(*order).limit(limit + 1))).all()
         return Page(found[:limit], len(found) > limit)
 
@@ -179,28 +179,28 @@ class Jobs:
         """Jobs that were deleted, and that nobody has a lease on."""
         now = self._clock()
         free = sa.or_(Job.lease_until.is_(None), Job.lease_until < now, Job.lease == self.gateway)
-        async with self._transaction() as session:
+        async with self._transaction.reading() as session:
             return list((await session.scalars(sa.select(Job).where(Job.cancelled, free).limit(100))).all())
 
     async def expired(self, max_bytes: float) -> list[str]:
         """Ids of jobs that ended too long ago, then of the oldest whose videos are beyond `max_bytes` (0: any)."""
         now = self._clock()
-        ended = sa.select(Job).where(Job.status.not_in(ACTIVE)).order_by(Job.completed_at.desc())
-        async with self._transaction() as session:
+        ended = sa.select(Job.id, Job.video_bytes).where(Job.status.not_in(ACTIVE)).order_by(Job.completed_at.desc())
+        async with self._transaction.reading() as session:
             old = list(await session.scalars(sa.select(Job.id).where(Job.expires_at <= now)))
             if not max_bytes:
                 return old
-            total = 0
-            for job in (await session.scalars(ended)).all():
-                total += job.video_bytes
-                if total > max_bytes and job.id not in old:
-                    old.append(job.id)
+            total, going = 0, set(old)
+            for job_id, video_bytes in (await session.execute(ended)).all():
+                total += video_bytes
+                if total > max_bytes and job_id not in going:
+                    old.append(job_id)
             return old
 
     async def counts(self) -> dict[str, int]:
         """How many jobs have each status."""
         query = sa.select(Job.status, sa.func.count()).where(~Job.cancelled).group_by(Job.status)
-        async with self._transaction() as session:
+        async with self._transaction.reading() as session:
             return {row[0]: row[1] for row in (await session.execute(query)).all()}
 
     async def _end(self, job_id: str, **values: Any) -> None:

@@ -49,7 +49,7 @@ class Keys:
 
     async def all(self) -> Sequence[ApiKey]:
         """By name."""
-        async with self._transaction() as session:
+        async with self._transaction.reading() as session:
             return (await session.scalars(sa.select(ApiKey).order_by(ApiKey.name))).all()
 
     async def holder(self, authorization: str | None) -> ApiKey:
@@ -57,7 +57,7 @@ class Keys:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthorized("An API key is needed: send the header Authorization: Bearer KEY.")
-        async with self._transaction() as session:
+        async with self._transaction.reading() as session:
             found = await session.scalar(sa.select(ApiKey).where(ApiKey.digest == digest_of(key.strip())))
         if found is None:
             raise Unauthorized("The API key is not known here: ask the operator for one.")

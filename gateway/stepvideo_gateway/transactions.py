@@ -1,47 +1,60 @@
 """One transaction on the database, whose errors are Unavailable."""
 
+import contextlib
+from typing import Final
+
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from stepvideo_gateway.errors import Unavailable
 
+STATEMENT_MS: Final = 5000  # as SQLite's BUSY_TIMEOUT_MS: then the database is too slow to be of use
+
 
 class Transactions:
-    """Makes them: `async with transactions() as session`."""
+    """Makes them: `async with transactions() as session`; `reading()` for one that writes nothing."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._sqlite = engine.dialect.name == "sqlite"
+        sqlite = engine.dialect.name == "sqlite"
+        self._reading = None if sqlite else f"SET LOCAL statement_timeout = {STATEMENT_MS}"
+        self._writing = "BEGIN IMMEDIATE" if sqlite else self._reading
         self._sessions = async_sessionmaker(engine, expire_on_commit=False)
 
     def __call__(self) -> "Transaction":
-        return Transaction(self._sessions(), self._sqlite)
+        return Transaction(self._sessions(), self._writing)
+
+    def reading(self) -> "Transaction":
+        """Writers do not hold it up, nor it them."""
+        return Transaction(self._sessions(), self._reading)
 
 
 class Transaction:
-    """A session that commits at the end. SQLite's begins by writing, so that no other writer comes between reading and
-    writing."""
+    """A session that commits at the end. `first`: its first statement. A writer takes SQLite's lock of writers at once,
+    so that no other writer comes between reading and writing; PostgreSQL is told how long a statement may take."""
 
-    def __init__(self, session: AsyncSession, sqlite: bool) -> None:
-        self._session, self._sqlite = session, sqlite
+    def __init__(self, session: AsyncSession, first: str | None) -> None:
+        self._session, self._first = session, first
 
     async def __aenter__(self) -> AsyncSession:
         try:
-            if self._sqlite:
-                await self._session.execute(sa.text("BEGIN IMMEDIATE"))
+            if self._first is not None:
+                await self._session.execute(sa.text(self._first))
         except (SQLAlchemyError, OSError) as error:
-            await self._session.close()
+            with contextlib.suppress(SQLAlchemyError, OSError):  # the first error says what is wrong
+                await self._session.close()
             raise away(error) from error
         return self._session
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         try:
-            if error is None:
-                await self._session.commit()
+            try:
+                if error is None:
+                    await self._session.commit()
+            finally:
+                await self._session.close()
         except (SQLAlchemyError, OSError) as failed:
             raise away(failed) from failed
-        finally:
-            await self._session.close()
         if isinstance(error, SQLAlchemyError | OSError):
             raise away(error) from error
 

@@ -295,6 +295,23 @@ def test_old_deliveries_are_forgotten_and_open_ones_are_not(base: Base) -> None:
     asyncio.run(test())
 
 
+def test_a_database_that_is_too_slow_is_unavailable_until_it_is_quick_again(postgresql: Postgres) -> None:
+    """Somebody else has locked the table."""
+
+    async def test() -> None:
+        engine = engine_for(postgresql.url)
+        jobs = Jobs(engine, 30.0, 1.0)
+        async with engine.connect() as other:
+            await other.execute(sa.text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(Unavailable, match="statement timeout"):
+                await jobs.counts()
+        await jobs.counts()
+        await engine.dispose()
+
+    asyncio.run(migrate(postgresql.url))
+    asyncio.run(test())
+
+
 def test_a_database_that_is_away_is_said_in_one_sentence(tmp_path: Path) -> None:
     async def test(url: str) -> None:
         engine = engine_for(url)
