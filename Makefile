@@ -28,7 +28,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway bench bench-dit bench-parallel bench-gpu bench-quote bench-scheduling perf soak layouts onnx \
+.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway bench bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean
 
@@ -153,6 +153,13 @@ gateway: $(SERVED) build/first_image.png ## run server and gateway in the foregr
 
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)
+
+# Servers of the toy-world checkpoint, or of MODEL_DIR and ENGINE_DIR.
+GATEWAY_ARGS ?=
+bench-gateway: $(INSTALLED) $(ENGINE_DIR).made ## 200 jobs by 20 callers over two servers, through the gateway and without it; then on the toy model
+	@$(RUN) perf.gateway --model-dir '$(MODEL_DIR)' --engines-dir '$(ENGINE_DIR)' $(GATEWAY_ARGS)
+	@$(RUN) perf.gateway --model-dir '$(MODEL_DIR)' --engines-dir '$(ENGINE_DIR)' --step-s 0 --jobs 40 --callers 8 \
+		--frames 34 --height 128 --width 192 --out build/bench-gateway-toyworld.json
 
 bench-quote: $(SERVED) ## the server's quotes against what the requests then took
 	@$(RUN) perf.quote --config '$(CONFIG)'

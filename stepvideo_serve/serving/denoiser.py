@@ -51,6 +51,9 @@ TENSORS = {
 class DenoiserModel(QueuedModel):
     """Owns the queue and the ranks. The ranks are child processes: what kills one never kills this model."""
 
+    rank_factory = RANK_FACTORY
+    """How a rank makes what it runs; a benchmark has another one."""
+
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
             config = ServeConfig.from_environment()
@@ -62,7 +65,7 @@ class DenoiserModel(QueuedModel):
             self._limits, self._presets = config.limits, config.presets
             self._max_resumes = config.denoiser.max_resumes
             self._group = RankGroup(
-                RANK_FACTORY,
+                self.rank_factory,
                 {"config": os.environ[ENVIRONMENT_VARIABLE]},
                 size=ranks,
                 start_timeout_s=config.denoiser.start_timeout_s,
