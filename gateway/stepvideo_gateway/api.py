@@ -12,22 +12,24 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from stepvideo_gateway import __version__, media, previews
+from stepvideo_gateway import __version__, media
 from stepvideo_gateway.body import fields_of
 from stepvideo_gateway.config import GatewayConfig
 from stepvideo_gateway.database import ApiKey, Job
 from stepvideo_gateway.errors import ApiError, BadRequest, Unavailable
-from stepvideo_gateway.fields import PREVIEW, REFERENCE, Asked
+from stepvideo_gateway.fields import FIELDS, REFERENCE, Asked
 from stepvideo_gateway.jobs import COMPLETED, FAILED
 from stepvideo_gateway.logs import told
 from stepvideo_gateway.metrics import Metrics
+from stepvideo_gateway.openapi import DELETED, EVENTS, QUOTE, VIDEO, answers, body
+from stepvideo_gateway.progress import progress_of
 from stepvideo_gateway.service import Gateway, owner_of
 from stepvideo_gateway.store import INPUT
 from stepvideo_gateway.video_object import listed, poll_after_ms, video_object
 
 MAX_KEY_CHARACTERS = 255
 MAX_PAGE = 100
-EVENT_S = 0.5
+CREATED = ("prompt", REFERENCE)
 
 _logger = logging.getLogger(__name__)
 _audit = logging.getLogger("stepvideo_gateway.audit")
@@ -84,7 +86,9 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_videos(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/v1/videos", summary="Make a video", openapi_extra=CREATE_BODY)
+    made = answers(VIDEO)
+
+    @app.post("/v1/videos", summary="Make a video", openapi_extra=body(CREATED), responses=made)
     async def create(request: Request) -> Response:
         key = await _holder(gateway, request)
         again = request.headers.get("idempotency-key")
@@ -94,7 +98,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         job = await gateway.create(asked, key, _trace(request), again)
         return _shown(_noted(gateway, "create", request, key, job))
 
-    @app.get("/v1/videos", summary="List videos")
+    @app.get("/v1/videos", summary="List videos", responses=answers(listed([VIDEO], False)))
     async def page(request: Request, after: str | None = None, limit: str = "20", order: str = "desc") -> Response:
         owner = owner_of(await _holder(gateway, request))
         if not (limit.isdecimal() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
@@ -104,11 +108,11 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         found = await gateway.jobs.page(owner, after, int(limit), order == "desc")
         return JSONResponse(listed([video_object(job) for job in found.jobs], found.has_more))
 
-    @app.get("/v1/videos/{video_id}", summary="How far a video is")
+    @app.get("/v1/videos/{video_id}", summary="How far a video is", responses=made)
     async def retrieve(video_id: str, request: Request) -> Response:
         return _shown(await gateway.jobs.get(video_id, owner_of(await _holder(gateway, request))))
 
-    @app.delete("/v1/videos/{video_id}", summary="End the run and remove everything of it")
+    @app.delete("/v1/videos/{video_id}", summary="End the run and remove everything of it", responses=answers(DELETED))
     async def delete(video_id: str, request: Request) -> Response:
         key = await _holder(gateway, request)
         job = await gateway.jobs.get(video_id, owner_of(key))
@@ -116,23 +120,43 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
         _noted(gateway, "delete", request, key, job)
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
-    @app.get("/v1/videos/{video_id}/content", summary="The video, its thumbnail or its spritesheet")
-    async def content(video_id: str, request: Request, variant: str = "video") -> Response:
-        job = await gateway.jobs.get(video_id, owner_of(await _holder(gateway, request)))
-        path, kind = await gateway.made(job, variant)
-        return FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}")
-
-    @app.get("/v1/videos/{video_id}/events", summary="Progress as server-sent events")
-    async def events(video_id: str, request: Request) -> Response:
-        job = await gateway.jobs.get(video_id, owner_of(await _holder(gateway, request)))
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(_events(gateway, job), media_type="text/event-stream", headers=headers)
-
+    _add_content(app, gateway)
     _add_follow_ups(app, gateway)
 
 
+def _add_content(app: FastAPI, gateway: Gateway) -> None:
+    files = {200: {"content": {"video/mp4": {}, "image/webp": {}}}}
+
+    @app.get("/v1/videos/{video_id}/content", summary="The video, its thumbnail or its spritesheet", responses=files)
+    async def content(video_id: str, request: Request, variant: str = "video") -> Response:
+        job = await gateway.jobs.get(video_id, owner_of(await _holder(gateway, request)))
+        path, kind = await gateway.made(job, variant)
+        found = await asyncio.to_thread(path.stat)
+        file = FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}", stat_result=found)
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if file.headers["etag"] in known or known == ["*"]:
+            return Response(status_code=304, headers={"etag": file.headers["etag"]})
+        return file
+
+    shown = answers(EVENTS, "text/event-stream")
+
+    @app.get("/v1/videos/{video_id}/events", summary="Progress as server-sent events", responses=shown)
+    async def events(video_id: str, request: Request) -> Response:
+        job = await gateway.jobs.get(video_id, owner_of(await _holder(gateway, request)))
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(progress_of(gateway, job), media_type="text/event-stream", headers=headers)
+
+
 def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/v1/videos/{video_id}/remix", summary="The same picture and settings, another prompt")
+    prompt_only = body(("prompt",), tuple(name for name in FIELDS if name != "prompt"), multipart=False)
+    made = answers(VIDEO)
+
+    @app.post(
+        "/v1/videos/{video_id}/remix",
+        summary="The same picture and settings, another prompt",
+        openapi_extra=prompt_only,
+        responses=made,
+    )
     async def remix(video_id: str, request: Request) -> Response:
         key = await _holder(gateway, request)
         before = await gateway.jobs.get(video_id, owner_of(key))
@@ -144,7 +168,12 @@ def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
         job = await gateway.create(made, key, _trace(request), remixed=before.id)
         return _shown(_noted(gateway, "remix", request, key, job))
 
-    @app.post("/v1/videos/{video_id}/extension", summary="A clip that begins with the last frame of this one")
+    @app.post(
+        "/v1/videos/{video_id}/extension",
+        summary="A clip that begins with the last frame of this one",
+        openapi_extra=body(("prompt",), (REFERENCE,), multipart=False),
+        responses=made,
+    )
     async def extension(video_id: str, request: Request) -> Response:
         key = await _holder(gateway, request)
         before = await gateway.jobs.get(video_id, owner_of(key))
@@ -166,7 +195,10 @@ def _add_about(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse({"object": "list", "data": [model]})
 
     @app.post(
-        "/v1/quotes", summary="What a video would take, as POST /v1/videos asks for it", openapi_extra=CREATE_BODY
+        "/v1/quotes",
+        summary="What a video would take, as POST /v1/videos asks for it",
+        openapi_extra=body(CREATED),
+        responses=answers(QUOTE),
     )
     async def quote(request: Request) -> Response:
         await _holder(gateway, request)
@@ -176,13 +208,15 @@ def _add_about(app: FastAPI, gateway: Gateway) -> None:
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/health", summary="Whether database, folder and servers work")
     async def health() -> Response:
+        found: dict[str, Any] = {}
+        for name, check in gateway.checks.items():
+            try:
+                found |= await check()
+            except Unavailable as error:
+                found[name] = str(error)
+        well = gateway.working and not found.keys() & gateway.checks.keys()
         servers = {worker.url: worker.ready for worker in gateway.dispatcher.workers}
-        try:
-            counts = await gateway.jobs.counts()
-        except Unavailable as error:
-            return JSONResponse({"well": False, "database": str(error), "servers": servers}, Unavailable.status)
-        well = gateway.working
-        return JSONResponse({"well": well, "jobs": counts, "servers": servers}, 200 if well else Unavailable.status)
+        return JSONResponse({"well": well, **found, "servers": servers}, 200 if well else Unavailable.status)
 
 
 async def _holder(gateway: Gateway, request: Request) -> ApiKey | None:
@@ -201,32 +235,6 @@ def _noted(gateway: Gateway, action: str, request: Request, key: ApiKey | None, 
     return job
 
 
-async def _events(gateway: Gateway, job: Job) -> AsyncIterator[bytes]:
-    """A video object whenever it has changed, and a preview whenever there is a new one, until the video ends."""
-    shown: dict[str, Any] | None = None
-    seen: dict[str, Any] | None = None
-    while True:
-        now = video_object(job)
-        if now != shown:
-            shown = now
-            name = {COMPLETED: "video.completed", FAILED: "video.failed"}.get(job.status, "video.progress")
-            yield f"event: {name}\ndata: {json.dumps(now)}\n\n".encode()
-            if job.status in (COMPLETED, FAILED):
-                return
-        preview = await previews.last(gateway.store, job.id) if PREVIEW in job.options else None
-        if preview is not None and preview != seen:
-            seen = preview
-            yield f"event: video.preview\ndata: {json.dumps({'id': job.id, **preview})}\n\n".encode()
-        await asyncio.sleep(EVENT_S)
-        try:
-            job = await gateway.jobs.get(job.id, job.owner)
-        except Unavailable:
-            continue
-        except ApiError:
-            yield f"event: video.deleted\ndata: {json.dumps({'id': job.id})}\n\n".encode()
-            return
-
-
 def _shown(job: Job) -> Response:
     headers = {"openai-poll-after-ms": str(poll_after_ms(job))} if job.status not in (COMPLETED, FAILED) else {}
     return JSONResponse(video_object(job), headers=headers)
@@ -234,24 +242,3 @@ def _shown(job: Job) -> Response:
 
 def _sizes(job: Job) -> dict[str, Any]:
     return {"size": f"{job.options['width']}x{job.options['height']}", "num_frames": job.options["num_frames"]}
-
-
-_EXAMPLE = {
-    "prompt": "A cat stretches.",
-    "size": "992x544",
-    "seconds": "4",
-    "input_reference": "data:image/png;base64,...",
-    "num_inference_steps": 50,
-    "guidance_scale": 9,
-    "motion_score": 5,
-    "quality": "balanced",
-}
-CREATE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": {"type": "object", "required": ["prompt", "input_reference"]}},
-            "application/json": {"schema": {"type": "object"}, "example": _EXAMPLE},
-        },
-    }
-}

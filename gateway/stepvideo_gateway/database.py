@@ -141,6 +141,7 @@ def engine_for(url: str) -> AsyncEngine:
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")  # a job that was confirmed is on the disk
         cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+        cursor.execute("PRAGMA secure_delete=ON")  # a prompt that was deleted is not left in free pages
         cursor.close()
 
     return engine

@@ -36,6 +36,7 @@ LOOK_S: Final = 0.5  # between two looks for work
 LOST_S: Final = 15.0
 PROGRESS_S: Final = 1.0  # between two writes of a job's progress
 FULL_WAIT_S: Final = 2.0
+FORGOTTEN_S: Final = 86_400.0  # after which a picture without a job goes
 RETRY_S: Final = 2.0  # after a failure; doubled with each
 
 _logger = logging.getLogger(__name__)
@@ -239,6 +240,7 @@ class Dispatcher:
         self, config: GatewayConfig, jobs: Jobs, store: Store, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._config, self._jobs, self._store, self._clock = config, jobs, store, clock
+        self._traces = True  # of removed jobs, in the database's log
         self.workers = [Worker(url, config, jobs, store) for url in config.servers.urls]
 
     def wake(self) -> None:
@@ -265,6 +267,9 @@ class Dispatcher:
                     swept_s = self._clock()
                     for job_id in await self._jobs.expired(self._config.jobs.max_gib * 2**30):
                         await self._erase(job_id)
+                    await self._erase_forgotten()
+                if self._traces:
+                    self._traces = not await self._jobs.leave_no_trace()
             except Unavailable as error:
                 _logger.warning("database_away: %s", error)
             await asyncio.sleep(1.0)
@@ -276,7 +281,19 @@ class Dispatcher:
                     await worker.end(job.id)
             await self._erase(job.id)
 
+    async def _erase_forgotten(self) -> None:
+        """Pictures of jobs that never came to be: their gateway was killed, or the database refused them."""
+        found = await asyncio.to_thread(self._store.forgotten, time.time() - FORGOTTEN_S)
+        for job_id in set(found) - await self._jobs.known(found):
+            await self._erase(job_id)
+
     async def _erase(self, job_id: str) -> None:
-        await asyncio.to_thread(self._store.remove, job_id)
+        """Files first: as long as some are left, the row is there, and somebody tries again."""
+        try:
+            await asyncio.to_thread(self._store.remove, job_id)
+        except Unavailable as error:
+            _logger.warning("job_not_erased: %s: %s", job_id, error)
+            return
         await self._jobs.remove(job_id)
+        self._traces = True
         _logger.info("job_erased: %s", job_id)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from stepvideo_gateway.database import Job
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
 from stepvideo_gateway.events import deliveries
 from stepvideo_gateway.fields import Asked
-from stepvideo_gateway.transactions import Transactions
+from stepvideo_gateway.transactions import Transactions, away
 
 QUEUED: Final = "queued"
 IN_PROGRESS: Final = "in_progress"
@@ -55,7 +55,7 @@ class Jobs:
     ) -> None:
         self.gateway = secrets.token_hex(8)
         self._lease_s, self._keep_days, self._clock, self._webhooks = lease_s, keep_days, clock, webhooks
-        self._transaction = Transactions(engine)
+        self._engine, self._transaction = engine, Transactions(engine)
 
     async def create(self, job: Job, max_queued: int, admit: Admit | None = None) -> Job:
         """Adds a job; the one that came before with the same idempotency key, if there is one.
@@ -175,6 +175,17 @@ class Jobs:
         async with self._transaction() as session:
             await session.execute(sa.delete(Job).where(Job.id == job_id))
 
+    async def leave_no_trace(self) -> bool:
+        """SQLite's log still has what was removed: moves the log into the file, and says whether that could be done."""
+        if self._engine.dialect.name != "sqlite":
+            return True
+        try:
+            async with self._engine.connect() as connection:
+                done = await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                return done.scalar() == 0
+        except (SQLAlchemyError, OSError) as error:
+            raise away(error) from error
+
     async def deleted(self) -> list[Job]:
         """Jobs that were deleted, and that nobody has a lease on."""
         now = self._clock()
@@ -202,6 +213,17 @@ class Jobs:
         query = sa.select(Job.status, sa.func.count()).where(~Job.cancelled).group_by(Job.status)
         async with self._transaction.reading() as session:
             return {row[0]: row[1] for row in (await session.execute(query)).all()}
+
+    async def unclaimed(self) -> int:
+        """How many jobs no server has been given yet."""
+        query = sa.select(sa.func.count()).where(Job.status == QUEUED, Job.server.is_(None), ~Job.cancelled)
+        async with self._transaction.reading() as session:
+            return int(await session.scalar(query) or 0)
+
+    async def known(self, job_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are jobs."""
+        async with self._transaction.reading() as session:
+            return set(await session.scalars(sa.select(Job.id).where(Job.id.in_(job_ids))))
 
     async def _end(self, job_id: str, **values: Any) -> None:
         now = self._clock()

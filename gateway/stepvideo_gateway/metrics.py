@@ -1,5 +1,6 @@
 """Metrics for Prometheus: answers by route, jobs by status, servers."""
 
+import asyncio
 import contextlib
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -31,6 +32,9 @@ class Metrics:
             ("server",),
             registry=registry,
         )
+        self._folder = Gauge(
+            "stepvideo_gateway_folder_up", "Whether the folder of videos can be written", registry=registry
+        )
         self._database = Gauge("stepvideo_gateway_database_up", "Whether the database answers", registry=registry)
 
     def note(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -43,6 +47,10 @@ class Metrics:
         for worker in self._gateway.dispatcher.workers:
             self._ready.labels(worker.url).set(worker.ready)
             self._followed.labels(worker.url).set(worker.running)
+        self._folder.set(0)
+        with contextlib.suppress(Unavailable):
+            await asyncio.to_thread(self._gateway.store.check)
+            self._folder.set(1)
         self._database.set(0)
         with contextlib.suppress(Unavailable):
             counts = await self._gateway.jobs.counts()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,19 @@ class Gateway:
         """Whether some server is ready."""
         return any(worker.ready for worker in self.dispatcher.workers)
 
+    @property
+    def checks(self) -> dict[str, Callable[[], Awaitable[dict[str, Any]]]]:
+        """What can be away besides servers, and how to find out: each raises Unavailable, or says what health tells."""
+
+        async def database() -> dict[str, Any]:
+            return {"jobs": await self.jobs.counts()}
+
+        async def folder() -> dict[str, Any]:
+            await asyncio.to_thread(self.store.check)
+            return {}
+
+        return {"database": database, "folder": folder}
+
     async def holder(self, authorization: str | None) -> ApiKey | None:
         """Whose request it is; None where no keys are asked for. Raises Unauthorized."""
         return await self.keys.holder(authorization) if self.config.api.require_key else None
@@ -127,7 +140,7 @@ class Gateway:
                 quotes[worker.url] = {"seconds": answer.seconds, "wait_s": answer.queue_wait_s, "report": answer.report}
         if not quotes:
             raise Unavailable("No server can tell yet: servers must be ready, and have made a video before.", None, 10)
-        waiting = (await self.jobs.counts()).get("queued", 0)
+        waiting = await self.jobs.unclaimed()  # a server's own wait has those that it was given
         soonest = min(quotes.values(), key=lambda quote: float(quote["wait_s"]))
         rounds = waiting // len(quotes)
         return {

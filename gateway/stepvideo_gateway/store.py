@@ -9,6 +9,8 @@ from pathlib import Path
 from stepvideo_gateway.errors import Unavailable
 
 INPUT, VIDEO, THUMBNAIL, SPRITESHEET = "input", "video.mp4", "thumbnail.webp", "spritesheet.webp"
+PROBE_BYTES = 4096
+FOLDERS, FORGOTTEN_MOST = "video_", 500
 
 
 class Store:
@@ -30,12 +32,25 @@ class Store:
             raise ValueError(f"a job's id has letters, digits and _, got {job_id!r}")
         return self.folder / job_id / name
 
+    def check(self) -> None:
+        """Raises Unavailable while files cannot be written."""
+        probe = self.folder / f".probe.{secrets.token_hex(8)}"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+            probe.unlink()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+            raise self._away(error) from error
+
     def write(self, job_id: str, name: str, content: bytes) -> Path:
-        """Writes a file whole, on the disk when this returns. Raises Unavailable, when nothing is left of it."""
+        """Writes a file whole, on the disk when this returns. A job's folder is made for its picture only: what comes
+        after `remove` is written nowhere. Raises Unavailable, when nothing is left of the file."""
         path = self.path(job_id, name)
         unfinished = path.with_name(f".{name}.{secrets.token_hex(8)}")
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            if name == INPUT:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
             with unfinished.open("xb") as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(content)
@@ -45,7 +60,7 @@ class Store:
         except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
-            raise Unavailable(f"The folder of videos cannot be written: {error.strerror}.", retry_after_s=10) from error
+            raise self._away(error) from error
         return path
 
     def read(self, job_id: str, name: str) -> bytes | None:
@@ -56,5 +71,32 @@ class Store:
             return None
 
     def remove(self, job_id: str) -> None:
-        """Removes all files of a job."""
-        shutil.rmtree(self.path(job_id, ""), ignore_errors=True)
+        """Removes all files of a job, also those that somebody is about to write: the folder first gets another name.
+        Raises Unavailable while something is left."""
+        folder = self.path(job_id, "")
+        going = self.folder / f".{job_id}"
+        shutil.rmtree(going, ignore_errors=True)  # of an attempt before
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(going)
+        except OSError as error:
+            raise self._away(error) from error
+        shutil.rmtree(going, ignore_errors=True)
+        if going.exists() or folder.exists():
+            raise Unavailable(f"The files of {job_id} could not be removed.", retry_after_s=10)
+
+    def forgotten(self, before: float) -> list[str]:
+        """Ids of jobs of which there is at most a picture, from before then (unix seconds); not all at a time."""
+        found: list[str] = []
+        with contextlib.suppress(OSError):  # the folder is away
+            for folder in self.folder.iterdir():
+                if len(found) == FORGOTTEN_MOST:
+                    break
+                with contextlib.suppress(OSError):  # this one goes just now
+                    old = folder.name.startswith(FOLDERS) and folder.stat().st_mtime < before
+                    if old and all(name == INPUT or name.startswith(f".{INPUT}.") for name in os.listdir(folder)):
+                        found.append(folder.name)
+        return found
+
+    def _away(self, error: OSError) -> Unavailable:
+        return Unavailable(f"The folder of videos cannot be written: {error.strerror}.", retry_after_s=10)

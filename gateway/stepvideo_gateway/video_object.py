@@ -29,6 +29,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "error": None if job.status != FAILED else {"code": job.error_code, "message": job.error_message},
         "seed": job.seed if job.seed is not None else job.options.get("seed"),
         "queue_position": job.queue_position if job.status == "queued" else None,
+        "start_in_s": job.start_in_s if job.status == "queued" else None,
         "step": job.step,
         "total_steps": job.total_steps,
     }
