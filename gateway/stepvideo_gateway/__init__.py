@@ -10,7 +10,8 @@ media        a video's thumbnail, spritesheet and last frame
 dispatch     one worker per server: it claims jobs, runs them, and joins those again that another process began
 traces       the trace that a job belongs to
 video_object what the API shows of a job
-api          the HTTP application
+progress     a job's events
+api          the HTTP application, openapi its document
 __main__     python -m stepvideo_gateway --config gateway.toml
 
 A job is one request for a video. Its id is the REQUEST_ID of its run on a server, so that the run is found again by any

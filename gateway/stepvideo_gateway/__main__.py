@@ -93,7 +93,8 @@ async def _keys(config: GatewayConfig, args: argparse.Namespace) -> None:
     try:
         if args.action == "add":
             presets = [name for name in args.presets.split(",") if name]
-            limits = {"max_active": args.max_active, "max_per_day": args.max_per_day, "max_pixels": args.max_pixels}
+            names = ("max_active", "max_running", "max_per_day", "max_pixels")
+            limits = {name: getattr(args, name) for name in names}
             print(await keys.add(args.name, presets=presets, **limits))
         elif args.action == "remove":
             if not await keys.remove(args.name):
@@ -101,7 +102,8 @@ async def _keys(config: GatewayConfig, args: argparse.Namespace) -> None:
         else:
             for key in await keys.all():
                 allowed = ",".join(key.presets) or "all"
-                print(f"{key.name}\tactive {key.max_active}\tday {key.max_per_day}\tpixels {key.max_pixels}\t{allowed}")
+                limits = f"active {key.max_active}\trunning {key.max_running}\tday {key.max_per_day}"
+                print(f"{key.name}\t{limits}\tpixels {key.max_pixels}\t{allowed}")
     finally:
         await engine.dispose()
 
@@ -118,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("name", metavar="NAME", help="whose key it is")
     for flag, what in (
         ("--max-active", "videos that may wait or run at the same time"),
+        ("--max-running", "videos that servers may have at the same time; more wait"),
         ("--max-per-day", "videos in 24 hours"),
         ("--max-pixels", "frames x height x width of one video"),
     ):

@@ -88,6 +88,7 @@ class ApiKey(Base):
     """Who may ask. The key itself is not kept, its SHA-256 is. Limits of 0, or an empty list, are none.
 
     max_active   jobs that may wait or run at the same time
+    max_running  jobs that servers may have at the same time; others wait
     max_per_day  jobs in 24 hours
     max_pixels   of one video: frames x height x width
     presets      values of quality that are allowed
@@ -102,6 +103,7 @@ class ApiKey(Base):
     max_per_day: Mapped[int] = mapped_column(default=0)
     max_pixels: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     presets: Mapped[list[str]] = mapped_column(sa.JSON, default=list)
+    max_running: Mapped[int] = mapped_column(default=0)
 
 
 class Delivery(Base):

@@ -9,8 +9,9 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import aliased
 
-from stepvideo_gateway.database import Job
+from stepvideo_gateway.database import ApiKey, Job
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
 from stepvideo_gateway.events import deliveries
 from stepvideo_gateway.fields import Asked
@@ -110,7 +111,8 @@ class Jobs:
         now = self._clock()
         free = sa.or_(Job.lease_until.is_(None), Job.lease_until < now)
         mine = sa.or_(Job.server.is_(None), Job.server == server)
-        query = sa.select(Job).where(Job.status.in_(ACTIVE), ~Job.cancelled, free, mine, Job.not_before <= now)
+        may = sa.or_(Job.server.is_not(None), Job.owner.not_in(_at_their_limits()))
+        query = sa.select(Job).where(Job.status.in_(ACTIVE), ~Job.cancelled, free, mine, may, Job.not_before <= now)
         if urgent_only:
             theirs = sa.select(sa.func.min(Job.urgency)).where(
                 Job.server == server, Job.status.in_(ACTIVE), Job.lease_until >= now
@@ -119,7 +121,7 @@ class Jobs:
         order = (Job.server.is_(None), Job.urgency, Job.created_at, Job.id)
         async with self._transaction() as session:
             job = await session.scalar(query.order_by(*order).limit(1).with_for_update(skip_locked=True))
-            if job is None:
+            if job is None or (job.server is None and await self._is_at_limit(session, job.owner)):
                 return None
             job.server, job.lease, job.lease_until = server, self.gateway, now + self._lease_s
             return job
@@ -239,12 +241,28 @@ class Jobs:
         async with self._transaction() as session:
             await session.execute(sa.update(Job).where(Job.id == job_id, Job.lease == self.gateway).values(**values))
 
+    async def _is_at_limit(self, session: AsyncSession, owner: str) -> bool:
+        """Looked at again, after the claims of other gateways for the same owner, which a query does not see while they
+        are under way."""
+        if self._engine.dialect.name == "sqlite":
+            return False
+        await session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(owner))))
+        return owner in (await session.scalars(_at_their_limits())).all()
+
     async def _by_key(self, session: AsyncSession, job: Job) -> Job | None:
         query = sa.select(Job).where(Job.owner == job.owner, Job.idempotency_key == job.idempotency_key)
         before = await session.scalar(query)
         if before is not None and before.fingerprint != job.fingerprint:
             raise Conflict("The Idempotency-Key came before with another request: choose a new one.")
         return before
+
+
+def _at_their_limits() -> sa.Select[tuple[str]]:
+    """Owners whose keys allow no more jobs at servers than there are."""
+    theirs = aliased(Job)
+    at_servers = (theirs.server.is_not(None), theirs.status.in_(ACTIVE), ApiKey.max_running > 0)
+    owners = sa.select(theirs.owner).join(ApiKey, ApiKey.name == theirs.owner).where(*at_servers)
+    return owners.group_by(theirs.owner, ApiKey.max_running).having(sa.func.count() >= ApiKey.max_running)
 
 
 def job_of(asked: Asked, job_id: str, owner: str, model: str, key: str | None, now: float) -> Job:

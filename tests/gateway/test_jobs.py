@@ -18,6 +18,7 @@ from stepvideo_gateway.database import Delivery, Job, engine_for, migrate, migra
 from stepvideo_gateway.errors import Conflict, NotFound, TooMany, Unavailable
 from stepvideo_gateway.fields import Asked
 from stepvideo_gateway.jobs import DAY_S, Jobs, job_of, new_id
+from stepvideo_gateway.keys import Keys
 from stepvideo_gateway.webhooks import KEPT_S, Postman
 from tests.gateway.postgres import Postgres, installed, postgres
 
@@ -137,6 +138,33 @@ def test_only_a_more_urgent_one_goes_to_a_full_server(base: Base) -> None:
         claimed = await jobs.claim(SERVER, urgent_only=True)
         assert claimed is not None
         assert claimed.id == high.id
+
+    base.use(test)
+
+
+def test_a_key_may_have_so_many_jobs_at_servers_and_others_go_first(base: Base) -> None:
+    async def test(first: Jobs, second: Jobs) -> None:
+        engine = engine_for(base.url)
+        await Keys(engine).add("ann", max_running=2)
+        await Keys(engine).add("bob")
+        await engine.dispose()
+        of_ann = [await first.create(a_job(float(number), owner="ann"), 100) for number in range(4)]
+        of_bob = [await first.create(a_job(10.0 + number, owner="bob"), 100) for number in range(3)]
+        claims: list[Job] = []
+        for _ in range(5):  # one of two at the same time may find nothing, and looks again
+            claimed = await asyncio.gather(*(jobs.claim(SERVER) for jobs in (first, second) * 4))
+            claims += [job for job in claimed if job is not None]
+        assert {job.id for job in claims} == {job.id for job in (*of_ann[:2], *of_bob)}
+        assert len(claims) == 5
+        owner_of_first = first if claims[0].lease == first.gateway else second
+        ended = next(job for job in claims if job.owner == "ann")
+        await (first if ended.lease == first.gateway else second).complete(ended.id, 7, {}, 10)
+        again = await owner_of_first.claim(SERVER)
+        assert again is not None
+        assert again.id == of_ann[2].id
+        assert await first.claim(SERVER) is None
+        base.clock.now_s += 31.0
+        assert await second.claim(SERVER) is not None, "what is at a server goes on"
 
     base.use(test)
 

@@ -127,7 +127,7 @@ def test_keys_see_their_own_videos_within_their_limits(
     with pytest.raises(openai.RateLimitError, match="At most"):
         of_ann.videos.create(prompt="a cat", input_reference=reference, **SMALL)
     of_ann.videos.delete(second.id)
-    assert keys(root, config, "list").stdout.splitlines()[0].startswith("ann\tactive 2\tday 3")
+    assert keys(root, config, "list").stdout.splitlines()[0].startswith("ann\tactive 2\trunning 0\tday 3")
     assert keys(root, config, "remove", "ann").returncode == 0
     with pytest.raises(openai.AuthenticationError):
         of_ann.videos.list()
