@@ -30,6 +30,7 @@ from stepvideo_gateway.video_object import listed, poll_after_ms, video_object
 MAX_KEY_CHARACTERS = 255
 MAX_PAGE = 100
 CREATED = ("prompt", REFERENCE)
+REMIXED = ("prompt", "camera")
 
 _logger = logging.getLogger(__name__)
 _audit = logging.getLogger("stepvideo_gateway.audit")
@@ -90,10 +91,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
 
     @app.post("/v1/videos", summary="Make a video", openapi_extra=body(CREATED), responses=made)
     async def create(request: Request) -> Response:
-        key = await _holder(gateway, request)
-        again = request.headers.get("idempotency-key")
-        if again is not None and not 0 < len(again) <= MAX_KEY_CHARACTERS:
-            raise BadRequest(f"Idempotency-Key must have 1 to {MAX_KEY_CHARACTERS} characters, got {len(again)}.")
+        key, again = await _holder(gateway, request), _again(request)
         asked = await gateway.asked(await fields_of(request, gateway.config.api))
         job = await gateway.create(asked, key, _trace(request), again)
         return _shown(_noted(gateway, "create", request, key, job))
@@ -148,7 +146,7 @@ def _add_content(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
-    prompt_only = body(("prompt",), tuple(name for name in FIELDS if name != "prompt"), multipart=False)
+    prompt_only = body(("prompt",), tuple(name for name in FIELDS if name not in REMIXED), multipart=False)
     made = answers(VIDEO)
 
     @app.post(
@@ -158,14 +156,18 @@ def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
         responses=made,
     )
     async def remix(video_id: str, request: Request) -> Response:
-        key = await _holder(gateway, request)
+        key, again = await _holder(gateway, request), _again(request)
         before = await gateway.jobs.get(video_id, owner_of(key))
         given = await fields_of(request, gateway.config.api)
+        for name in given.keys() - REMIXED:
+            raise BadRequest(
+                f"A remix has the settings of its video and takes {' and '.join(REMIXED)}, got {name!r}.", name
+            )
         picture = await asyncio.to_thread(gateway.store.read, before.id, INPUT)
         new = await gateway.asked({**given, REFERENCE: picture, **_sizes(before)})
         options = {**before.options, "seed": before.seed} if before.seed is not None else before.options
         made = Asked(new.prompt, new.image, dict(options), before.urgency)
-        job = await gateway.create(made, key, _trace(request), remixed=before.id)
+        job = await gateway.create(made, key, _trace(request), again, remixed=before.id)
         return _shown(_noted(gateway, "remix", request, key, job))
 
     @app.post(
@@ -175,7 +177,7 @@ def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
         responses=made,
     )
     async def extension(video_id: str, request: Request) -> Response:
-        key = await _holder(gateway, request)
+        key, again = await _holder(gateway, request), _again(request)
         before = await gateway.jobs.get(video_id, owner_of(key))
         path, _ = await gateway.made(before, "video")
         given = await fields_of(request, gateway.config.api)
@@ -183,7 +185,8 @@ def _add_follow_ups(app: FastAPI, gateway: Gateway) -> None:
         sizes = {name: value for name, value in _sizes(before).items() if name not in given}
         if "seconds" in given:
             sizes.pop("num_frames", None)
-        job = await gateway.create(await gateway.asked({**sizes, **given, REFERENCE: picture}), key, _trace(request))
+        asked = await gateway.asked({**sizes, **given, REFERENCE: picture})
+        job = await gateway.create(asked, key, _trace(request), again)
         return _shown(_noted(gateway, "extension", request, key, job))
 
 
@@ -221,6 +224,14 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 
 async def _holder(gateway: Gateway, request: Request) -> ApiKey | None:
     return await gateway.holder(request.headers.get("authorization"))
+
+
+def _again(request: Request) -> str | None:
+    """The Idempotency-Key. Raises BadRequest."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= MAX_KEY_CHARACTERS:
+        raise BadRequest(f"Idempotency-Key must have 1 to {MAX_KEY_CHARACTERS} characters, got {len(key)}.")
+    return key
 
 
 def _trace(request: Request) -> list[str]:

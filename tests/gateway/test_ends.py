@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from stepvideo_client import Client
+from stepvideo_gateway import media
 from stepvideo_gateway.fields import FIELDS
 from stepvideo_gateway.openapi import PROPERTIES, VIDEO
 from tests.gateway.conftest import SMALL, Running, create, health, until
@@ -174,4 +175,37 @@ def test_the_document_has_every_field_and_the_objects_that_are_answered(gateway:
     video = json.loads(get(f"{gateway.url}/v1/videos/{create(gateway, picture).id}")[2])
     assert shown.keys() == video.keys() == VIDEO.keys()
     remix = document["paths"]["/v1/videos/{video_id}/remix"]["post"]["requestBody"]["content"]
-    assert remix["application/json"]["schema"]["properties"].keys() == {"prompt"}
+    assert remix["application/json"]["schema"]["properties"].keys() == {"prompt", "camera"}
+
+
+def test_a_remix_takes_no_other_settings_and_is_made_once_for_a_key(gateway: Running, picture: bytes) -> None:
+    client = gateway.client()
+    video = create(gateway, picture)
+    again = [
+        client.videos.remix(video.id, prompt="a dog", extra_headers={"Idempotency-Key": "again"}).id for _ in range(2)
+    ]
+    assert again[0] == again[1] != video.id
+    with pytest.raises(openai.BadRequestError, match="takes prompt and camera, got 'seed'") as refused:
+        client.videos.remix(video.id, prompt="a dog", extra_body={"seed": 3})
+    assert refused.value.param == "seed"
+
+
+def test_without_the_mark_a_video_is_the_servers_and_its_pictures_are_the_same(
+    start: Callable[..., Running], picture: bytes, tmp_path: Path
+) -> None:
+    pictures = []
+    for mark in ("true", "false"):
+        gateway = start(videos=f"mark = {mark}")
+        video = create(gateway, picture)
+        assert gateway.client().videos.poll(video.id, poll_interval_ms=200).status == "completed"
+        path = tmp_path / f"{mark}.mp4"
+        path.write_bytes(gateway.client().videos.download_content(video.id).read())
+        pictures.append([frame.tobytes() for frame in media.frames(path)])
+        assert (media.MARK.encode() in path.read_bytes()) is (mark == "true")
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == 17
+
+
+def test_pages_of_other_origins_are_not_let_in(gateway: Running) -> None:
+    _, headers, _ = get(f"{gateway.url}/v1/videos", origin="https://elsewhere.example")
+    assert not [name for name in headers if name.lower().startswith("access-control")]
