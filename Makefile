@@ -158,8 +158,8 @@ bench: $(SERVED) ## the same request in process and through the server: seconds 
 GATEWAY_ARGS ?=
 bench-gateway: $(INSTALLED) $(ENGINE_DIR).made ## 200 jobs by 20 callers over two servers, through the gateway and without it; then on the toy model
 	@$(RUN) perf.gateway --model-dir '$(MODEL_DIR)' --engines-dir '$(ENGINE_DIR)' $(GATEWAY_ARGS)
-	@$(RUN) perf.gateway --model-dir '$(MODEL_DIR)' --engines-dir '$(ENGINE_DIR)' --step-s 0 --jobs 40 --callers 8 \
-		--frames 34 --height 128 --width 192 --out build/bench-gateway-toyworld.json
+	@$(RUN) perf.gateway --model-dir '$(MODEL_DIR)' --engines-dir '$(ENGINE_DIR)' --step-s 0 \
+		--out build/bench-gateway-toyworld.json $(GATEWAY_ARGS)
 
 bench-quote: $(SERVED) ## the server's quotes against what the requests then took
 	@$(RUN) perf.quote --config '$(CONFIG)'

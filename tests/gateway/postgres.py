@@ -1,5 +1,6 @@
 """A PostgreSQL server of Debian's package, in a folder of its own, on loopback."""
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 USER = "postgres"
@@ -53,10 +55,12 @@ class Postgres:
     def kill(self) -> None:
         """As a power cut would."""
         if self.process is not None:
-            self.process.kill()
+            own = psutil.Process(self.process.pid)
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
             self.process = None
-        subprocess.run(["pkill", "-KILL", "-f", str(self.data)], check=False)
 
     def start(self) -> None:
         """Starts the server, again perhaps, and waits until it answers. After a kill it refuses to start until the last
