@@ -37,13 +37,13 @@ def test_whoever_watches_sees_the_run_move(start: Callable[..., Running], pictur
     names = [(name, sorted(data)) for name, data in events(running, plain.id)]
     assert {name for name, _ in names} <= {"video.progress", "video.completed"}, "nobody asked for previews"
     video = create(running, picture, size="192x192", extra_body=BODY)
-    followed = list(running.client().videos.retrieve(video.id).to_dict())
+    followed = running.client().videos.retrieve(video.id).to_dict().keys()
     seen: list[dict[str, Any]] = []
     for name, data in events(other, video.id):
         if name == "video.preview":
             seen.append(data)
         else:
-            assert (name, list(data)) == ("video.progress", followed), "the other events are as they were"
+            assert (name, data.keys()) == ("video.progress", followed), "the other events are as they were"
         if len(seen) == 3:
             break
     assert [sorted(data) for data in seen] == [["data", "id", "media_type", "step"]] * 3
