@@ -36,7 +36,10 @@ async def keep(store: Store, job_id: str, event: StepEvent) -> None:
 async def last(store: Store, job_id: str) -> dict[str, Any] | None:
     """The last preview of a run that is under way."""
     content = await asyncio.to_thread(store.read, job_id, FILE)
-    return None if content is None else json.loads(content)
+    if content is None:
+        return None
+    said: dict[str, Any] = json.loads(content)
+    return said
 
 
 def forget(store: Store, job_id: str) -> None:

@@ -119,6 +119,7 @@ OURS: dict[str, tuple[Change, str]] = {
     "timeout-nan": (real(TIMEOUT_S=np.nan), "TIMEOUT_S must be a finite number"),
     "seed-negative": (number(np.int64, SEED=-1), "SEED must be from 0 to"),
     "preview-negative": (integer(PREVIEW_EVERY=-1), "PREVIEW_EVERY must be from 0"),
+    "preview-format-unknown": (change(PREVIEW_FORMAT=b"gif"), "PREVIEW_FORMAT must be one of jpeg, webp, got b'gif'"),
     "priority-unknown": (integer(REQUEST_PRIORITY=4), "REQUEST_PRIORITY must be from 1 to 3, got 4"),
     "output-unknown": (change(OUTPUT=b"gif"), "OUTPUT must be one of mp4, frames, latents, got b'gif'"),
     "latents-shape": (latents(0, 3, 8, 4, 5), r"LATENTS must be FP32 of shape \[3, 8, 4, 6\]"),

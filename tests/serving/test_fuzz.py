@@ -148,6 +148,7 @@ NAMES = (
     "NEGATIVE_PROMPT",
     "POSITIVE_SUFFIX",
     "OUTPUT",
+    "PREVIEW_FORMAT",
     "REQUEST_ID",
 )
 
@@ -165,6 +166,7 @@ def spoilt() -> st.SearchStrategy[Spoilt]:
         *(spoilt_text(name) for name in ("PROMPT", "NEGATIVE_PROMPT", "POSITIVE_SUFFIX")),
         garbage_images().map(lambda raw: {"IMAGE": raw}),
         words.map(lambda raw: {"OUTPUT": raw}),
+        words.map(lambda raw: {"PREVIEW_FORMAT": raw + b"\n"}),
         ids.map(lambda raw: {"REQUEST_ID": raw}),
         *(wrong_tensor(name) for name in (*NAMES, "LATENTS", "ENCODE_NOISE")),
         spoilt_noise("LATENTS", (3, 8, 4, 6)),
