@@ -1,4 +1,5 @@
-"""Builds one engine, in a process of its own, because the builder can crash and its loggers are per process.
+"""Builds one engine by Polygraphy's loaders, in a process of its own: the builder can crash, its loggers are per
+process, and Polygraphy chooses between the two TensorRTs when it is imported (toolkit.child_environment).
 
     python -m export.engines.child JOB.json
 
@@ -12,12 +13,13 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from export.engines.toolkit import set_target
+from export.engines.messages import Messages, listen
 
 Shape = tuple[int, ...]
 KIB = 1024
@@ -74,30 +76,39 @@ def _leave_with_parent() -> None:
 def _build(job: Job) -> tuple[Any, list[Any]]:
     """The engine's bytes, and the kernels that its plugins look up when they run. Raises RuntimeError with what the
     parser or the builder found."""
-    trt = import_module(job.backend)
-    with open(job.log, "a", encoding="utf-8", buffering=1) as log:
-        logger = _logger(trt, log)
-        refusals, kernels = _register_plugins(trt, job.sm) if job.plugins else ([], [])
-        builder = trt.Builder(logger)
-        network = builder.create_network(0)
-        parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(job.onnx):
-            found = "; ".join([*refusals, *(parser.get_error(i).desc() for i in range(parser.num_errors))])
-            raise RuntimeError(f"the ONNX graph must be one that TensorRT reads, it found: {found}")
-        config = builder.create_builder_config()
-        set_target(trt, config, job.backend, job.sm)
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.progress_monitor = _monitor(trt)
-        if job.profile:
-            profile = builder.create_optimization_profile()
-            for name, shapes in job.profile.items():
-                profile.set_shape(name, *shapes)
-            config.add_optimization_profile(profile)
-        engine = builder.build_serialized_network(network, config)
-        if engine is None:
-            reason = "; ".join(refusals) or logger.last_error or "it gave no reason"
-            raise RuntimeError(f"TensorRT must build the graph, it refused: {reason}")
-        return engine, kernels
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+
+    messages = listen(Path(job.log))
+    refusals, kernels = _register_plugins(import_module(job.backend), job.sm) if job.plugins else ([], [])
+    reading = "the ONNX graph must be one that TensorRT reads, it found"
+    network = _reasoned(NetworkFromOnnxPath(job.onnx), reading, refusals, messages)
+    building = "TensorRT must build the graph, it refused"
+    return _reasoned(EngineBytesFromNetwork(network, _config(job)), building, refusals, messages), kernels
+
+
+def _reasoned(loader: Callable[[], Any], sentence: str, refusals: list[str], messages: Messages) -> Any:
+    """What the loader gives. Raises RuntimeError with the sentence and the reason: that of a plugin, or TensorRT's."""
+    from polygraphy.exception import PolygraphyException
+
+    try:
+        return loader()
+    except PolygraphyException as error:
+        reason = "; ".join(refusals or messages.errors[-1:] or [str(error)])
+        raise RuntimeError(f"{sentence}: {reason}") from None
+
+
+def _config(job: Job) -> Any:
+    """The loader of the builder's configuration: target, profile, and a plan that is printed in detail."""
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    profile = Profile()
+    for name, shapes in job.profile.items():
+        profile.add(name, *shapes)
+    common = {"profiles": [profile] if job.profile else [], "progress_monitor": _monitor(import_module(job.backend))}
+    if job.backend == "tensorrt_rtx":
+        return CreateConfigRTX(compute_capabilities=[divmod(job.sm, 10)], **common)
+    return CreateConfig(tf32=True, **common)  # as TensorRT's own default; Polygraphy's is off
 
 
 def _register_plugins(trt: Any, sm: int) -> tuple[list[str], list[Any]]:
@@ -113,22 +124,6 @@ def _write(path: Path, engine: Any) -> None:
         file.write(memoryview(engine))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _logger(trt: Any, log: Any) -> Any:
-    class FileLogger(trt.ILogger):  # type: ignore[misc]
-        """Every message to a file that is flushed line by line, so that a crash keeps it."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last_error = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.last_error = message
-            log.write(f"[{str(severity).rpartition('.')[2]}] {message}\n")
-
-    return FileLogger()
 
 
 def _monitor(trt: Any) -> Any:

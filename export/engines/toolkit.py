@@ -29,6 +29,7 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 _RTX_LIBRARY = "libtensorrt_rtx.so"
+RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
 def check_target(backend: str, sm: int, precision: str) -> None:
@@ -104,10 +105,11 @@ def toolkit_version(backend: str) -> str:
 def child_environment(backend: str, folder: Path) -> dict[str, str]:
     """The environment of a process that builds.
 
-    The parser of TensorRT-RTX opens libtensorrt_rtx.so by that name, which the wheel does not have: it gets a link in
-    `folder`, named in LD_LIBRARY_PATH, which is read when a process starts.
+    Polygraphy takes the TensorRT that its variables name, and installs nothing. The parser of TensorRT-RTX opens
+    libtensorrt_rtx.so by that name, which the wheel does not have: it gets a link in `folder`, named in
+    LD_LIBRARY_PATH, which is read when a process starts.
     """
-    environment = dict(os.environ)
+    environment = {**os.environ, RTX_SWITCH: str(int(backend == "tensorrt_rtx")), "POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
     if backend == "tensorrt_rtx":
         library = Path(sysconfig.get_paths()["platlib"], "tensorrt_rtx_libs", f"{_RTX_LIBRARY}.1")
         if library.is_file():
@@ -118,10 +120,3 @@ def child_environment(backend: str, folder: Path) -> dict[str, str]:
             paths = [str(folder.absolute()), environment.get("LD_LIBRARY_PATH", "")]
             environment["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
     return environment
-
-
-def set_target(trt: Any, config: Any, backend: str, sm: int) -> None:
-    """Tells a builder configuration of the imported module `trt` which architecture to build for."""
-    if backend == "tensorrt_rtx":
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)

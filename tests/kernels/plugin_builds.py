@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.engines.toolkit import child_environment, set_target
+from export.engines.toolkit import child_environment
 
 BACKEND = "tensorrt_rtx"
 
@@ -78,7 +78,8 @@ def _build(trt: Any, job: Job, logger: Any) -> Result:
         return Result("", [], [], list(registration.refusals), "")
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    set_target(trt, config, BACKEND, job.sm)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.sm}"), 0)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     profile = builder.create_optimization_profile()
     for name, ends in job.profile.items():
