@@ -230,6 +230,8 @@ CALIBRATION ?=
 KEEP_BF16 ?=
 SPLIT_LLM ?=
 KERNELS ?=
+JOBS ?= 1
+PLAN ?= error
 # OUT and BACKEND have other meanings, and defaults, above.
 ENGINES_OUT = $(if $(filter file,$(origin OUT)),build/engines,$(OUT))
 ENGINES_BACKEND = $(if $(filter file,$(origin BACKEND)),tensorrt_rtx,$(BACKEND))
@@ -244,7 +246,7 @@ BUILDER := $(if $(FOR_TENSORRT),$(GPU_INSTALLED) $(COMPILER_INSTALLED),$(RTX_INS
 
 engines: $(BUILDER) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## MODEL_DIR -> ONNX graphs -> TensorRT engines in OUT
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --check --onnx '$(ENGINES_OUT)/onnx' --out '$(ENGINES_OUT)' \
-		--backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)'
+		--backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' --jobs $(JOBS)
 	$(if $(OWN_KERNELS),@$(MAKE) kernels KERNELS_OUT='$(OWN_KERNELS)' KERNELS_ARGS='--sm $(SM) $(KERNELS_ARGS)')
 	$(SAY) "graphs of $(MODEL_DIR) in $(ENGINES_OUT)/onnx: $(PRECISION), layout $(LAYOUT)"
 	@PYTHONPATH=kernels:. $(RUN) export.to_onnx --model-dir '$(MODEL_DIR)' --out '$(ENGINES_OUT)/onnx' \
@@ -253,7 +255,7 @@ engines: $(BUILDER) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## M
 		$(if $(SPLIT_LLM),--split-llm)
 	$(SAY) "engines of $(ENGINES_BACKEND) for SM $(SM) in $(ENGINES_OUT), videos up to $(SHAPES)"
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --model-dir '$(MODEL_DIR)' --onnx '$(ENGINES_OUT)/onnx' \
-		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' \
+		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' --jobs $(JOBS) --plan $(PLAN) \
 		$(if $(or $(KERNELS),$(OWN_KERNELS)),--kernels '$(or $(KERNELS),$(OWN_KERNELS))')
 
 REQUESTS ?= ../shared/eval

@@ -1,7 +1,8 @@
 """ONNX graphs -> TensorRT engines, each in a process of its own, with its plan checked.
 
     python -m export.build_engine --onnx DIR --out DIR --backend tensorrt|tensorrt_rtx --sm 89 [--only GLOB ...]
-        [--shapes 544x992x102,...] [--fixed] [--layout tp2] [--model-dir DIR] [--kernels DIR]
+        [--shapes 544x992x102,...] [--fixed] [--layout tp2] [--model-dir DIR] [--kernels DIR] [--jobs N]
+        [--plan error|warn]
     python -m export.build_engine --check ...    says what is wrong with the arguments or this machine before graphs
                                                  are exported: neither folder needs to be there
 
@@ -50,6 +51,8 @@ def _build(given: argparse.Namespace) -> int:
         fixed=given.fixed,
         only=tuple(given.only),
         kernels=given.kernels,
+        jobs=given.jobs,
+        plan=given.plan,
     )
     if given.check:
         check_machine(options)
@@ -77,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", default="single", help='how ranks share the DiT, such as "tp2"')
     parser.add_argument("--model-dir", type=Path, help="also check that the graphs are of this checkpoint")
     parser.add_argument("--kernels", type=Path, help="folder of make kernels, for engines with plugins")
+    parser.add_argument("--jobs", type=int, default=1, help="builds at a time; of tensorrt each on a GPU of its own")
+    parser.add_argument("--plan", choices=("error", "warn"), default="error", help="where a plan is not as expected")
     parser.add_argument("--check", action="store_true", help="only check the arguments and this machine")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

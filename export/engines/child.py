@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from export.engines.inspection import describe
 from export.engines.messages import Messages, listen
 
 Shape = tuple[int, ...]
@@ -29,8 +31,10 @@ KIB = 1024
 class Job:
     """One build.
 
-    profile  input -> smallest, optimal and largest shape, for inputs whose size the graph leaves open
-    plugins  the graph has operators of our own
+    profile       input -> smallest, optimal and largest shape, for inputs whose size the graph leaves open
+    plugins       the graph has operators of our own
+    timing_cache  file of tactics that have been timed, read before and added to after; "" for none
+    inspection    file for what the engine says of itself once it is loaded on the GPU; "" where it is not loaded
     """
 
     backend: str
@@ -41,6 +45,8 @@ class Job:
     result: str
     profile: dict[str, tuple[Shape, Shape, Shape]]
     plugins: bool = False
+    timing_cache: str = ""
+    inspection: str = ""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -83,7 +89,14 @@ def _build(job: Job) -> tuple[Any, list[Any]]:
     reading = "the ONNX graph must be one that TensorRT reads, it found"
     network = _reasoned(NetworkFromOnnxPath(job.onnx), reading, refusals, messages)
     building = "TensorRT must build the graph, it refused"
-    return _reasoned(EngineBytesFromNetwork(network, _config(job)), building, refusals, messages), kernels
+    loader = EngineBytesFromNetwork(network, _config(job), save_timing_cache=job.timing_cache or None)
+    engine = _reasoned(loader, building, refusals, messages)
+    if job.inspection:
+        loading = "TensorRT must load the engine that it built, it refused"
+        described = partial(describe, import_module(job.backend), engine)
+        found = _reasoned(described, loading, refusals, messages)
+        Path(job.inspection).write_text(json.dumps(found), encoding="utf-8")
+    return engine, kernels
 
 
 def _reasoned(loader: Callable[[], Any], sentence: str, refusals: list[str], messages: Messages) -> Any:
@@ -105,7 +118,11 @@ def _config(job: Job) -> Any:
     profile = Profile()
     for name, shapes in job.profile.items():
         profile.add(name, *shapes)
-    common = {"profiles": [profile] if job.profile else [], "progress_monitor": _monitor(import_module(job.backend))}
+    common = {
+        "profiles": [profile] if job.profile else [],
+        "load_timing_cache": job.timing_cache or None,
+        "progress_monitor": _monitor(import_module(job.backend)),
+    }
     if job.backend == "tensorrt_rtx":
         return CreateConfigRTX(compute_capabilities=[divmod(job.sm, 10)], **common)
     return CreateConfig(tf32=True, **common)  # as TensorRT's own default; Polygraphy's is off

@@ -1,7 +1,8 @@
-"""What the builder printed about an engine: its layers after fusion, their data types, its inputs and memory.
+"""The plan of an engine: its layers after fusion, their data types, its inputs and memory; and what the builder of
+TensorRT-RTX prints about one.
 
-TensorRT prints the plan of an engine at the end of a build with detailed verbosity; that text is the only way to see it
-where there is no GPU to load the engine.
+The plan is printed at the end of a build with detailed verbosity; that text is the only way to see it where there is no
+GPU to load the engine. Where there is one: inspection.py.
 """
 
 import re
@@ -45,12 +46,13 @@ class PlanLayer:
     @property
     def is_fused_attention(self) -> bool:
         """One kernel from queries, keys and values to the result."""
-        return "mha" in self.name
+        return "mha" in self.name or "mha" in self.tactic
 
     @property
     def is_matrix_product(self) -> bool:
         """A GEMM, alone or with pointwise operations behind it."""
-        return not self.is_fused_attention and (self.kind == "gemm" or "Fc" in self.name)
+        is_product = self.kind in ("gemm", "MatrixMultiply") or "Fc" in self.name or "gemm" in self.tactic
+        return is_product and not self.is_fused_attention
 
     @property
     def weight(self) -> PlanTensor | None:
@@ -106,8 +108,13 @@ def _layer(line: str) -> PlanLayer:
         inputs=tensors["Inputs"],
         constants=tensors["Constants"],
         outputs=tensors["Outputs"],
-        onnx_nodes=tuple(_ONNX_NODE.findall(line)),
+        onnx_nodes=onnx_nodes(line),
     )
+
+
+def onnx_nodes(metadata: str) -> tuple[str, ...]:
+    """The nodes of the ONNX graph that a layer's metadata names."""
+    return tuple(_ONNX_NODE.findall(metadata))
 
 
 def _section(line: str, name: str) -> str:

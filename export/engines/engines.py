@@ -4,6 +4,7 @@
     <out>/<graph>.engine           and <graph>.plan.json, its layers
     <out>/logs/<graph>.log         all that TensorRT said
     <out>/kernels/                 machine code that engines with plugins run, named by hash in the manifest
+    <out>/timing/                  how long tactics took, by version of TensorRT and kind of GPU (timing.py)
     <out>/tp0of2/...               the same for a tensor-parallel rank's own graphs
 
 An engine is there whole or not at all: it is built in a folder beside, moved in, and then recorded. It is built again
@@ -16,9 +17,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,14 @@ from tqdm import tqdm
 from export.engines.child import Job
 from export.engines.engine_plan import Plan, parse_plan
 from export.engines.expectations import Expected, expected_of, summary, violations
+from export.engines.gpus import Slot, build_slots
+from export.engines.inspection import read_inspection
 from export.engines.kernel_files import chosen_kernels, copy_kernels
-from export.engines.process import Built, run_child
+from export.engines.process import Built, Children, run_child
 from export.engines.profiles import profile_spec
-from export.engines.toolkit import check_local_gpu, check_target, child_environment, toolkit_version
+from export.engines.timing import timing_cache
+from export.engines.toolkit import check_target, child_environment, toolkit_version
+from export.engines.workers import build_all
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.engines import KERNELS_FOLDER
 from stepvideo_serve.engine.manifest import (
@@ -50,6 +56,10 @@ from stepvideo_serve.fused.kernels_package import LOOKED_UP
 from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.parallel.layout import SINGLE, Layout, part_folder
 
+TIMES_TACTICS = "tensorrt"  # on a GPU, where it loads the engine too; TensorRT-RTX does neither
+WARNINGS = "plan_warnings"
+UNEXPECTED = "the plan is not as expected: "
+
 
 @dataclass(frozen=True)
 class Options:
@@ -59,6 +69,8 @@ class Options:
     fixed    engines of one size
     only     globs of names; all by default
     kernels  folder of `make kernels`, for engines with plugins; none: those that are there stay
+    jobs     builds at a time; of `tensorrt` each on a GPU of its own
+    plan     what follows where a plan is not as expected: "error", or "warn", which records it and keeps the engine
     """
 
     backend: str
@@ -68,6 +80,8 @@ class Options:
     fixed: bool = False
     only: tuple[str, ...] = ("*",)
     kernels: Path | None = None
+    jobs: int = 1
+    plan: str = "error"
 
 
 @dataclass
@@ -77,6 +91,7 @@ class Report:
     built: list[str] = field(default_factory=list)
     current: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    warned: dict[str, list[str]] = field(default_factory=dict)
 
 
 def build_engines(onnx_dir: Path, out: Path, options: Options, show_progress: bool = True) -> Report:
@@ -87,16 +102,18 @@ def build_engines(onnx_dir: Path, out: Path, options: Options, show_progress: bo
     folders = _folders(onnx_dir, options)
     source = Manifest.load(onnx_dir)
     check_target(options.backend, options.sm, source.precision)
-    check_local_gpu(options.backend, options.sm)
+    slots = build_slots(options.backend, options.sm, options.jobs)
     version = toolkit_version(options.backend)
     if options.kernels is not None:
         chosen_kernels(options.kernels, options.sm)  # before the hours of a build
     report = Report()
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out):
+        timing = timing_cache(out, version, slots[0].gpu) if options.backend == TIMES_TACTICS else None
         for part in folders:
             target = EngineTarget(options.backend, version, options.sm, str(options.layout.of_branch), part)
-            _Folder(onnx_dir / part, out / part, target, options).build(report, show_progress)
+            folder = _Folder(onnx_dir / part, out / part, target, options, timing)
+            folder.build(slots, report, show_progress)
     if not (report.built or report.current or report.failed):
         raise ExportError(
             f"--only must match at least one graph, {list(options.only)} matches none of {sorted(source.graphs)}."
@@ -109,7 +126,7 @@ def check_machine(options: Options) -> None:
     if options.fixed and len(options.videos) != 1:
         raise ExportError(f"--fixed builds for one size, got {len(options.videos)}: give one with --shapes.")
     check_target(options.backend, options.sm, "bf16")
-    check_local_gpu(options.backend, options.sm)
+    build_slots(options.backend, options.sm, options.jobs)
     toolkit_version(options.backend)
 
 
@@ -154,14 +171,15 @@ def _lock(out: Path) -> Iterator[None]:
 class _Folder:
     """The engines of one folder."""
 
-    def __init__(self, onnx_dir: Path, out: Path, target: EngineTarget, options: Options) -> None:
+    def __init__(self, onnx_dir: Path, out: Path, target: EngineTarget, options: Options, timing: Path | None) -> None:
         self._onnx_dir, self._out, self._target, self._options = onnx_dir, out, target, options
+        self._timing = timing
         self._source = Manifest.load(onnx_dir)
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self._manifest = self._open()
         self._environment = child_environment(target.backend, out / "logs" / "lib")
 
-    def build(self, report: Report, show_progress: bool) -> None:
+    def build(self, slots: Sequence[Slot], report: Report, show_progress: bool) -> None:
         only = self._options.only
         chosen = [name for name in self._source.graphs if any(fnmatch.fnmatch(name, glob) for glob in only)]
         specs = {name: self._spec(name) for name in chosen}
@@ -169,17 +187,39 @@ class _Folder:
         stale = [name for name in chosen if not self._is_current(name, keys[name])]
         report.current += [self._label(name) for name in chosen if name not in stale]
         self._manifest.save(self._out)
-        for name in (bar := tqdm(stale, unit="engine", disable=not show_progress, file=sys.stderr)):
-            bar.set_description(self._label(name))
-            try:
-                entry = self._build(name, specs[name], keys[name], bar)
-            except (ExportError, EngineError, OSError) as error:
-                report.failed[self._label(name)] = str(error)
-                continue
-            self._manifest = replace(self._manifest, graphs={**self._manifest.graphs, name: entry})
-            self._manifest.save(self._out)
-            report.built.append(self._label(name))
+
+        def build(name: str, slot: Slot, children: Children) -> GraphEntry:
+            run = partial(self._run, slot, children, lambda step: bar.set_postfix_str(f"{self._label(name)} {step}"))
+            return self._build(name, specs[name], keys[name], run)
+
+        with (
+            tqdm(total=len(stale), unit="engine", disable=not show_progress, file=sys.stderr) as bar,
+            closing(build_all(stale, slots, build)) as builds,
+        ):
+            for name, future in builds:
+                bar.update()
+                try:
+                    entry = future.result()
+                except (ExportError, EngineError, OSError) as error:
+                    report.failed[self._label(name)] = str(error)
+                    continue
+                self._manifest = replace(self._manifest, graphs={**self._manifest.graphs, name: entry})
+                self._manifest.save(self._out)
+                report.built.append(self._label(name))
+        self._judge(chosen, report)
         self._take_kernels()
+
+    def _judge(self, names: Iterable[str], report: Report) -> None:
+        """Engines whose plans were not as expected when they were built: warnings, or failures if they are errors."""
+        for name in names:
+            entry = self._manifest.graphs.get(name)
+            if entry is None or not (wrong := entry.extras.get(WARNINGS)):
+                continue
+            if self._options.plan == "warn":
+                report.warned[self._label(name)] = wrong
+            elif self._label(name) in report.current:
+                report.current.remove(self._label(name))
+                report.failed[self._label(name)] = f"{UNEXPECTED}{'; '.join(wrong)}; it was built with --plan warn"
 
     def _take_kernels(self) -> None:
         """Copies the kernels to the folder that all parts share, and records them, where there are new ones and engines
@@ -237,7 +277,10 @@ class _Folder:
         files = [(self._out / file.path, file.size_bytes) for file in entry.files]
         return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
-    def _build(self, name: str, spec: EngineSpec, key: str, bar: Any) -> GraphEntry:
+    def _run(self, slot: Slot, children: Children, tell: Callable[[str], None], job: Job, workshop: Path) -> Built:
+        return run_child(job, workshop, {**self._environment, **slot.environment}, tell, children)
+
+    def _build(self, name: str, spec: EngineSpec, key: str, run: Callable[[Job, Path], Built]) -> GraphEntry:
         """Builds in a folder of its own, checks the plan there, and moves the engine in."""
         self._source.verify(self._onnx_dir, [name], hashes=True)
         workshop = self._out / f".{name}.partial"
@@ -246,18 +289,33 @@ class _Folder:
         try:
             expected = expected_of(self._graph_file(name), spec)
             job = replace(self._job(name, spec, workshop), plugins=bool(expected.plugins))
-            built = run_child(job, workshop, self._environment, bar.set_postfix_str)
-            plan = parse_plan(Path(job.log).read_text(encoding="utf-8", errors="replace"))
+            built = run(job, workshop)
+            plan, wrong = self._plan(job, expected)
             plan_file = self._out / "logs" / f"{name}.plan.json"
             plan_file.write_text(json.dumps(plan.to_json()), encoding="utf-8")
-            if wrong := violations(plan, expected):
-                raise ExportError(f"the plan is not as expected: {'; '.join(wrong)}; see {plan_file}")
+            if wrong and self._options.plan != "warn":
+                raise ExportError(f"{UNEXPECTED}{'; '.join(wrong)}; see {plan_file}")
             os.replace(plan_file, self._out / f"{name}.plan.json")
             os.replace(job.engine, self._out / f"{name}.engine")
         finally:
             shutil.rmtree(workshop, ignore_errors=True)
         files = tuple(GraphFile.of(self._out, f"{name}.{kind}") for kind in ("engine", "plan.json"))
-        return GraphEntry(files, key, spec, self._extras(name, built, plan, expected))
+        warnings = {WARNINGS: wrong} if wrong else {}
+        return GraphEntry(files, key, spec, {**self._extras(name, built, plan, expected), **warnings})
+
+    def _plan(self, job: Job, expected: Expected) -> tuple[Plan, list[str]]:
+        """The plan, and a sentence for each expectation that it does not meet. With `--plan warn` a plan that cannot be
+        read is one without layers, and a sentence."""
+        try:
+            if job.inspection:
+                plan = read_inspection(Path(job.inspection))
+            else:
+                plan = parse_plan(Path(job.log).read_text(encoding="utf-8", errors="replace"))
+        except ExportError as error:
+            if self._options.plan != "warn":
+                raise
+            return Plan((), (), 0, 0), [str(error)]
+        return plan, violations(plan, expected)
 
     def _graph_file(self, name: str) -> Path:
         return self._onnx_dir / self._source.graph(name).file
@@ -271,6 +329,8 @@ class _Folder:
             log=str((self._out / "logs" / f"{name}.log").absolute()),
             result=str((workshop / "result.json").absolute()),
             profile={name: shapes for name, shapes in spec.profile().items() if self._is_open(name, spec)},
+            timing_cache=str(self._timing.absolute()) if self._timing else "",
+            inspection=str((workshop / "inspection.json").absolute()) if self._timing else "",
         )
 
     def _is_open(self, tensor: str, spec: EngineSpec) -> bool:

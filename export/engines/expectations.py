@@ -32,12 +32,12 @@ _THROUGH = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", 
 _ATTENTION_OPS = ("Attention", "TRT_QuantizedAttention")
 _PRODUCTS = ("MatMul", "Gemm")
 PLUGIN_DOMAIN = "stepvideo"
-FP8, FP4 = "FP8", "FP4E2M1"  # as TensorRT writes them
+FP8, FP4, FP32 = "FP8", "FP4E2M1", "Float"  # as TensorRT writes them
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Names of ONNX nodes by what the plan must make of them."""
+    """Names of ONNX nodes by what the plan must make of them. `products`: all that have a weight."""
 
     fp8_products: tuple[str, ...]
     fp4_products: tuple[str, ...]
@@ -45,6 +45,7 @@ class Expected:
     attentions: tuple[str, ...]
     plugins: tuple[str, ...]
     activation_bytes: int
+    products: tuple[str, ...] = ()
 
 
 def expected_of(path: Path, spec: EngineSpec) -> Expected:
@@ -59,6 +60,7 @@ def expected_of(path: Path, spec: EngineSpec) -> Expected:
         attentions=tuple(reader.attentions(spec)),
         plugins=tuple(node.name for node in graph.node if node.domain == PLUGIN_DOMAIN),
         activation_bytes=activation_bound(spec),
+        products=tuple(name for name, kind in weights.items() if kind is not None),
     )
 
 
@@ -97,10 +99,13 @@ def _wrong_products(plan: Plan, expected: Expected) -> Iterator[str]:
             count = len(names)
             got = count - len(missing)
             yield f"{count} {kind} GEMMs were expected, {got} found; not in {kind}: {', '.join(missing)}"
+    weighted, wide = set(expected.products), set(expected.fp32_products)
     unexpected = [
         layer.name
         for layer in products
-        if layer.weight and layer.weight.dtype == "Float" and not set(layer.onnx_nodes) & set(expected.fp32_products)
+        if (layer.weight or weighted & set(layer.onnx_nodes))
+        and _computes_in(layer, FP32)
+        and not wide & set(layer.onnx_nodes)
     ]
     if unexpected:
         yield f"no fp32 GEMM was expected but {len(expected.fp32_products)}, found also: {', '.join(unexpected)}"
@@ -128,8 +133,12 @@ def _wrong_memory(plan: Plan, expected: Expected) -> Iterator[str]:
 
 
 def _computes_in(layer: PlanLayer, dtype: str) -> bool:
-    weight = layer.weight
-    return weight is not None and weight.dtype == dtype and any(tensor.dtype == dtype for tensor in layer.inputs)
+    """Whether a product has operands of this type. A weight that is no constant of the layer is another input, or one
+    that the plan does not list: then the input whose size is open tells."""
+    same = [tensor for tensor in layer.inputs if tensor.dtype == dtype]
+    if layer.weight:
+        return layer.weight.dtype == dtype and bool(same)
+    return len(same) > 1 or any(-1 in tensor.dims for tensor in same)
 
 
 class _Graph:
@@ -137,7 +146,9 @@ class _Graph:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._graph = graph
-        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        outside = {value.name: value.type.tensor_type for value in graph.input if _is_matrix(value)}
+        inside = {tensor.name: int(tensor.data_type) for tensor in graph.initializer}
+        self._weights = {name: int(type_.elem_type) for name, type_ in outside.items()} | inside
         self._producers = {name: node for node in graph.node for name in node.output}
         self._shapes = {
             value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -146,12 +157,12 @@ class _Graph:
 
     def weight_type(self, node: onnx.NodeProto) -> int | None:
         """TensorProto type in which a product's weight is stored; None for a product of activations."""
-        for name in node.input[:2]:
+        for name in node.input[1::-1]:
             source: str | None = name
             while source in self._producers and self._producers[source].op_type in _THROUGH:
                 source = self._producers[source].input[0]
-            if source in self._initializers:
-                return int(self._initializers[source].data_type)
+            if source in self._weights:
+                return self._weights[source]
         return None
 
     def attentions(self, spec: EngineSpec) -> Iterator[str]:
@@ -172,6 +183,12 @@ class _Graph:
         if shape is None:
             return float("inf")
         return SCORE_BYTES * prod(_size(dim, sizes) for dim in shape)
+
+
+def _is_matrix(value: onnx.ValueInfoProto) -> bool:
+    """Whether all sizes of an input are fixed, and two of them above 1: a weight that is an input."""
+    sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    return all(sizes) and sum(size > 1 for size in sizes) >= 2
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> float:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,49 @@ class Built:
     kernels: Sequence[Mapping[str, Any]] = ()
 
 
-def run_child(job: Job, folder: Path, environment: Mapping[str, str], tell: Callable[[str], None]) -> Built:
-    """Builds in a process that lives in `folder`; `tell` gets a line per step of the builder.
+class Children:
+    """The processes that are at work, which another thread may end."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._ended = threading.Lock(), set[subprocess.Popen[bytes]](), False
+
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        """Raises ExportError after `end`."""
+        with self._lock:
+            if self._ended:
+                raise ExportError("the run was ended before this build")
+            child = subprocess.Popen(command, **options)
+            self._running.add(child)
+            return child
+
+    def forget(self, child: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._running.discard(child)
+
+    def end(self) -> None:
+        """Kills those at work, and lets no other begin."""
+        with self._lock:
+            self._ended = True
+            for child in self._running:
+                child.kill()
+
+
+def run_child(
+    job: Job,
+    folder: Path,
+    environment: Mapping[str, str],
+    tell: Callable[[str], None],
+    children: Children | None = None,
+) -> Built:
+    """Builds in a process that lives in `folder`, one of `children`; `tell` gets a line per step of the builder.
 
     Raises ExportError with the reason when the builder fails or crashes; what it printed is in the job's log.
     """
     request = folder / "job.json"
     job.save(request)
-    log = Path(job.log)
+    log, children = Path(job.log), children or Children()
     with log.open("wb") as messages:
-        child = subprocess.Popen(
+        child = children.start(
             [sys.executable, "-m", "export.engines.child", str(request)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -49,6 +83,7 @@ def run_child(job: Job, folder: Path, environment: Mapping[str, str], tell: Call
     finally:
         child.kill()
         child.communicate()
+        children.forget(child)
     return _outcome(job, status)
 
 

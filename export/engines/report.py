@@ -25,8 +25,9 @@ def table(manifest: Manifest) -> str:
 
 
 def outcome(report: Report, out: Path) -> str:
-    """What was built, what was there, and every failure."""
-    lines = [f"{name}: {reason}" for name, reason in report.failed.items()]
+    """What was built, what was there, and every warning and failure."""
+    lines = [f"{name}: warning: {sentence}" for name, found in report.warned.items() for sentence in found]
+    lines += [f"{name}: {reason}" for name, reason in report.failed.items()]
     counts = f"{len(report.built)} built, {len(report.current)} up to date, {len(report.failed)} failed"
     return "\n".join([*lines, f"{counts}; engines in {out}"])
 

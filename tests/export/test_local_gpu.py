@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from export.engines.toolkit import check_local_gpu
+from export.engines.gpus import build_slots
 from stepvideo_serve.errors import ExportError
 
 OK, NO_DEVICE = 0, 100  # CUresult
@@ -20,7 +20,9 @@ def driver(monkeypatch: pytest.MonkeyPatch, status: int, capability: tuple[int, 
     bindings.driver = SimpleNamespace(  # type: ignore[attr-defined]
         CUdevice_attribute=SimpleNamespace(**dict(zip(names, (MAJOR, MINOR), strict=True))),
         cuInit=lambda _flags: (status,),
+        cuDeviceGetCount=lambda: (OK, 1),
         cuDeviceGet=lambda index: (OK, f"device {index}"),
+        cuDeviceGetName=lambda length, _device: (OK, b"NVIDIA B300".ljust(length, b"\0")),
         cuDeviceGetAttribute=lambda name, _device: (OK, attributes[name]),
     )
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
@@ -30,23 +32,23 @@ def driver(monkeypatch: pytest.MonkeyPatch, status: int, capability: tuple[int, 
 
 def test_the_gpu_is_found_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     driver(monkeypatch, OK, (10, 3))
-    check_local_gpu("tensorrt", 103)
+    assert [slot.gpu for slot in build_slots("tensorrt", 103, 1)] == ["NVIDIA B300"]
     with pytest.raises(ExportError, match=r"builds for the GPU of this machine, SM 103, got --sm 90"):
-        check_local_gpu("tensorrt", 90)
+        build_slots("tensorrt", 90, 1)
 
 
 def test_a_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     driver(monkeypatch, NO_DEVICE)
     with pytest.raises(ExportError, match="tensorrt builds on a GPU, found none: build on the machine that serves"):
-        check_local_gpu("tensorrt", 90)
+        build_slots("tensorrt", 90, 1)
 
 
 def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(ExportError, match=r"by the package cuda-bindings, found none .* 'stepvideo-serve\[gpu\]'"):
-        check_local_gpu("tensorrt", 90)
+        build_slots("tensorrt", 90, 1)
 
 
 def test_tensorrt_rtx_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    check_local_gpu("tensorrt_rtx", 89)
+    assert [slot.environment for slot in build_slots("tensorrt_rtx", 89, 2)] == [{}, {}]
