@@ -187,9 +187,14 @@ class IdempotencyConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What the models and ranks log. `format`: "text" as the server's own lines, or "json", one object a line."""
+    """What the models and ranks log.
+
+    format  "text" as the server's own lines, or "json", one object a line
+    level   the least severe lines that are logged; `--log-level` of a start beats the key
+    """
 
     format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 @dataclass(frozen=True)

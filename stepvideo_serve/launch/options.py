@@ -17,6 +17,9 @@ from stepvideo_serve.launch.address import ip_of
 from stepvideo_serve.launch.install import is_loopback
 
 LOOPBACK = "127.0.0.1"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVEL_VARIABLE = "STEPVIDEO_LOG_LEVEL"
+"""Tells the models and ranks the level that the start was given; each of LOG_LEVELS."""
 READY_TIMEOUT_S = 3600.0  # 50 GB of engines from a slow disk, read, hashed and loaded; a start that fails ends sooner
 OPERATOR_CALLS = ("model-repository", "shared-memory", "trace", "logging")
 HTTP_CALLS = ("inference", "metadata", "model-config", "statistics")  # what others may call, but "health"
@@ -141,6 +144,7 @@ def _read(what: str, path: Path) -> str:
 class ServerOptions:
     """How to start the server. A port of 0 means any free port; `log` None leaves the log on standard error.
 
+    log_level, one of LOG_LEVELS, beats [logging] level.
     exit_timeout_s is how long requests under way and waiting may take when the server is told to stop.
     address: an IP address or a name; a name becomes its IP address. Raises SetupError.
     allow_outdated lets a release with known vulnerabilities listen on other addresses than loopback.
@@ -156,6 +160,7 @@ class ServerOptions:
     http_port: int = 0
     metrics_port: int = 0
     log: Path | None = None
+    log_level: str | None = None
     exit_timeout_s: int = 10
     allow_outdated: bool = False
     security: ServerSecurity = field(default_factory=ServerSecurity)
@@ -164,6 +169,11 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "address", ip_of(self.address))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the models and ranks are told by environment variables."""
+        return {} if self.log_level is None else {LOG_LEVEL_VARIABLE: self.log_level}
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int, int]) -> None:
@@ -178,6 +188,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int,
     add("--allow-outdated-server", action="store_true", help="let an old release listen beyond loopback")
     add_security_arguments(parser)
     add("--log", type=Path, help="a file to append the server's log to; default: standard error")
+    add("--log-level", choices=LOG_LEVELS, help="of the models and ranks; default: [logging] level")
     add("--exit-timeout", type=int, default=10, metavar="S", help="for requests when told to stop; %(default)s")
     add("--ready-timeout", type=float, default=READY_TIMEOUT_S, metavar="S", help="default: %(default)g s")
     add("--server-argument", action="append", default=[], metavar="--NAME=VALUE", help="passed on; may be repeated")
@@ -193,6 +204,7 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
         http_port=arguments.http_port,
         metrics_port=arguments.metrics_port,
         log=arguments.log,
+        log_level=arguments.log_level,
         exit_timeout_s=arguments.exit_timeout,
         allow_outdated=arguments.allow_outdated_server,
         security=from_arguments(arguments),

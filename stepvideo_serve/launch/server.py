@@ -143,7 +143,7 @@ class TritonServer:
         self._log = ServerLog(options.log)
         self._process = subprocess.Popen(
             self._command(home),
-            env={**server_environment(options.config), **self._folder.environment},
+            env={**server_environment(options.config), **self._folder.environment, **options.environment},
             cwd=PACKAGE_ROOT,  # where the stubs of the wheel look for modules first: they ignore PYTHONPATH
             stdin=subprocess.DEVNULL,
             stdout=self._log.write_end,

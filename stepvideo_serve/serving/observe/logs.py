@@ -5,12 +5,14 @@ An event is `log_event(logger, "request_ended", request_id=..., seconds=...)`.
 
 import json
 import logging
+import os
 import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
 from stepvideo_serve.config import LoggingConfig
+from stepvideo_serve.launch.options import LOG_LEVEL_VARIABLE
 
 # What steers a terminal or turns the direction of a line around: C0 but tab and newline, DEL, C1, line separators, and
 # the marks of bidirectional text.
@@ -25,7 +27,8 @@ def log_event(logger: logging.Logger, event: str, level: int = logging.INFO, **f
 
 
 def configure_logging(config: LoggingConfig, model: str, in_stub: bool) -> None:
-    """Sends all log records of this process from INFO on to the server's log, once.
+    """Sends the log records of this process to the server's log, once, from the configured level on, or from that which
+    the start was given.
 
     model    its name, for a rank "dit_denoiser rank 0" and so on
     in_stub  whether this is a stub of Triton, whose logger then prints the text; ranks write to the standard error
@@ -40,7 +43,7 @@ def configure_logging(config: LoggingConfig, model: str, in_stub: bool) -> None:
         handler.setFormatter(TextFormatter(model))
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(logging.INFO)
+    root.setLevel(os.environ.get(LOG_LEVEL_VARIABLE, config.level).upper())
 
 
 class JsonFormatter(logging.Formatter):

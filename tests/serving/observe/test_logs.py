@@ -5,11 +5,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from stepvideo_serve.config import LoggingConfig
+from stepvideo_serve.launch.options import LOG_LEVEL_VARIABLE, LOG_LEVELS
 from stepvideo_serve.serving.observe.logs import MAX_TEXT, configure_logging, log_event
 
 LOGGER = logging.getLogger("stepvideo_serve.tests")
@@ -43,6 +44,21 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "code": "OK",
     }
     assert (second["level"], second["event"]) == ("WARNING", "plain 3")
+
+
+@pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize(
+    ("configured", "given", "first"), [("debug", None, 0), ("error", None, 3), ("error", "info", 1)]
+)
+def test_the_level_is_that_of_the_start_or_of_the_configuration(
+    configured: Any, given: str | None, first: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        monkeypatch.setenv(LOG_LEVEL_VARIABLE, given)
+    configure_logging(LoggingConfig("json", configured), "ti2v", in_stub=False)
+    for level in LOG_LEVELS:
+        LOGGER.log(logging.getLevelNamesMapping()[level.upper()], level)
+    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == list(LOG_LEVELS[first:])
 
 
 @pytest.mark.usefixtures("root_logger")
