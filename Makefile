@@ -28,7 +28,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway bench bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx \
+.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway web bench bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx \
 	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean
 
@@ -150,6 +150,11 @@ serve: $(SERVED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## run the server in 
 gateway: $(SERVED) build/first_image.png ## run server and gateway in the foreground: /v1/videos for OpenAI's client, at the address that is printed
 	@$(RUN) stepvideo_serve run --config '$(CONFIG)' --log build/gateway-server.log -- \
 		sh -c 'exec $(RUN) stepvideo_gateway --config gateway/gateway.toml --server "$$STEPVIDEO_GRPC_URL"'
+
+web: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## the same with the web page, whose form begins with IMAGE and PROMPT; its address is printed
+	@$(RUN) stepvideo_serve run --config '$(CONFIG)' --log build/gateway-server.log -- \
+		sh -c 'exec $(RUN) stepvideo_gateway --config gateway/gateway.toml --server "$$STEPVIDEO_GRPC_URL" \
+		--example "$$IMAGE" "$$PROMPT"'
 
 bench: $(SERVED) ## the same request in process and through the server: seconds per stage, ratio, peak memory
 	@$(RUN) perf.serving_overhead --config '$(CONFIG)' --repeats $(BENCH_RUNS)

@@ -25,7 +25,7 @@ from stepvideo_client.events import Result, StepEvent, is_final, read_cancelled,
 from stepvideo_client.fields import Options, QuoteOptions
 from stepvideo_client.messages import cancel_request, probe_request, quote_request, stream_request
 from stepvideo_client.options import inference_request
-from stepvideo_client.quote import Quote, read_defaults, read_quote
+from stepvideo_client.quote import Quote, read_defaults, read_offer, read_quote
 
 _POLL_S = 0.2
 _FINAL_TIMEOUT_S = 5.0
@@ -91,6 +91,10 @@ class AsyncClient:
     async def defaults(self) -> dict[str, Any]:
         """What the server fills in, as in `Client.defaults`."""
         return read_defaults(await self._call(probe_request(), QUESTION_TIMEOUT_S))
+
+    async def offer(self) -> dict[str, Any]:
+        """What the server accepts, as in `Client.offer`."""
+        return read_offer(await self._call(probe_request(), QUESTION_TIMEOUT_S))
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a run by its request_id, as in `Client.cancel`."""

@@ -25,7 +25,7 @@ from stepvideo_client.events import Result, StepEvent, is_final, read_cancelled,
 from stepvideo_client.fields import Options, QuoteOptions
 from stepvideo_client.messages import cancel_request, probe_request, quote_request, stream_request
 from stepvideo_client.options import inference_request
-from stepvideo_client.quote import Quote, read_defaults, read_quote
+from stepvideo_client.quote import Quote, read_defaults, read_offer, read_quote
 from stepvideo_client.stream import RequestStream
 
 _POLL_S = 0.2
@@ -121,6 +121,12 @@ class Client:
         cfg_scale, time_shift and motion_score. Raises InvalidInput, ServerUnreachable, MalformedResponse, and other
         RequestFailed."""
         return read_defaults(self._answer(probe_request()))
+
+    def offer(self) -> dict[str, Any]:
+        """What the server accepts: `defaults` as `defaults` gives them, `limits` by the keys of [limits] in serve.toml,
+        and `presets`, the names that QUALITY has there. Raises InvalidInput, ServerUnreachable, MalformedResponse, also
+        for a server that is too old to tell, and other RequestFailed."""
+        return read_offer(self._answer(probe_request()))
 
     def cancel(self, request_id: str) -> bool:
         """Ends the run of that request_id within a step, whoever began it, and forgets its result; whether the server

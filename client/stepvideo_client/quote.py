@@ -36,6 +36,15 @@ def read_quote(response: Any) -> Quote:
         raise MalformedResponse(f"The quote cannot be read: {error}.") from error
 
 
+def read_offer(response: Any) -> dict[str, Any]:
+    """defaults, limits and presets in the answer to a probe, a ModelInferResponse. Raises MalformedResponse."""
+    try:
+        report = json.loads(InferResult(response).as_numpy("REPORT")[0])
+        return {name: report[name] for name in ("defaults", "limits", "presets")}
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise MalformedResponse(f"What the server accepts cannot be read: {error!r}; is the server older?") from error
+
+
 def read_defaults(response: Any) -> dict[str, Any]:
     """The defaults in the answer to a probe, a ModelInferResponse. Raises MalformedResponse."""
     try:

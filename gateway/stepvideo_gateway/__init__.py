@@ -12,6 +12,7 @@ traces       the trace that a job belongs to
 video_object what the API shows of a job
 progress     a job's events
 api          the HTTP application, openapi its document
+pages        the web page at /, whose files are in web/
 __main__     python -m stepvideo_gateway --config gateway.toml
 
 A job is one request for a video. Its id is the REQUEST_ID of its run on a server, so that the run is found again by any

@@ -23,6 +23,7 @@ from stepvideo_gateway.database import engine_for, migrate
 from stepvideo_gateway.errors import ApiError, ConfigError
 from stepvideo_gateway.keys import Keys
 from stepvideo_gateway.logs import configure
+from stepvideo_gateway.pages import Example
 
 EXIT_CONFIG = 2
 STOP_S = 10  # that requests under way have when the gateway stops
@@ -50,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asyncio.run(_keys(config, args))
             return 0
         asyncio.run(migrate(config.jobs.database))
-        return 0 if args.command == "migrate" else _serve(config)
+        if args.command == "migrate":
+            return 0
+        example = Example(Path(args.example[0]), args.example[1]) if args.example else None
+        if example is not None:
+            example.check()
+        return _serve(config, example)
     except (ConfigError, ApiError) as error:
         print(f"stepvideo-gateway: {error}", file=sys.stderr)
     except (OSError, ImportError, SQLAlchemyError) as error:
@@ -62,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_CONFIG
 
 
-def _serve(config: GatewayConfig) -> int:
+def _serve(config: GatewayConfig, example: Example | None) -> int:
     config.servers.check_files()
-    app = create_app(config)
+    app = create_app(config, example)
     app.state.gateway.store.prepare()
     listen = config.listen
     server = AnnouncingServer(
@@ -112,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepvideo-gateway", description="The OpenAI Videos API for stepvideo-serve.")
     parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.toml; without one, all is as by default")
     parser.add_argument("--server", action="append", metavar="HOST:PORT", help="in place of [servers] urls; repeatable")
+    shown = ("PICTURE", "PROMPT")
+    parser.add_argument("--example", nargs=2, metavar=shown, help="what the form of the web page begins with")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("serve", help="serve until told to stop (what happens without a command, too)")
     commands.add_parser("migrate", help="bring the database to the newest form; serving does that by itself")

@@ -22,6 +22,7 @@ from stepvideo_gateway.jobs import COMPLETED, FAILED
 from stepvideo_gateway.logs import told
 from stepvideo_gateway.metrics import Metrics
 from stepvideo_gateway.openapi import DELETED, EVENTS, QUOTE, VIDEO, answers, body
+from stepvideo_gateway.pages import Example, Pages
 from stepvideo_gateway.progress import progress_of
 from stepvideo_gateway.service import Gateway, owner_of
 from stepvideo_gateway.store import INPUT
@@ -36,8 +37,8 @@ _logger = logging.getLogger(__name__)
 _audit = logging.getLogger("stepvideo_gateway.audit")
 
 
-def create_app(config: GatewayConfig) -> FastAPI:
-    """The application; it works on its jobs while it is served."""
+def create_app(config: GatewayConfig, example: Example | None = None) -> FastAPI:
+    """The application; it works on its jobs while it is served. `example`: what the form of its page begins with."""
     gateway = Gateway(config)
 
     @contextlib.asynccontextmanager
@@ -65,6 +66,7 @@ def create_app(config: GatewayConfig) -> FastAPI:
 
     _add_errors(app)
     _add_videos(app, gateway)
+    Pages(example).add_to(app, gateway)
     _add_about(app, gateway)
     _add_health(app, gateway)
     return app

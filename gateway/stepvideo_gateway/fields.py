@@ -146,9 +146,23 @@ def picture(value: Any) -> bytes:
         ) from None
 
 
+def picture_kind(content: bytes) -> str:
+    """The media type of a picture that `picture` has let through."""
+    with Image.open(io.BytesIO(content), formats=IMAGES) as opened:
+        return Image.MIME[opened.format or "PNG"]
+
+
 def is_address(value: Any) -> bool:
     """Whether the picture would have to be fetched from somewhere."""
     return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+def as_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides about a video, besides prompt and picture, under the names of the API's fields: with them the same
+    video can be asked for again. `options`: of a generation."""
+    named = {name: option for name, (option, *_) in NUMBERS.items()} | {name: name for name in ("num_frames", *TEXTS)}
+    given = {name: options[option] for name, option in named.items() if option in options}
+    return {"size": f"{options['width']}x{options['height']}", **given}
 
 
 def seconds_of(num_frames: int) -> str:

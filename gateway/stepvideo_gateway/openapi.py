@@ -45,6 +45,10 @@ VIDEO: Final[dict[str, Any]] = {
     "start_in_s": None,
     "step": 20,
     "total_steps": 50,
+    "elapsed_s": 24.5,
+    "settings": {"num_frames": 102, "size": "992x544", "num_inference_steps": 50, "guidance_scale": 9, "quality": "exact"},
+    "took_s": None,
+    "warnings": [],
 }
 ERROR: Final = {
     "error": {

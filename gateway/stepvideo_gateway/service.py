@@ -18,11 +18,11 @@ from stepvideo_gateway.config import GatewayConfig
 from stepvideo_gateway.database import ApiKey, Job, engine_for, migrate
 from stepvideo_gateway.dispatch import Dispatcher
 from stepvideo_gateway.errors import ApiError, BadRequest, NotReady, Unavailable
-from stepvideo_gateway.fields import REFERENCE, Asked, asked, is_address, param_of
+from stepvideo_gateway.fields import REFERENCE, Asked, asked, is_address, param_of, picture_kind
 from stepvideo_gateway.jobs import COMPLETED, FAILED, Jobs, job_of, new_id
 from stepvideo_gateway.keys import Keys, check_counts, check_request
 from stepvideo_gateway.outbound import NotAllowed, ask, target_of
-from stepvideo_gateway.store import INPUT, SPRITESHEET, THUMBNAIL, VIDEO, Store
+from stepvideo_gateway.store import INPUT, LAST_FRAME, SPRITESHEET, THUMBNAIL, VIDEO, Store
 from stepvideo_gateway.traces import traceparent_of
 from stepvideo_gateway.webhooks import Postman
 
@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, str, Callable[..., bytes] | None]] = {
     "video": (VIDEO, "video/mp4", None),
     "thumbnail": (THUMBNAIL, "image/webp", media.thumbnail),
     "spritesheet": (SPRITESHEET, "image/webp", media.spritesheet),
+    "last_frame": (LAST_FRAME, "image/png", media.last_frame),
 }
 
 _logger = logging.getLogger(__name__)
@@ -151,6 +152,18 @@ class Gateway:
             "servers": quotes,
         }
 
+    async def quotes(self, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The quote of the request with each preset that the first server that tells has, or its error, as an answer
+        would have it; none while no server tells."""
+        offer = await self.offer()
+        found: dict[str, dict[str, Any]] = {}
+        for preset in offer["presets"] if offer else ():
+            try:
+                found[preset] = await self.quote(await self.asked({**given, "quality": preset}))
+            except ApiError as error:
+                found[preset] = error.body
+        return found
+
     async def delete(self, job_id: str, owner: str) -> None:
         """The run ends within a step, and nothing is left of the job. Raises NotFound."""
         job = await self.jobs.cancel(job_id, owner)
@@ -159,9 +172,13 @@ class Gateway:
             await asyncio.sleep(0.1)
 
     async def made(self, job: Job, variant: str) -> tuple[Path, str]:
-        """Path and media type of a finished job's file. Raises BadRequest and NotReady."""
+        """Path and media type of a finished job's file; of its picture, whatever became of it. Raises BadRequest,
+        NotReady and Unavailable."""
+        if variant == INPUT:
+            return await asyncio.to_thread(self._picture, job.id)
         if variant not in VARIANTS:
-            raise BadRequest(f"variant must be one of {', '.join(VARIANTS)}, got {variant[:40]!r}.", "variant")
+            known = ", ".join((*VARIANTS, INPUT))
+            raise BadRequest(f"variant must be one of {known}, got {variant[:40]!r}.", "variant")
         if job.status == FAILED:
             raise NotReady(f"This video failed ({job.error_code}): {job.error_message}", "video_id")
         if job.status != COMPLETED:
@@ -174,6 +191,21 @@ class Gateway:
         if not path.exists():
             raise Unavailable("The video's file is not in the store any more: it was removed beside the gateway.")
         return path, kind
+
+    async def offer(self) -> dict[str, Any] | None:
+        """What the first ready server that tells accepts: defaults, limits and presets; None while none tells."""
+        for worker in (each for each in self.dispatcher.workers if each.ready):
+            try:
+                return await worker.client.offer()
+            except ClientError as error:
+                _logger.warning("server_away: %s: %s", worker.url, error)
+        return None
+
+    def _picture(self, job_id: str) -> tuple[Path, str]:
+        content = self.store.read(job_id, INPUT)
+        if content is None:
+            raise Unavailable("The picture is not in the store any more: it was removed beside the gateway.")
+        return self.store.path(job_id, INPUT), picture_kind(content)
 
     async def _is_left(self, job_id: str) -> bool:
         return job_id in {job.id for job in await self.jobs.deleted()} or self.store.path(job_id, INPUT).exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from stepvideo_gateway.errors import Unavailable
 
 INPUT, VIDEO, THUMBNAIL, SPRITESHEET = "input", "video.mp4", "thumbnail.webp", "spritesheet.webp"
+LAST_FRAME = "last_frame.png"
 PROBE_BYTES = 4096
 FOLDERS, FORGOTTEN_MOST = "video_", 500
 

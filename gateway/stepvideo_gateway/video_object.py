@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from stepvideo_gateway.database import Job
-from stepvideo_gateway.fields import seconds_of
+from stepvideo_gateway.fields import as_fields, seconds_of
 from stepvideo_gateway.jobs import COMPLETED, FAILED
 
 POLL_LEAST_MS, POLL_MOST_MS = 500, 10_000
@@ -32,6 +32,10 @@ def video_object(job: Job) -> dict[str, Any]:
         "start_in_s": job.start_in_s if job.status == "queued" else None,
         "step": job.step,
         "total_steps": job.total_steps,
+        "elapsed_s": job.elapsed_s,
+        "settings": as_fields(job.options),
+        "took_s": (job.report or {}).get("seconds", {}).get("total"),
+        "warnings": [warning["message"] for warning in (job.report or {}).get("warnings", ())],
     }
 
 

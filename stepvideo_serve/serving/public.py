@@ -173,7 +173,9 @@ class PublicModel:
     def _state(self) -> dict[str, Any]:
         """What the launcher and whoever looks after the server's health ask for. `unanswered` counts a request for
         longer than `accepted` does: until its result is sent."""
-        fixed = {"stopping": self.stop_sign.raised(), "defaults": asdict(self._config.defaults)}
+        config = self._config
+        offer = {"defaults": asdict(config.defaults), "limits": asdict(config.limits), "presets": list(config.presets)}
+        fixed = {"stopping": self.stop_sign.raised(), **offer}
         with self._lock:
             return {"accepted": self._accepted, "unanswered": self._unanswered, **fixed}
 

@@ -13,6 +13,7 @@ import pytest
 
 from stepvideo_client import (
     AsyncClient,
+    Client,
     ClientError,
     InvalidInput,
     InvalidRequest,
@@ -166,6 +167,13 @@ def test_questions(server: FakeServer) -> None:
             assert server.sent() == {"STEPS": 8}
             server.unary = respond(REPORT=json.dumps({"defaults": {"steps": 20}}).encode())
             assert await client.defaults() == {"steps": 20}
+            with pytest.raises(MalformedResponse, match="is the server older"):
+                await client.offer()
+            offer = {"defaults": {"steps": 20}, "limits": {"max_steps": 200}, "presets": ["exact", "fast"]}
+            server.unary = respond(REPORT=json.dumps({"accepted": 0, **offer}).encode())
+            assert await client.offer() == offer
+            with Client(server.url) as other:
+                assert other.offer() == offer
             server.unary = lambda *_: cancelled_response()
             assert await client.cancel("job-7") is True
             assert server.requests[-1].model_name == "ti2v_cancel"
