@@ -46,7 +46,7 @@ VIDEO: Final[dict[str, Any]] = {
     "step": 20,
     "total_steps": 50,
     "elapsed_s": 24.5,
-    "settings": {"num_frames": 102, "size": "992x544", "num_inference_steps": 50, "guidance_scale": 9, "quality": "exact"},
+    "settings": {"num_frames": 102, "size": "992x544", "num_inference_steps": 50, "guidance_scale": 9},
     "took_s": None,
     "warnings": [],
 }
