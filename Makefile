@@ -29,7 +29,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway web bench bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx \
-	verify calibrate parity engines kernels test test-slow test-kernels test-kernels-slow test-engines \
+	verify calibrate parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean
 
 BIN := .venv/bin
@@ -262,6 +262,10 @@ engines: $(BUILDER) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## M
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --model-dir '$(MODEL_DIR)' --onnx '$(ENGINES_OUT)/onnx' \
 		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' --jobs $(JOBS) --plan $(PLAN) \
 		$(if $(or $(KERNELS),$(OWN_KERNELS)),--kernels '$(or $(KERNELS),$(OWN_KERNELS))')
+
+GRAPH ?=
+debug-engine: $(BUILDER) ## command lines of Polygraphy for a bad engine in OUT: GRAPH=dit_block
+	@$(RUN) export.debug_engine --engines '$(ENGINES_OUT)' --graph '$(GRAPH)' --shapes '$(SHAPES)'
 
 REQUESTS ?= ../shared/eval
 calibrate: $(INSTALLED) ## FP8 ranges of MODEL_DIR's activations over the image/prompt pairs in REQUESTS: CALIBRATION
