@@ -54,7 +54,8 @@ def _name(asked: str, graphs: Manifest) -> str:
     """The graph of this name, or the first of this kind."""
     found = sorted(name for name in graphs.graphs if name == asked or name.startswith(f"{asked}_"))
     if not found:
-        raise ExportError(f"--graph must be a graph or a kind of graphs, got {asked!r}: {', '.join(graphs.graphs)}.")
+        known = ", ".join(graphs.graphs)
+        raise ExportError(f"--graph must be a graph or a kind of graphs, got {asked!r}: name one of {known}.")
     return found[0]
 
 

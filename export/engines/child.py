@@ -106,7 +106,7 @@ def _reasoned(loader: Callable[[], Any], sentence: str, refusals: list[str], mes
     try:
         return loader()
     except PolygraphyException as error:
-        reason = "; ".join(refusals or messages.errors[-1:] or [str(error)])
+        reason = "; ".join(refusals or messages.reasons[-1:] or [str(error)])
         raise RuntimeError(f"{sentence}: {reason}") from None
 
 

@@ -171,7 +171,9 @@ def _lock(out: Path) -> Iterator[None]:
 class _Folder:
     """The engines of one folder."""
 
-    def __init__(self, onnx_dir: Path, out: Path, target: EngineTarget, options: Options, timing: Path | None) -> None:
+    def __init__(
+        self, onnx_dir: Path, out: Path, target: EngineTarget, options: Options, timing: Path | None = None
+    ) -> None:
         self._onnx_dir, self._out, self._target, self._options = onnx_dir, out, target, options
         self._timing = timing
         self._source = Manifest.load(onnx_dir)

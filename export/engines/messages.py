@@ -11,17 +11,17 @@ VERBOSE = 6  # as which Polygraphy hands on what TensorRT calls verbose
 
 
 class Messages(logging.FileHandler):
-    """Every message in a file that is flushed after each, so that a crash keeps them; `errors`: the texts of errors."""
+    """Every message in a file that is flushed after each, so that a crash keeps them. reasons: the texts of errors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, mode="a", encoding="utf-8")
         self.setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
-        self.errors: list[str] = []
+        self.reasons: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)
         if record.levelno == logging.ERROR:
-            self.errors.append(record.getMessage())
+            self.reasons.append(record.getMessage())
 
 
 def listen(path: Path) -> Messages:

@@ -67,15 +67,12 @@ def test_lines_that_need_a_gpu_get_as_far_as_the_driver(printed: tuple[Path, dic
         assert "unrecognized arguments" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("graph", "sentence"), [("dit_bolck", "--graph must be a graph or a kind of graphs, got 'dit_bolck': dit_")]
-)
-def test_a_graph_that_is_not_there(
-    graph: str, sentence: str, graphs: Path, engines: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["--engines", str(engines), "--onnx", str(graphs), "--graph", graph]
+def test_a_graph_that_is_not_there(graphs: Path, engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--engines", str(engines), "--onnx", str(graphs), "--graph", "dit_bolck"]
     assert debug_engine.main(command) == debug_engine.UNUSABLE
-    assert capsys.readouterr().err.startswith(f"debug_engine: {sentence}")
+    error = capsys.readouterr().err
+    assert error.startswith("debug_engine: --graph must be a graph or a kind of graphs, got 'dit_bolck': name one of ")
+    assert "dit_block_00" in error
 
 
 def test_an_engine_that_has_not_been_built(graphs: Path, engines: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class DataType(enum.Enum):
     FLOAT, HALF, INT8, INT32, BOOL, UINT8, FP8, BF16, INT64 = range(9)
 
 
-TYPES = {onnx.TensorProto.FLOAT: DataType.FLOAT, onnx.TensorProto.BFLOAT16: DataType.BF16}
+TYPES: dict[int, DataType] = {onnx.TensorProto.FLOAT: DataType.FLOAT, onnx.TensorProto.BFLOAT16: DataType.BF16}
 
 
 class BuilderFlag(enum.Enum):
@@ -165,7 +165,8 @@ class IBuilderConfig:
     progress_monitor: Any = None
 
     def __init__(self, logger: ILogger) -> None:
-        self._logger, self._cache = logger, None
+        self._logger = logger
+        self._cache: ITimingCache | None = None
         self.profiles: list[IOptimizationProfile] = []
         self._flags = {BuilderFlag.TF32}
 
@@ -267,7 +268,8 @@ class ICudaEngine:
         return len(self._tensors)
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._tensors)[index]
+        names: list[str] = list(self._tensors)
+        return names[index]
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         is_input = name in {value.name for value in self._graph.input}
