@@ -108,8 +108,8 @@ async def _keys(config: GatewayConfig, args: argparse.Namespace) -> None:
         else:
             for key in await keys.all():
                 allowed = ",".join(key.presets) or "all"
-                limits = f"active {key.max_active}\trunning {key.max_running}\tday {key.max_per_day}"
-                print(f"{key.name}\t{limits}\tpixels {key.max_pixels}\t{allowed}")
+                bounds = f"active {key.max_active}\trunning {key.max_running}\tday {key.max_per_day}"
+                print(f"{key.name}\t{bounds}\tpixels {key.max_pixels}\t{allowed}")
     finally:
         await engine.dispose()
 

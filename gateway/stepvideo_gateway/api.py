@@ -125,7 +125,7 @@ def _add_videos(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_content(app: FastAPI, gateway: Gateway) -> None:
-    files = {200: {"content": {"video/mp4": {}, "image/webp": {}}}}
+    files: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {}, "image/webp": {}}}}
 
     @app.get("/v1/videos/{video_id}/content", summary="The video, its thumbnail or its spritesheet", responses=files)
     async def content(video_id: str, request: Request, variant: str = "video") -> Response:

@@ -257,7 +257,7 @@ class Jobs:
         return before
 
 
-def _at_their_limits() -> sa.Select[tuple[str]]:
+def _at_their_limits() -> sa.Select[str]:
     """Owners whose keys allow no more jobs at servers than there are."""
     theirs = aliased(Job)
     at_servers = (theirs.server.is_not(None), theirs.status.in_(ACTIVE), ApiKey.max_running > 0)

@@ -70,9 +70,13 @@ EVENTS: Final = 'event: video.progress\ndata: {"id": "video_...", "status": "in_
 
 
 def answers(example: Any, kind: str = "application/json") -> dict[int | str, dict[str, Any]]:
-    """The answers of a route that gives `example`, and the form of its errors."""
+    """The answers of a route that gives `example`, and the form of its errors. FastAPI leaves out what is null in an
+    example: `required` names it."""
     error = {"description": "What is wrong, in one sentence", "content": {"application/json": {"example": ERROR}}}
-    return {200: {"description": "As asked", "content": {kind: {"example": example}}}, "4XX": error, "5XX": error}
+    shown = {"example": example}
+    if isinstance(example, dict):
+        shown["schema"] = {"type": "object", "required": list(example)}
+    return {200: {"description": "As asked", "content": {kind: shown}}, "4XX": error, "5XX": error}
 
 
 def body(required: tuple[str, ...], left_out: tuple[str, ...] = (), multipart: bool = True) -> dict[str, Any]:

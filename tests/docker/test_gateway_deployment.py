@@ -152,8 +152,10 @@ def test_it_has_certificates_for_servers_with_tls(helm: Helm, tmp_path: Path) ->
     assert {"name": "tls", "mountPath": "/tls", "readOnly": True} in pod(manifests)["containers"][0]["volumeMounts"]
     volumes = {volume["name"]: volume for volume in pod(manifests)["volumes"]}
     assert volumes["tls"]["secret"] == {"secretName": "gateway-tls", "defaultMode": 0o440}
-    one_way: Values = {**values, "tls": {"secret": "server-tls"}}
-    one_way["gateway"] = {"enabled": True, "tls": {"secret": "gateway-tls"}}
+    one_way: Values = {
+        "tls": {"secret": "server-tls"},
+        "gateway": {"enabled": True, "tls": {"secret": "gateway-tls"}},
+    }
     assert configuration(helm.render(one_way, tmp_path), tmp_path).servers.security == {
         "tls": False,
         "root_certificates": "/tls/ca.crt",
