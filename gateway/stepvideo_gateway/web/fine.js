@@ -18,7 +18,7 @@ export function makePresets(app) {
     if (built === presets.join()) return;
     built = presets.join();
     picker?.node.remove();
-    costs = Object.fromEntries(presets.map((name) => [name, h('small', { class: 'cost' }, t('preset.unknown'))]));
+    costs = Object.fromEntries(presets.map((name) => [name, h('small', { class: 'cost unknown' }, t('preset.unknown'))]));
     const options = presets.map((name) => {
       const [title, text] = t(`preset.${name}`) ?? [name, t('preset.other')[1]];
       return { value: name, content: [h('strong', {}, title), h('span', { class: 'about' }, text), costs[name]] };
@@ -38,6 +38,7 @@ export function makePresets(app) {
     found = all;
     for (const [name, cost] of Object.entries(costs)) {
       const quote = all[name];
+      cost.classList.toggle('unknown', !quote || Boolean(quote.error));
       if (!quote || quote.error) say(cost, t('preset.unknown'));
       else say(cost, t('quote.takes', { time: duration(quote.seconds) }));
       cost.title = quote && !quote.error ? t('preset.evaluations', { n: quote.evaluations, m: quote.steps }) : '';

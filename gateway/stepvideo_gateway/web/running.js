@@ -80,7 +80,8 @@ function makeCard(app, { id, prompt, size }) {
 
   function timeLeft(video) {
     const left = pace.left(video);
-    return left === null || video.step >= video.total_steps ? '' : t('running.left', { time: duration(left) });
+    if (left === null || video.step >= video.total_steps || store.state.link === 'away') return '';
+    return left < 1 ? t('running.soon') : t('running.left', { time: duration(left) });
   }
 
   /** The server's own count where it has told one; else the videos of this page that were asked for before. */

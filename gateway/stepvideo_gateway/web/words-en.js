@@ -80,7 +80,7 @@ export default {
   },
   running: {
     title: 'In the works', queued: 'Waiting', place: 'Place {n} in the queue', ahead: '{n} of your videos go first', next: 'Next in line', begins: 'begins in about {time}',
-    starting: 'Starting', step: 'Step {n} of {m}', left: 'about {time} left', finishing: 'Decoding the frames',
+    starting: 'Starting', step: 'Step {n} of {m}', left: 'about {time} left', soon: 'any moment now', finishing: 'Decoding the frames',
     cancel: 'Cancel', cancelSure: 'Stop and remove it?', yes: 'Stop it', no: 'Let it run', preview: 'Preview of step {n}', noPreview: 'The preview appears with the first steps', cancelled: 'Stopped and removed.',
   },
   gallery: {

@@ -77,7 +77,7 @@ export default {
   },
   running: {
     title: '正在生成', queued: '排队中', place: '排在第 {n} 位', ahead: '您还有 {n} 个视频在前面', next: '下一个就是它', begins: '约 {time}后开始',
-    starting: '正在开始', step: '第 {n} 步，共 {m} 步', left: '约剩 {time}', finishing: '正在解码画面',
+    starting: '正在开始', step: '第 {n} 步，共 {m} 步', left: '约剩 {time}', soon: '马上就好', finishing: '正在解码画面',
     cancel: '取消', cancelSure: '停止并删除它吗？', yes: '停止', no: '继续生成', preview: '第 {n} 步的预览', noPreview: '最初几步之后会显示预览', cancelled: '已停止并删除。',
   },
   gallery: {
