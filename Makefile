@@ -28,9 +28,11 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway web bench bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx \
-	verify calibrate parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
-	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean
+.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway web bench bench-dit \
+	bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx verify calibrate \
+	parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
+	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean \
+	test-web
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -277,7 +279,7 @@ parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per gra
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 # These need more than the demo does, or much time: each has a target of its own.
-APART := $(addprefix --ignore=tests/,kernels engines toyworld gateway)
+APART := $(addprefix --ignore=tests/,kernels engines toyworld gateway web)
 QUICK := -m 'not gpu and not slow'
 SLOW := -m 'slow and not gpu'
 # With the ten slowest tests, and why tests were skipped.
@@ -294,6 +296,9 @@ test-unit: $(INSTALLED) ## the tests of functions and classes: no server, no ran
 
 test-gateway: $(INSTALLED) ## the tests of the gateway: OpenAI's client, PostgreSQL, the real server (GATEWAY_JOBS=200)
 	@GATEWAY_JOBS=$(GATEWAY_JOBS) $(PYTEST) $(QUICK) tests/gateway $(PYTEST_ARGS)
+
+test-web: $(INSTALLED) ## the web page in a real Chromium; screenshots in out/web
+	@$(PYTEST) $(QUICK) tests/web $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
 	@$(PYTEST) $(APART) $(SLOW) $(PYTEST_ARGS)

@@ -226,7 +226,8 @@ def test_the_folders_of_tests_are_those_of_the_code() -> None:
     rooms = {room_of(path) for path in sources(PACKAGE)} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
     known = "engines: TensorRT builds; evaluation: the client's extra; fakes: a machine with GPUs; gpu: what needs one"
-    assert folders - rooms == {"engines", "evaluation", "fakes", "gpu"}, known
+    known += "; web: the gateway's page"
+    assert folders - rooms == {"engines", "evaluation", "fakes", "gpu", "web"}, known
 
 
 def test_stages_know_no_backend_and_no_ranks() -> None:
