@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from stepvideo_client.errors import InvalidInput
 from stepvideo_client.evaluation.first_picture import fit, fitted_picture, has_plain_colours, read_picture
@@ -92,7 +92,20 @@ def test_what_is_no_picture_is_one_sentence(tmp_path: Path, content: bytes) -> N
         read_picture(tmp_path / "none.png")
 
 
-def test_pictures_whose_colours_the_server_converted_are_not_compared() -> None:
-    assert has_plain_colours({"image": {"colours": "sRGB"}})
-    assert has_plain_colours({})
-    assert not has_plain_colours({"image": {"colours": "Display P3, converted to sRGB"}})
+def test_pictures_whose_colours_the_server_converted_are_not_compared(tmp_path: Path) -> None:
+    """Without a REPORT (over a gateway) those with a profile are left out, whatever it says."""
+    plain, tagged = tmp_path / "plain.png", tmp_path / "tagged.png"
+    saved(Image.fromarray(texture(8, 8)), plain)
+    saved(
+        Image.fromarray(texture(8, 8)),
+        tagged,
+        icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    )
+    for path in (plain, tagged):
+        assert has_plain_colours({"image": {"colours": "sRGB"}}, path)
+        assert not has_plain_colours({"image": {"colours": "Display P3, converted to sRGB"}}, path)
+    assert has_plain_colours({}, plain)
+    assert not has_plain_colours({}, tagged)
+    plain.write_bytes(b"no picture")
+    with pytest.raises(InvalidInput, match="must be a PNG, JPEG or WebP file"):
+        has_plain_colours({}, plain)

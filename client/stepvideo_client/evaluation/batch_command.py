@@ -1,20 +1,22 @@
 """Make every clip of an evaluation set, on one server or several: resumable, and sharable between machines.
 
-What is whole in --out is not made again. The first Ctrl-C lets the clips under way end, the second cancels them.
+What is whole in --out is not made again. The first Ctrl-C lets the clips under way end, the second cancels them. Of a
+gateway, the API key is read from STEPVIDEO_API_KEY.
 """
 
 import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
-from stepvideo_client.client import Client
-from stepvideo_client.connection_options import client_of
-from stepvideo_client.errors import ClientError, InvalidInput, InvalidRequest
+from stepvideo_client.errors import ClientError, InvalidInput, InvalidRequest, ServiceUnavailable
 from stepvideo_client.evaluation.batch_options import add_batch_arguments, given_settings
 from stepvideo_client.evaluation.batch_progress import BatchProgress
+from stepvideo_client.evaluation.endpoint import Endpoint
+from stepvideo_client.evaluation.endpoints import Endpoints, refuse_undeliverable
 from stepvideo_client.evaluation.estimate import Estimate, estimate, kinds_of, together
 from stepvideo_client.evaluation.folder import BatchFolder, check_same
 from stepvideo_client.evaluation.interrupts import Interrupts
@@ -27,7 +29,15 @@ from stepvideo_client.evaluation.sources import EvaluationSet, nearest_ratio, re
 from stepvideo_client.exit_codes import EXIT_CANCELLED, EXIT_OK, EXIT_SERVER_ERROR
 
 VBENCH_SEEDS = (0, 1, 2, 3, 4)
-Connect = Callable[[str], Client]
+Connect = Callable[[str], Endpoint]
+STATED: Final = {
+    "num_frames": "--num-frames",
+    "steps": "--infer-steps",
+    "cfg_scale": "--cfg-scale",
+    "time_shift": "--time-shift",
+    "landscape": "--landscape",
+    "motions": "--motion-score",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Makes what is to be made, and returns the exit code. Raises ClientError, OSError."""
     check_lanes(args.url)
-    connect: Connect = partial(client_of, args, idle_timeout_s=args.idle_timeout)
+    refuse_undeliverable(args.url, args.latents, args.negative_prompt, args.positive_suffix)
+    connect: Connect = Endpoints(args).open
     with BatchFolder(args.out, args.shard) as folder:
         stored = folder.stored()
         settings = _settings(args, stored, connect)
+        refuse_undeliverable(args.url, settings.latents, settings.negative_prompt, settings.positive_suffix)
         whole_set = _read(args, settings)
         names = names_for(whole_set.entries, settings.clips_each)
         about = _about(args, whole_set, settings)
@@ -74,10 +86,14 @@ def _settings(args: argparse.Namespace, stored: Mapping[str, Any] | None, connec
     failure: ClientError | None = None
     for url in args.url:
         try:
-            with connect(url) as client:
-                return Settings.resolve(given, {**client.defaults(), "seeds": seeds})
-        except InvalidInput:
+            with closing(connect(url)) as endpoint:
+                return Settings.resolve(given, {**endpoint.defaults(), "seeds": seeds})
+        except (InvalidInput, InvalidRequest):
             raise
+        except ServiceUnavailable as error:  # it is there, and takes clips
+            if STATED.keys() <= given.keys():
+                return Settings.resolve(given, {"seeds": seeds})
+            failure = failure or ServiceUnavailable(f"{error} Or state {', '.join(STATED.values())}.")
         except ClientError as error:
             failure = failure or error
     assert failure is not None, "there is at least one url"
@@ -127,10 +143,10 @@ def _quote(args: argparse.Namespace, left: Sequence[PlannedClip], settings: Sett
     estimates, failed = [], False
     for url in args.url:
         try:
-            with connect(url) as client:
-                estimates.append(estimate(client, kinds_of(left), settings))
+            with closing(connect(url)) as endpoint:
+                estimates.append(estimate(endpoint, kinds_of(left), settings))
             print(f"{url}: {_hours(estimates[-1])}")
-        except InvalidRequest:
+        except (InvalidInput, InvalidRequest):
             raise
         except ClientError as error:
             failed = True
@@ -153,8 +169,8 @@ def _refuse_early(args: argparse.Namespace, left: Sequence[PlannedClip], setting
     cannot tell yet, or is not there, is asked by the clips themselves."""
     for url in args.url:
         try:
-            with connect(url) as client:
-                estimate(client, kinds_of(left), settings)
+            with closing(connect(url)) as endpoint:
+                estimate(endpoint, kinds_of(left), settings)
         except (InvalidInput, InvalidRequest):
             raise
         except ClientError:

@@ -19,7 +19,7 @@ from stepvideo_client.evaluation.folder_measures import entries_of
 from stepvideo_client.evaluation.metrics_page import estimate_text
 from stepvideo_client.evaluation.price_file import LEAST_CLIPS, price_file
 from stepvideo_client.evaluation.thresholds import add_limits, check_numbers, verdicts
-from stepvideo_client.evaluation.twice import FORM, make_side
+from stepvideo_client.evaluation.twice import FORM, make_side, side_of
 from stepvideo_client.evaluation.workers import JOBS
 from stepvideo_client.exit_codes import EXIT_OK, EXIT_SERVER_ERROR, EXIT_THRESHOLD
 from stepvideo_client.output import check_target, save_bytes, save_json
@@ -53,10 +53,15 @@ def run(args: argparse.Namespace) -> int:
     """Compares, writes the files and prints the summary. Raises ClientError, OSError."""
     _check(args)
     if args.set is not None:
-        for name, side in (("a", args.a), ("b", args.b)):
-            if code := make_side(args.set, args.out / name, side, args.both, _wants_latents(args)):
-                return code
         args.folders = [args.out / "a", args.out / "b"]
+        # Both are looked at before the first is made, which may take weeks.
+        sides = [
+            side_of(args.set, out, side, args.both, _wants_latents(args))
+            for out, side in zip(args.folders, (args.a, args.b), strict=True)
+        ]
+        for side in sides:
+            if code := make_side(side):
+                return code
     return _compare(args)
 
 

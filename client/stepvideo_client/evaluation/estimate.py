@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stepvideo_client.client import Client
+from stepvideo_client.errors import ServiceUnavailable
+from stepvideo_client.evaluation.endpoint import Endpoint
 from stepvideo_client.evaluation.plan import PlannedClip, Settings, Size
 from stepvideo_client.fields import QuoteOptions
 
@@ -24,16 +25,25 @@ def kinds_of(clips: Iterable[PlannedClip]) -> Kinds:
     return Counter((clip.size, clip.preset) for clip in clips)
 
 
-def estimate(client: Client, kinds: Kinds, settings: Settings) -> Estimate:
-    """Asks for a quote per kind (two with latents). Raises InvalidRequest for what the server would refuse, and other
-    ClientError, ServiceUnavailable while the server has not measured everything."""
-    seconds = gpu_seconds = 0.0
+def estimate(endpoint: Endpoint, kinds: Kinds, settings: Settings) -> Estimate:
+    """Asks for quotes per kind (twice with latents); the servers behind a gateway share the clips, those that can tell
+    for every kind. Raises InvalidRequest for what a server would refuse, and other ClientError, ServiceUnavailable
+    while none has measured everything."""
+    found: dict[str, list[Estimate]] = {}
+    asked = 0
     for (size, preset), count in kinds.items():
         for output in ("mp4", "latents") if settings.latents else ("mp4",):
-            quote = client.quote(**_options(size, preset, settings, output))
-            seconds += count * quote.seconds
-            gpu_seconds += count * quote.gpu_seconds
-    return Estimate(seconds, gpu_seconds)
+            asked += 1
+            for server, cost in endpoint.costs(_options(size, preset, settings, output)).items():
+                found.setdefault(server, []).append(Estimate(count * cost.seconds, count * cost.gpu_seconds))
+    sums = [
+        Estimate(sum(one.seconds for one in parts), sum(one.gpu_seconds for one in parts))
+        for parts in found.values()
+        if len(parts) == asked
+    ]
+    if not sums:
+        raise ServiceUnavailable("No server there has measured all sizes and presets of the set: run one clip of each.")
+    return together(sums) if len(sums) > 1 else sums[0]
 
 
 def together(estimates: Sequence[Estimate]) -> Estimate:

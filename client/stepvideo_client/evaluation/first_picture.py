@@ -3,7 +3,8 @@
 The server does the same in stepvideo_serve/video/image.py; tests/evaluation/test_metrics_fitting.py compares both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,22 +28,21 @@ def fitted_picture(path: Path, height: int, width: int) -> Frame:
     return fit(read_picture(path), height, width)
 
 
-def has_plain_colours(report: Mapping[str, Any]) -> bool:
+def has_plain_colours(report: Mapping[str, Any], path: Path) -> bool:
     """Whether the server, by its REPORT, used the picture's colours as they are: it converts profiles, and this does
-    not, so that the first frames of such pictures cannot be compared here."""
+    not, so that the first frames of such pictures cannot be compared here. Where REPORT does not tell, a picture
+    without a profile was used as it is. Raises InvalidInput when the file is no picture."""
     image = report.get("image")
-    return not isinstance(image, Mapping) or image.get("colours", SRGB) == SRGB
+    if isinstance(image, Mapping):
+        return bool(image.get("colours", SRGB) == SRGB)
+    with _opened(path) as file:
+        return "icc_profile" not in file.info
 
 
 def read_picture(path: Path) -> Frame:
     """uint8 [H, W, 3], upright, flattened onto white. Raises InvalidInput."""
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            picture = _rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # decoders answer damaged files with a dozen exception types
-        reason = getattr(error, "strerror", None) or f"it cannot be decoded ({type(error).__name__})"
-        raise InvalidInput(f"The picture {str(path)!r} must be a PNG, JPEG or WebP file, got: {reason}.") from error
-    return np.array(picture)
+    with _opened(path) as file:
+        return np.array(_rgb(ImageOps.exif_transpose(file)))
 
 
 def fit(picture: Frame, height: int, width: int) -> Frame:
@@ -63,6 +63,17 @@ def crop_centre(picture: Frame, height: int, width: int) -> Frame:
     """The centre [height, width, 3], as the server crops 544x992 to 540x960."""
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     return picture[top : top + height, left : left + width]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture; what is done with it inside raises InvalidInput when the file is damaged."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            yield file
+    except Exception as error:  # decoders answer damaged files with a dozen exception types
+        reason = getattr(error, "strerror", None) or f"it cannot be decoded ({type(error).__name__})"
+        raise InvalidInput(f"The picture {str(path)!r} must be a PNG, JPEG or WebP file, got: {reason}.") from error
 
 
 def _resampling(length: int, target: int) -> NDArray[np.float32]:

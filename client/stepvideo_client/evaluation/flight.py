@@ -4,16 +4,17 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from stepvideo_client.client import Client
 from stepvideo_client.errors import MalformedResponse
+from stepvideo_client.evaluation.endpoint import Endpoint
 from stepvideo_client.evaluation.folder import BatchFolder
 from stepvideo_client.evaluation.plan import PlannedClip, Settings, request_id
 from stepvideo_client.evaluation.results import LATENTS, VIDEOS, Clip, append
 from stepvideo_client.events import Result, StepEvent
+from stepvideo_client.fields import Options
 from stepvideo_client.options import image_bytes
 
 
@@ -34,27 +35,30 @@ class Flight:
 
     begun: whether the server works on it; until then it waits there. Exactly one of `clip` and `error` is set at the
     end, neither when it was cancelled here. heard_s: when the server last said something, on the clock of
-    time.monotonic; 0: never.
+    time.monotonic; 0: never. servers: how many work at the other end; 0: not known yet.
     """
 
     job: Job
     url: str
-    client: Client
+    endpoint: Endpoint
     begun: bool = False
     cancelled: bool = False
     clip: Clip | None = None
     error: BaseException | None = None
     heard_s: float = 0.0
+    servers: int = 0
 
     def cancel(self) -> None:
         """Any thread may; the server is told."""
         self.cancelled = True
-        self.client.close()
+        self.endpoint.close()
 
     def fly(self, folder: BatchFolder, settings: Settings, priority: int, changed: Callable[[], None]) -> None:
-        """To the end, without raising; `changed` is called when it begins."""
+        """To the end, without raising; `changed` is called when it begins, and when `servers` is known."""
         try:
-            with self.client:
+            with closing(self.endpoint):
+                self.servers = self.endpoint.servers()
+                changed()
                 self.clip = self._make(folder, settings, priority, changed)
         except BaseException as error:  # looked at by the thread that started this one
             if not self.cancelled:
@@ -95,14 +99,16 @@ class Flight:
             bytes=size,
         )
         append(folder.path, clip)
+        for received in results.values():
+            self.endpoint.settle(received)
         return clip
 
     def _receive(self, picture: bytes, options: dict[str, Any], priority: int, changed: Callable[[], None]) -> Result:
         clip = self.job.clip
         self.begun = False
         name = request_id(clip, options, picture)
-        sent = {**options, "priority": priority, "request_id": name}
-        with closing(self.client.generate(picture, clip.entry.prompt, **sent)) as events:
+        sent = cast(Options, {**options, "priority": priority, "request_id": name})
+        with closing(self.endpoint.generate(picture, clip.entry.prompt, sent)) as events:
             for event in events:
                 self.heard_s = time.monotonic()
                 if isinstance(event, Result):

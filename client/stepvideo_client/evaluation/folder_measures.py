@@ -201,17 +201,22 @@ def _measure(entry: Entry, folder: Path, images: Path | None) -> Row:
 
 def _picture(clip: Clip, folder: Path, images: Path | None) -> Frame | None:
     """Fitted to the size that was asked for, None where it is not there or was shown to the model in other colours."""
-    path, height, width = picture_path(clip, folder, images), clip.report.get("height"), clip.report.get("width")
+    path, height, width = picture_path(clip, folder, images), _served(clip, "height"), _served(clip, "width")
     if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
         return None
-    if path is None or not has_plain_colours(clip.report):
+    if path is None or not has_plain_colours(clip.report, path):
         return None
     return fitted_picture(path, height, width)
 
 
 def _missing_frames(entry: Entry, measured: MeasuredClip) -> int:
-    asked = None if entry.clip is None else entry.clip.report.get("frames")
+    asked = None if entry.clip is None else _served(entry.clip, "frames", "num_frames")
     return asked - measured.measures.frames if isinstance(asked, int) else 0
+
+
+def _served(clip: Clip, name: str, option: str | None = None) -> Any:
+    """By REPORT, else (over a gateway, or by an older server) what was asked for."""
+    return clip.report.get(name, clip.request.get(option or name))
 
 
 def _worst_first(rows: list[Row]) -> list[Row]:
@@ -242,7 +247,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     if unknown:
         yield (
             f"The first frame of {len(unknown)} clips was not compared: their picture was not found (--images FOLDER), "
-            "or the server converted its colours from a profile."
+            "or the server converted its colours from a profile, or perhaps did."
         )
 
 

@@ -1,10 +1,10 @@
-"""One server of a batch: what is on its way there, and whether it may be sent more."""
+"""One server of a batch, or one gateway: what is on its way there, and whether it may be sent more."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from stepvideo_client.client import Client
+from stepvideo_client.evaluation.endpoint import Endpoint
 from stepvideo_client.evaluation.flight import Flight, Job
 from stepvideo_client.evaluation.retries import back_off_s
 
@@ -16,14 +16,15 @@ UNDER_WAY = (
 
 @dataclass(eq=False)
 class Lane:
-    """waiting: how many clips may wait on the server behind the one that it works on. One is enough to keep its ranks
-    busy, since the next is sent as soon as that one begins; more only take places from other callers.
+    """waiting: how many clips may wait on a server behind the one that it works on. One is enough to keep its ranks
+    busy, since the next is sent as soon as that one begins; more only take places from other callers. A gateway may
+    have so many for each of its servers, or one of these would have none while the clip at another waits.
 
     trouble: failures in a row; heard_s: when the server was last heard of, on the clock of time.monotonic.
     """
 
     url: str
-    connect: Callable[[str], Client]
+    connect: Callable[[str], Endpoint]
     waiting: int
     flights: list[Flight] = field(default_factory=list)
     trouble: int = 0
@@ -32,8 +33,14 @@ class Lane:
 
     def has_room(self, now_s: float) -> bool:
         """Whether another clip may be sent now."""
-        most = UNDER_WAY + self.waiting
-        return now_s >= self.free_at_s and self.waiting_now < self.waiting and len(self.flights) < most
+        may_wait = self.servers * self.waiting
+        most = self.servers * UNDER_WAY + may_wait
+        return now_s >= self.free_at_s and self.waiting_now < may_wait and len(self.flights) < most
+
+    @property
+    def servers(self) -> int:
+        """How many there are behind it, as the youngest flight that knows was told."""
+        return next((flight.servers for flight in reversed(self.flights) if flight.servers), 1)
 
     @property
     def waiting_now(self) -> int:

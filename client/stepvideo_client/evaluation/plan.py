@@ -45,13 +45,13 @@ class Settings:
     def resolve(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> "Settings":
         """From what was `given`, else from `defaults`: the server's, and `seeds`. Portrait is landscape turned, and
         square has about its area."""
-        height, width = given.get("landscape", (defaults["height"], defaults["width"]))
+        height, width = given["landscape"] if "landscape" in given else (defaults["height"], defaults["width"])
         side = max(round((height * width) ** 0.5 / _ALIGNMENT) * _ALIGNMENT, 2 * _ALIGNMENT)
         usual = {
             "landscape": (height, width),
             "portrait": (width, height),
             "square": (side, side),
-            "motions": (defaults["motion_score"],),
+            "motions": (defaults.get("motion_score"),),
             "presets": ("exact",),
             "latents": False,
             "negative_prompt": None,

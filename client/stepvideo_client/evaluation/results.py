@@ -30,8 +30,9 @@ class Clip:
 
     id, index: the entry of the set, and the clip's number among its own (0, 1, ...). video: its path in the folder.
     image: the first image as it was given. motion, seed, preset: MOTION_SCORE, SEED and QUALITY. request: every option
-    that decides the result, by its name in `Client.generate`. report: the server's REPORT. evaluations_mask: 1 for each
-    step that was evaluated and 0 for each that was forecast (None: the server does not tell). server: its url.
+    that decides the result, by its name in `Client.generate`. report: the server's REPORT; over a gateway, which does
+    not hand that out, `gateway` with the id and the times of the job. evaluations_mask: 1 for each step that was
+    evaluated and 0 for each that was forecast (None: nobody tells). server: its url, or the gateway's.
     latents: path in the folder, or None. seconds: from sending to receiving. bytes: size of the video,
     None where nobody counted.
     """

@@ -8,27 +8,34 @@ from typing import Final, NoReturn
 
 from stepvideo_client.errors import InvalidInput
 from stepvideo_client.evaluation.commands import load
+from stepvideo_client.evaluation.endpoints import refuse_undeliverable
 
-FORM: Final = "HOST[:PORT],NAME=VALUE,..."
+FORM: Final = "URL,NAME=VALUE,..."
 _NAME: Final = re.compile(r"[a-z][a-z-]*")
 _OURS: Final = ("set", "out", "url", "latents", "dry-run", "shard")
 
 
-def make_side(evaluation_set: Path, out: Path, side: str, both: Sequence[str], latents: bool) -> int:
-    """The clips of one side, in `out`; goes on with what is there. Returns the exit code of batch.
+def side_of(evaluation_set: Path, out: Path, side: str, both: Sequence[str], latents: bool) -> argparse.Namespace:
+    """What batch is asked for, for the clips of one side in `out`.
 
     side: as FORM, several servers one after another. both: NAME=VALUE of either side; a name that is given twice has
     several values, one without a value is a switch. latents: whether batch keeps the final latents. Raises InvalidInput
-    for what is no option of batch, and the ClientError or OSError of batch.
+    for what is no option of batch, and for what the servers do not deliver.
     """
     servers, options = _side(side)
     words = ["--out", str(out), "--url", *servers, *(["--latents"] if latents else [])]
     for name, values in _values([*both, *options]).items():
         words += [f"--{name}", *values]
-    batch = load("batch")
     parser = _Parser(prog="stepvideo compare", add_help=False, allow_abbrev=False)
-    batch.add_arguments(parser)
-    return batch.run(parser.parse_args([str(evaluation_set), *words]))
+    load("batch").add_arguments(parser)
+    args = parser.parse_args([str(evaluation_set), *words])
+    refuse_undeliverable(args.url, args.latents, args.negative_prompt, args.positive_suffix)
+    return args
+
+
+def make_side(args: argparse.Namespace) -> int:
+    """Makes them; goes on with what is there. Returns the exit code of batch. Raises its ClientError or OSError."""
+    return load("batch").run(args)
 
 
 class _Parser(argparse.ArgumentParser):
