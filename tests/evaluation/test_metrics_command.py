@@ -88,8 +88,9 @@ def test_clips_that_are_missing_damaged_or_short(folder: Path, capsys: pytest.Ca
     video.write_bytes(video.read_bytes()[:2000])
     (folder / "videos" / "even2-0.mp4").unlink()
     write_clip(folder, "short", even(0)[:20], change=lambda values: values["report"].update(frames=34))
-    assert run("metrics", folder, "--out", folder) == 1
-    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    out = folder / "made" / "here"
+    assert run("metrics", folder, "--out", out) == 1
+    found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert found["counts"] == {"clips": 8, "unreadable": 2, "incomplete": 1, "black": 1, "frozen": 2}
     assert {clip["id"] for clip in found["clips"][:2]} == {"even1", "even2"}
     assert all(clip["measures"] is None for clip in found["clips"][:2])
@@ -175,7 +176,7 @@ BAD: dict[str, Callable[[Path], list[object]]] = {
     "--vbench must name a program": lambda path: [path / "v", "--vbench", "no-such-program"],
     "--vbench must be a command, got": lambda path: [path / "v", "--vbench", "'open"],
     "--vbench must be a command such as": lambda path: [path / "v", "--vbench", ""],
-    "must be in a folder that exists": lambda path: [path / "v", "--out", path / "none"],
+    "--out must be a folder": lambda path: [path / "v", "--out", path / "v" / "a.mp4"],
     "is no clip": lambda path: [path / "w"],
     "motion of one is 'fast'": lambda path: [path / "x"],
 }
@@ -218,5 +219,6 @@ def test_statistics() -> None:
     away: list[Any] = deviations([1.0, 2.0, 3.0, None, 100.0])
     assert away[3] == 0
     assert away[4] > 10
+    assert deviations([0.0, 2e-5, 0.0, 2e-5, 0.3, 1e-5], 0.01)[4] == pytest.approx(30, rel=0.01), "not thousands"
     assert deviations([1.0, 1.0, 1.0, 9.0])[3] > 3, "the median of deviations is 0 there"
     assert deviations([2.0, 2.0]) == [0, 0]

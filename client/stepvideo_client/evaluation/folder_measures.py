@@ -16,15 +16,18 @@ from stepvideo_client.evaluation.workers import in_parallel
 
 FORMAT: Final = "stepvideo metrics"
 VERSION: Final = 1
+LEAST_SHARE: Final = 0.01
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of clip_measures.py. bad: the side on which a clip of the set is worse, None where none is."""
+    """A figure of clip_measures.py. bad: the side on which a clip of the set is worse, None where none is. least: what
+    a deviation of the set is at least, in the figure's unit."""
 
     name: str
     title: str
     bad: Literal["low", "high"] | None
+    least: float = 0.0
 
 
 FIGURES: Final = (
@@ -33,14 +36,14 @@ FIGURES: Final = (
     Figure("temporal_flickering", "temporal flickering (VBench; 1 = none)", "low"),
     Figure("motion_px", "motion, pixels a frame", None),
     Figure("motion_fastest_px", "motion of the fastest 5 %, pixels a frame", None),
-    Figure("still_share", "share of still frames", "high"),
+    Figure("still_share", "share of still frames", "high", LEAST_SHARE),
     Figure("smoothness", "smoothness of motion (1 = even)", "low"),
     Figure("seam", "seam at chunk borders (1 = none)", "high"),
     Figure("sharpness", "sharpness, variance of the Laplacian", "low"),
     Figure("sharpness_kept", "sharpness of the last frame over the first", "low"),
     Figure("brightness", "brightness, mean level", None),
-    Figure("dark_share", "share of dark pixels", "high"),
-    Figure("bright_share", "share of bright pixels", "high"),
+    Figure("dark_share", "share of dark pixels", "high", LEAST_SHARE),
+    Figure("bright_share", "share of bright pixels", "high", LEAST_SHARE),
 )
 
 
@@ -225,7 +228,7 @@ def _worst_first(rows: list[Row]) -> list[Row]:
         if figure.bad is None:
             continue
         sign = 1 if figure.bad == "high" else -1
-        for row, off in zip(rows, deviations([row.value(figure.name) for row in rows]), strict=True):
+        for row, off in zip(rows, deviations([row.value(figure.name) for row in rows], figure.least), strict=True):
             if sign * off > (0 if row.off is None else row.off[1]):
                 row.off = figure, sign * off
     return sorted(

@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidInput(f"{name} must be at least {least}, got {value}.")
     if args.images is not None and not args.images.is_dir():
         raise InvalidInput(f"--images must be a folder that exists, {str(args.images)!r} does not.")
+    if out.exists() and not out.is_dir():
+        raise InvalidInput(f"--out must be a folder, {str(out)!r} is a file.")
     entries = entries_of(folder)
+    out.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.json", "metrics.html"):
         check_target(out / name, "--out")
     vbench = None

@@ -58,10 +58,11 @@ def psnr_db(squared_error: float) -> float:
     return EQUAL_DB if squared_error == 0 else min(EQUAL_DB, 10 * math.log10(255**2 / squared_error))
 
 
-def deviations(values: Sequence[float | None]) -> list[float]:
+def deviations(values: Sequence[float | None], least: float = 0.0) -> list[float]:
     """How many deviations each value lies above the median of the set (below: negative); 0 for what is not known.
 
-    A deviation is told by the median of absolute deviations; where that is 0, by their mean.
+    A deviation is told by the median of absolute deviations; where that is 0, by their mean. It is at least `least`: a
+    share that is next to nothing in most clips would lie thousands of deviations off in the others.
     """
     known = np.asarray([value for value in values if value is not None], dtype=np.float64)
     if known.size == 0:
@@ -69,6 +70,7 @@ def deviations(values: Sequence[float | None]) -> list[float]:
     middle = float(np.median(known))
     away = np.abs(known - middle)
     spread = _FROM_MEDIAN * float(np.median(away)) or _FROM_MEAN * float(away.mean())
+    spread = max(spread, least)
     return [0.0 if value is None or spread == 0 else (value - middle) / spread for value in values]
 
 
