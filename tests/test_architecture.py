@@ -83,6 +83,10 @@ GATEWAY_MAY_IMPORT = (
     *("stepvideo_gateway", "stepvideo_client", "fastapi", "starlette", "uvicorn", "sqlalchemy", "alembic"),
     *("httpx2", "imageio_ffmpeg", "PIL", "prometheus_client"),
 )
+# ComfyUI loads its nodes under a name made of their path, so these alone import each other relatively.
+COMFYUI = "comfyui"
+COMFYUI_MAY_IMPORT = ("aiohttp", "PIL")
+COMFYUI_ITSELF = ("comfy_api", "comfy.model_management", "server.PromptServer")
 SERVER_API = "triton_python_backend_utils"
 VENDOR = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 PICKLING_MODULES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -210,12 +214,13 @@ def module_of(path: Path) -> str:
 
 def test_no_circle_of_imports_between_files() -> None:
     """Imports inside functions count too: a circle there is one all the same."""
-    folders = (PACKAGE, "export", "kernels", "client", "gateway", "perf", "toyworld")
+    folders = (PACKAGE, "export", "kernels", "client", "gateway", "perf", "toyworld", COMFYUI)
     paths = {module_of(path): path for path in sources(*folders)}
     graph: dict[str, set[str]] = {}
     for module, path in paths.items():
         found = set()
-        for name in imports(ast.walk(parse(path))):
+        for named in imports(ast.walk(parse(path))):
+            name = f"{COMFYUI}.{named.lstrip('.')}" if named.startswith(".") else named
             target = next((n for n in (name, name.rpartition(".")[0]) if n in paths), None)
             found |= {target} if target and target != module else set()
         graph[module] = found
@@ -248,7 +253,7 @@ def test_vendor_modules_are_imported_inside_the_runner_that_needs_them() -> None
 
 def test_nothing_that_serves_imports_export() -> None:
     """The toy world, the benchmarks and the tests may."""
-    others = sources(PACKAGE, "client", "gateway", "kernels", "model_repository")
+    others = sources(PACKAGE, "client", "gateway", "kernels", "model_repository", COMFYUI)
     assert not [(path, name) for path, name in imported(others) if within(name, ("export",))]
     assert not [(path, name) for path, name in imported(sources("export")) if within(name, ("toyworld", "perf"))]
 
@@ -257,6 +262,14 @@ def test_the_gateway_imports_nothing_of_the_server() -> None:
     found = imported(sources("gateway"))
     assert found
     assert not [(path, name) for path, name in found if not within(name, GATEWAY_MAY_IMPORT) and not is_standard(name)]
+
+
+def test_comfyuis_nodes_speak_http_and_one_file_knows_comfyui() -> None:
+    found = imported(sources(COMFYUI))
+    assert found
+    for path, name in found:
+        itself = COMFYUI_ITSELF if path.name == "host.py" else ()
+        assert name.startswith(".") or within(name, (*COMFYUI_MAY_IMPORT, *itself)) or is_standard(name), (path, name)
 
 
 def test_the_client_needs_only_numpy_and_tritonclient() -> None:
@@ -274,7 +287,8 @@ def test_the_client_starts_without_its_extra() -> None:
 
 
 def test_imports_are_absolute() -> None:
-    assert not [(path, name) for path, name in imported(files(".py")) if name.startswith(".")]
+    others = [path for path in files(".py") if path.parent != ROOT / COMFYUI]
+    assert not [(path, name) for path, name in imported(others) if name.startswith(".")]
 
 
 def test_file_sizes() -> None:
