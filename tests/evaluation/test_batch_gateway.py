@@ -1,4 +1,7 @@
-"""What `stepvideo batch` asks a gateway for, and what it does about gateways that fail: with scripted ones."""
+"""What `stepvideo batch` asks a gateway for, and what it does about gateways that fail: with scripted ones.
+
+tests/gateway/test_gateway_batch.py has the real gateway in front of the real server.
+"""
 
 import base64
 import ssl
