@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -105,7 +105,7 @@ async def _create(gateway: Gateway, request: Request) -> dict[str, Any]:
     return video
 
 
-async def _again(call: Any, *arguments: Any) -> Any:
+async def _again(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     """Calls until the gateway answers, at most TRIES times."""
     for _ in range(TRIES - 1):
         with contextlib.suppress(Away):
@@ -188,7 +188,7 @@ class _Follower:
         if name == "video.deleted":
             raise Failed("The video was deleted at the gateway while this node waited: queue the workflow again.")
         if name == "video.preview":
-            preview = await asyncio.to_thread(decoded, str(data.get("data") or data.get("preview")))
+            preview = await asyncio.to_thread(decoded, str(data.get("data")))
             if preview is not None:
                 self._preview, self._preview_s, self._shown = preview, time.monotonic(), (-1, -1.0)
         elif "status" in data:

@@ -27,13 +27,9 @@ class Preview:
 
 
 def decoded(text: str) -> Preview | None:
-    """A still or animated picture, in base64 or a data URL.
-
-    None where there is none: a preview is no reason to lose a video.
-    """
+    """A still or animated picture in base64; None where there is none: a preview is no reason to lose a video."""
     try:
-        file = base64.b64decode(text.rpartition(",")[2], validate=True)
-        with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=FORMATS) as image:
             frames, lengths_s = [], []
             for frame in ImageSequence.Iterator(image):
                 frames.append(frame.convert("RGB"))
