@@ -2,14 +2,19 @@
 
 On the GPU each engine gets the inputs on which its graph was compared (one_graph.py), rounded to its dtypes. It may
 lose twice what torch loses in these, with the same layers quantised. The rows join the graph's own report in the
-manifest, with "engine" as their backend: a server refuses the engine when one of them fails.
+manifest, with "engine" as their backend: a server refuses the engine when one of them fails. All outputs, those of the
+graph in ONNX Runtime among them where it is there, are kept beside the logs as Polygraphy's JSON.
 """
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import onnx
+
+from export.compare.fp16_copy import write_fp16_twin
 from export.compare.one_graph import compare_engine
 from export.graphs.placement import export_plan
 from export.graphs.recipe import QUANTIZED, Recipe
@@ -18,7 +23,7 @@ from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, Linears
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import Component
-from stepvideo_serve.engine.manifest import FILE_NAME, LOOP, EngineTarget, GraphEntry, Manifest
+from stepvideo_serve.engine.manifest import FILE_NAME, GRAPH, LOOP, EngineTarget, GraphEntry, Manifest
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.parallel.layout import Layout
@@ -27,6 +32,7 @@ Open = Callable[[str], EngineRunner]
 Opener = Callable[[Path, Manifest], Open]
 """From a folder of engines to what opens one by its name."""
 ENGINE = "engine"
+GRAPHS = "onnx"  # where `make engines` puts the graphs, below the engines
 
 
 def report(directory: Path) -> tuple[list[str], bool]:
@@ -102,10 +108,34 @@ class _Comparison:
 
     def entry(self, folder: Path, entry: GraphEntry, runner: EngineRunner) -> GraphEntry:
         """The entry with the engine's rows in its report, in place of older ones."""
-        own, wide = (table[folder][entry.spec.name] for table in (self.own, self.wide))
-        rows = compare_engine(runner, wide.load, self.recipe.same_precision(own))
+        name = entry.spec.name
+        own, wide = (table[folder][name] for table in (self.own, self.wide))
+        logs = folder / "logs"
+        logs.mkdir(exist_ok=True)
+        with TemporaryDirectory(prefix=".twin-", dir=logs) as workshop:
+            twin = _twin(folder, entry, Path(workshop))
+            rows = compare_engine(runner, wide.load, self.recipe.same_precision(own), twin, logs / name)
         kept = [row for row in entry.extras.get("parity", []) if row["backend"] != ENGINE]
         return replace(entry, extras={**entry.extras, "parity": [*kept, *rows]})
+
+
+def _twin(folder: Path, entry: GraphEntry, workshop: Path) -> Path | None:
+    """The graph that the engine was built from as ONNX Runtime runs it, where `make engines` left it and no operator of
+    it is for TensorRT alone."""
+    part = folder.name if folder.name.startswith("tp") else ""
+    graphs = (folder.parent if part else folder) / GRAPHS / part
+    plan = entry.extras.get("plan", {})
+    if not (graphs / FILE_NAME).is_file() or plan.get("plugins") or plan.get("fp4_gemms"):
+        return None
+    source = Manifest.load(graphs).graphs.get(entry.spec.name)
+    if source is None or source.key != entry.extras.get(GRAPH, entry.key):
+        return None
+    inputs = onnx.load(str(graphs / source.file), load_external_data=False).graph.input
+    if {value.name for value in inputs} != {tensor.name for tensor in entry.spec.inputs}:
+        return None  # its weights are inputs, which are bound apart
+    twin = workshop / source.file
+    write_fp16_twin(graphs / source.file, twin)
+    return twin
 
 
 def _recipe(manifest: Manifest, calibration: Path | None) -> Recipe:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from export.compare.fp16_copy import twin_spec, write_fp16_twin
+from export.compare.runners import MEASURE, REFERENCE, Contestant, compare_runners
 from export.graphs.example_inputs import LARGE_SIZES, SMALL_SIZES, sample_inputs
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
@@ -88,20 +89,33 @@ def compare_plugins(spec: EngineSpec, fused: nn.Module, reference: Load, same_pr
     return _require(spec, _rows(spec, _run_all(EagerRunner(spec, fused), inputs), wide, low, "torch"))
 
 
-def compare_engine(runner: EngineRunner, reference: Load, same_precision: Load) -> list[dict[str, Any]]:
+def compare_engine(
+    runner: EngineRunner, reference: Load, same_precision: Load, graph: Path | None = None, save: Path | None = None
+) -> list[dict[str, Any]]:
     """Rows as those of its graph, of what `runner` itself gives, with "engine" as their backend. `reference` loads the
     plain module in fp32, `same_precision` the one whose loss is the measure, in the dtypes of the engine, quantised if
     the engine is. Rows that fail are returned, too. Raises EngineError when the engine does not run.
+
+    graph  the engine's graph as ONNX Runtime runs it, to join the comparison
+    save   where its outcome is kept, see runners.py
     """
     spec, inputs = runner.spec, _inputs(runner.spec)
-    found = [
-        {name: output.cpu() for name, output in runner(**{n: x.to(runner.device) for n, x in values.items()}).items()}
-        for values in inputs
+    contestants = [
+        Contestant(REFERENCE, lambda: EagerRunner(_in_fp32(spec), reference()), list(map(_as_fp32, inputs))),
+        Contestant(MEASURE, lambda: EagerRunner(spec, same_precision()), inputs, RoundedConvolutions),
+        Contestant("engine", lambda: runner, inputs),
     ]
-    wide = _run_all(EagerRunner(_in_fp32(spec), reference()), [_as_fp32(values) for values in inputs])
-    with RoundedConvolutions():
-        low = _run_all(EagerRunner(spec, same_precision()), inputs)
-    return [_in_json(row) for row in _rows(spec, found, wide, low, "engine")]
+    if graph is not None:
+        twin = twin_spec(spec)
+        contestants.append(Contestant("onnxruntime", lambda: OrtRunner(twin, graph), _inputs(twin)))
+    found = compare_runners(contestants, ROUND_OFF, save)
+    wide, low, engine = (_tensors(found[name]) for name in (REFERENCE, MEASURE, "engine"))
+    return [_in_json(row) for row in _rows(spec, engine, wide, low, "engine")]
+
+
+def _tensors(results: Any) -> Outputs:
+    """Outputs of a runner as Polygraphy has them."""
+    return [{name: torch.from_numpy(array) for name, array in result.items()} for result in results]
 
 
 def _in_json(row: dict[str, Any]) -> dict[str, Any]:
