@@ -32,7 +32,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 	bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx verify calibrate \
 	parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean \
-	test-web test-comfyui-unit
+	test-web test-comfyui-unit doctor
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -162,6 +162,9 @@ demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint
 	@$(RUN) stepvideo_serve run --config '$(CONFIG)' --log build/demo-server.log -- \
 		sh -c 'exec $(GENERATE) --out "$$OUT" --json "$${OUT%.*}.json"'
 	@$(SHOW_JSON) "$(basename $(OUT)).json"
+
+doctor: $(INSTALLED) ## look at all that a server of CONFIG needs, and say what to put right
+	@$(RUN) stepvideo_serve doctor --config '$(CONFIG)'
 
 serve: $(SERVED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## run the server in the foreground until Ctrl-C (GPU=1: with TensorRT)
 	@$(RUN) stepvideo_serve serve --config '$(CONFIG)'

@@ -1,8 +1,8 @@
 """Serve Step-Video-TI2V (text + first image + motion score -> video) from Triton Inference Server.
 
 The folders in the order of the data: text, vae, dit, (fused,) sampling, video, pipeline; then the machinery: weights,
-memory, engine, assembly, parallel, scheduling, planning, serving, launch. errors, geometry, request and config are the
-vocabulary that every folder may import.
+memory, engine, assembly, parallel, scheduling, planning, doctor, serving, launch. errors, geometry, request and config
+are the vocabulary that every folder may import.
 
 Glossary. One word means one thing.
 

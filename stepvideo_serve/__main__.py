@@ -13,6 +13,7 @@ COMMANDS = {
     "supervise": ("launch.supervise", "main", "run the server, and revive what dies"),
     "health": ("launch.health", "main", "ask a running server whether it is well"),
     "generate": ("assembly.generate_command", "main", "make one video in this process, without a server"),
+    "doctor": ("doctor.command", "main", "look at all that a server needs, before a start"),
     "layouts": ("planning.layouts", "main", "predict what each layout of N GPUs takes"),
 }
 """Command -> module below stepvideo_serve, function, and what the command does."""

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("assembly",),
     ("planning",),
-    ("serving",),
+    ("doctor", "serving"),
     ("__main__",),
 )
 # Rooms that need less than their floor allows.
@@ -65,6 +65,7 @@ FROM_OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "memory": (),
     "assembly": (*TORCH, "transformers", "stepvideo_kernels"),
     "planning": TORCH,
+    "doctor": ("torch", "stepvideo_kernels"),
     "serving": (*TORCH, "triton_python_backend_utils", "opentelemetry"),
 }
 # Modules whose processes must start in a moment or keep little memory -> what importing them must not load.

@@ -166,6 +166,16 @@ class Checkpoint:
         self._check_vae()
         return load_module(lambda: VideoDecoder(self.vae_config), self._vae_files, dtype, prefix="decoder.")
 
+    def check(self, part: str) -> None:
+        """Compares the weights of `part` (one of PARTS but the tokenizers) with its configuration, by the files'
+        headers. Raises CheckpointError."""
+        if part == "vae":
+            self._check_vae()
+            return
+        config, files = f"{part}_config", f"_{part}_files"
+        getattr(self, config)
+        getattr(self, files)
+
     def digest(self, part: str, prefix: str = "") -> str:
         """SHA-256 over what decides the results of `part` (one of PARTS): the weight files that hold its keys starting
         with `prefix`, and its configuration; of "tokenizers" their files. Files are hashed once."""

@@ -97,20 +97,25 @@ def server_home() -> Path:
     return Path(wheel.origin).parent / "tritonserver"
 
 
-def link_stub(home: Path) -> None:
-    """Puts the stub of the running Python version where the python backend looks for it.
-
-    The production image has the one stub that it needs; the wheel has one per Python version.
-    """
+def stub_of(home: Path) -> Path | None:
+    """The stub of the running Python version, seen from where the python backend looks for it. None in the production
+    image, which has the one that it needs in place; the wheel has one per Python version. Raises SetupError where it
+    has none for this one."""
     stubs = home / "python_backend_stubs"
     if not stubs.is_dir():
-        return
+        return None
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    target = Path("../../python_backend_stubs") / version / STUB
-    link = home / "backends/python" / STUB
     if not (stubs / version / STUB).is_file():
         have = ", ".join(sorted(path.name for path in stubs.iterdir()))
         raise SetupError(f"The server must have a stub for Python {version}, but has {have}: use one of these.")
+    return Path("../../python_backend_stubs") / version / STUB
+
+
+def link_stub(home: Path) -> None:
+    """Puts the stub of the running Python version where the python backend looks for it. Raises SetupError."""
+    target, link = stub_of(home), home / "backends/python" / STUB
+    if target is None:
+        return
     if link.is_symlink() and link.readlink() == target:
         return
     fresh = link.with_name(f"{STUB}.{os.getpid()}")

@@ -21,6 +21,7 @@ LONGEST_LINE = 1 << 20
 LAST_WORDS_S = 2.0  # for what is still in the pipe when the server has exited
 LOADING = re.compile(r"\"loading: (\w+):\d+\"")
 LOADED = re.compile(r"\"successfully loaded '(\w+)'")
+DOCTOR = "python -m stepvideo_serve doctor"
 FAILED = re.compile(r"failed to load '(\w+)' version \d+: [\w ]+: (.*)")
 REFUSED = "Failed to initialize Python stub"  # said by a model's process, which then ends
 OURS = "TritonModelException: "
@@ -67,10 +68,12 @@ class ServerLog:
         if told:
             direct = next((entry for entry in told if not SECOND_HAND.search(entry[1])), None)
             model, words = direct or (told[0][0], self._own_words or told[0][1].removeprefix(OURS))
-            return f"The model {model} must load, but {words.removesuffix('.')}: put that right{self._where()}."
+            said = words.removesuffix(".")
+            return f"The model {model} must load, but {said}: put that right, or ask {DOCTOR}{self._where()}."
         if self._last_error:
-            return f"Triton must start, but {self._last_error.removesuffix('.')}: put that right{self._where()}."
-        return f"Triton must start, but has ended without a reason{self._where()}."
+            error = self._last_error.removesuffix(".")
+            return f"Triton must start, but {error}: put that right, or ask {DOCTOR}{self._where()}."
+        return f"Triton must start, but has ended without a reason: ask {DOCTOR}{self._where()}."
 
     def still_loading(self) -> str:
         """The models that have begun to load and are not done, and where to look."""

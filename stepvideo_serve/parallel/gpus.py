@@ -65,11 +65,16 @@ def check_gpus(layout: Layout, rank: int, gpus: Gpus) -> None:
         raise SetupError(
             f"GPU {rank} must be open to {users}, its compute mode is {MODES[mode]}: nvidia-smi -i {rank} -c DEFAULT."
         )
-    partners = {other for axis in ("cfg", "tp", "sp") for other in layout.group(axis, rank)} - {rank}
-    if apart := sorted(other for other in partners if not gpus.reaches(rank, other)):
+    if others := apart(layout, rank, gpus):
         _logger.warning(
             "GPU %d cannot reach the memory of GPU %s (P2P): what they exchange goes through the host, slowly; see "
             "nvidia-smi topo -p2p r",
             rank,
-            ", ".join(map(str, apart)),
+            ", ".join(map(str, others)),
         )
+
+
+def apart(layout: Layout, rank: int, gpus: Gpus) -> list[int]:
+    """The GPUs of this rank's partners whose memory its GPU cannot reach."""
+    partners = {other for axis in ("cfg", "tp", "sp") for other in layout.group(axis, rank)} - {rank}
+    return sorted(other for other in partners if not gpus.reaches(rank, other))
