@@ -290,9 +290,11 @@ debug-engine: $(BUILDER) ## command lines of Polygraphy for a bad engine in OUT:
 	@$(RUN) export.debug_engine --engines '$(ENGINES_OUT)' --graph '$(GRAPH)' --shapes '$(SHAPES)'
 
 REQUESTS ?= ../shared/eval
-calibrate: $(INSTALLED) ## FP8 ranges of MODEL_DIR's activations over the image/prompt pairs in REQUESTS: CALIBRATION
+calibrate: $(INSTALLED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## FP8 ranges over the pairs in REQUESTS (FRAMES, HEIGHT, WIDTH, STEPS, LIMIT): CALIBRATION
 	@$(RUN) export.calibrate --model-dir '$(MODEL_DIR)' --requests '$(REQUESTS)' \
-		--out '$(or $(CALIBRATION),build/calibration.json)'
+		--out '$(or $(CALIBRATION),build/calibration.json)' $(if $(LIMIT),--limit '$(LIMIT)') \
+		$(if $(FRAMES),--num-frames '$(FRAMES)') $(if $(HEIGHT),--height '$(HEIGHT)') $(if $(WIDTH),--width '$(WIDTH)') \
+		$(if $(STEPS),--steps '$(STEPS)')
 
 parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per graph and over a short loop
 	@$(RUN) export.parity --model-dir '$(MODEL_DIR)' --engines '$(ENGINE_DIR)'

@@ -1,9 +1,11 @@
 """Calibration: what is measured is what the layers get; interrupted runs go on; one sentence for what is wrong."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
@@ -11,11 +13,13 @@ from PIL import Image
 from export.calibrate import main
 from export.compare.graph_stages import read_requests
 from export.quantize.calibration import Calibration
+from export.quantize.forecast import forecast_s, in_words, matmul_rate
 from export.tiny_checkpoint import write_checkpoint
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.fused.layers import all_names
 from stepvideo_serve.pipeline.generate import generate
+from stepvideo_serve.request import GenerationRequest
 from tests.mini import MINI
 
 OPTIONS = ("--steps", "2", "--num-frames", "17", "--height", "32", "--width", "48", "--threads", "1", "--quiet")
@@ -53,6 +57,53 @@ def test_every_layer_has_a_range(calibrated: Path, mini_checkpoint: Path) -> Non
     assert set(calibration.settings["requests"]) == {"cat", "V/dog"}
     calibration.require(Checkpoint(mini_checkpoint))
     assert not list(calibrated.parent.glob(".*.partial"))
+
+
+def test_what_it_will_take_is_said_before_it_begins(
+    mini_checkpoint: Path, requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(mini_checkpoint, requests, tmp_path / "out.json", "--limit", "1") == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"calibrate: 1 requests of 17 frames of 32x48, 2 steps together, in fp32 on cpu: about [\d.]+ (s|min|h) once "
+        "the weights are loaded; less with --limit, --steps, --num-frames, --height, --width",
+        first,
+    )
+
+
+def test_the_forecast_grows_with_the_work(mini_checkpoint: Path, requests: Path) -> None:
+    checkpoint, channels = Checkpoint(mini_checkpoint), MINI.dit.in_channels
+
+    def asked(**options: int) -> list[GenerationRequest]:
+        sizes = {"num_frames": 17, "height": 32, "width": 48, "steps": 2}
+        return list(read_requests(requests, None, channels, **{**sizes, **options}).values())
+
+    def seconds(chosen: list[GenerationRequest]) -> float:
+        """At a given rate: that of this machine changes while it is asked."""
+        with patch("export.quantize.forecast.matmul_rate", lambda *_: 1e9):
+            return forecast_s(checkpoint, chosen, "fp32", "cpu")
+
+    few = asked()
+    assert seconds(few) > seconds(few[:1]) > 0
+    assert seconds(asked(steps=8)) > 1.5 * seconds(few)
+    assert seconds(asked(height=128, width=192)) > 4 * seconds(few)
+    assert matmul_rate("fp32", "cpu") > 1e6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.01, "1 s"),
+        (40.2, "40 s"),
+        (89, "89 s"),
+        (150, "2.5 min"),
+        (5000, "83 min"),
+        (9000, "2.5 h"),
+        (500_000, "139 h"),
+    ],
+)
+def test_seconds_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
 
 
 def test_keys_are_no_longer_than_their_norm_allows(calibrated: Path, mini_checkpoint: Path) -> None:
