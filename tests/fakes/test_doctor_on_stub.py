@@ -8,38 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from export.to_onnx import export_graphs
-from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.doctor.case import Case
 from stepvideo_serve.doctor.finding import Level
 from stepvideo_serve.doctor.of_engines import engines, kernels
 from stepvideo_serve.doctor.of_gpus import gpu_memory
+from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.launch.options import ServerOptions
-from tests.fakes.decoder import add_decoder
-from tests.fakes.engines import write_engines, write_kernel
+from tests.fakes.engines import write_kernel
 from tests.fakes.machine import machine
 from tests.fakes.plugin_engine import PART, WIDTH, name_kernels
 
 BESIDE = ("step_llm", "hunyuan_clip", "vae_encoder")
 
 
-@pytest.fixture(scope="module")
-def whole(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines of all that a server of one rank opens."""
-    folder = tmp_path_factory.mktemp("whole")
-    checkpoint = Checkpoint(small_checkpoint)
-    export_graphs(checkpoint, folder / "onnx", "fp32", ["dit_*", *BESIDE], False)
-    add_decoder(folder / "onnx", checkpoint)
-    write_engines(folder / "onnx", folder / "engines", "single")
-    return folder / "engines"
-
-
 @pytest.fixture
-def case(load: Callable[..., ServeConfig], whole: Path, root: Path, tmp_path: Path) -> Case:
-    """Of one rank, to be broken."""
+def case(load: Callable[..., ServeConfig], root: Path, tmp_path: Path) -> Case:
+    """Of one rank, to be broken. What runs beside the rank has engines of another name: nothing is run here."""
     config, folder = load("single"), tmp_path / "engines"
-    shutil.copytree(whole, folder)
+    shutil.copytree(config.model.engines_dir, folder)
+    manifest = Manifest.load(folder)
+    one = manifest.graph("dit_final")
+    beside = {name: replace(one, spec=replace(one.spec, name=name)) for name in BESIDE}
+    replace(manifest, graphs={**manifest.graphs, **beside}).save(folder)
     served = replace(config, model=replace(config.model, engines_dir=folder))
     return Case(Path("serve.toml"), served, ServerOptions(root / "model_repository"), {})
 

@@ -85,7 +85,8 @@ def test_a_single_frame_is_shown_three_times() -> None:
 def test_a_webp_has_all_frames_at_the_speed_of_the_video_without_end() -> None:
     frames = cells(18)
     with Image.open(BytesIO(encode_webp(frames))) as image:
-        assert (image.format, image.size, image.n_frames) == ("WEBP", (6 * ANIMATION_SCALE, 4 * ANIMATION_SCALE), 18)
+        assert (image.format, image.size) == ("WEBP", (6 * ANIMATION_SCALE, 4 * ANIMATION_SCALE))
+        assert getattr(image, "n_frames", 1) == 18
         assert image.info["loop"] == 0
         durations = []
         for index, frame in enumerate(frames):
