@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,14 +84,20 @@ def test_every_promise_cites_a_test_that_exists_or_says_why_none_can(root: Path)
 
 
 def test_the_command_that_checks_a_configuration_works(root: Path, operations: str, tmp_path: Path) -> None:
-    found = re.search(r'`python -c "(from pathlib [^`]+)"`', operations)
+    found = re.search(r"`python (-m stepvideo_serve doctor --config serve\.toml)`", operations)
     assert found is not None
     (tmp_path / "serve.toml").write_text((root / "serve.toml").read_text(encoding="utf-8"), encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(root)}
-    check = partial(subprocess.run, [sys.executable, "-c", found[1]], cwd=tmp_path, env=env, capture_output=True)
-    assert check(check=False).returncode == 0
+    line = [sys.executable, *found[1].split(), "--json"]
+
+    def configuration() -> dict[str, str]:
+        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        row: dict[str, str] = json.loads(done.stdout)["checks"][0]
+        return row
+
+    assert configuration()["level"] == "ok"
     (tmp_path / "serve.toml").write_text("[model]\nspeed = 11\n", encoding="utf-8")
-    assert "speed" in str(check(check=False).stderr)
+    assert (configuration()["level"], "speed" in configuration()["found"]) == ("fault", True)
 
 
 def test_the_lowest_release_and_its_advisories(security: str) -> None:
