@@ -239,7 +239,8 @@ onnx: $(ENGINE_DIR).made ## export MODEL_DIR to ONNX graphs in ENGINE_DIR
 ifneq ($(if $(filter file,$(origin OUT)),,$(OUT))$(filter 1,$(GPU)),)
 verify: $(if $(filter 1,$(GPU)),$(GPU_INSTALLED),$(INSTALLED))
 	@PYTHONPATH=kernels:. $(RUN) export.verify --engines '$(ENGINES_OUT)' $(if $(filter 1,$(GPU)),--gpu \
-		--model-dir '$(MODEL_DIR)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)'))
+		--model-dir '$(MODEL_DIR)' $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CONSTANTS),--constants '$(CONSTANTS)') \
+		$(if $(WEIGHT_SET),--weight-set '$(WEIGHT_SET)'))
 else
 verify: $(INSTALLED) ## recompute the golden tensors of GOLDENS and compare; OUT=DIR [GPU=1]: parity reports of engines
 	@$(RUN) export.verify --model-dir '$(VERIFY_MODEL_DIR)' --goldens '$(GOLDENS)' --backend $(BACKEND)
@@ -256,6 +257,7 @@ SHAPES ?= 544x992x102
 CALIBRATION ?=
 KEEP_BF16 ?=
 SPLIT_LLM ?=
+WEIGHTS ?= constant
 KERNELS ?=
 JOBS ?= 1
 PLAN ?= error
@@ -279,7 +281,7 @@ engines: $(BUILDER) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## M
 	@PYTHONPATH=kernels:. $(RUN) export.to_onnx --model-dir '$(MODEL_DIR)' --out '$(ENGINES_OUT)/onnx' \
 		--precision $(PRECISION) --layout $(LAYOUT) --sm $(SM) --toolkit $(ENGINES_BACKEND) \
 		$(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(KEEP_BF16),--keep-bf16 $(KEEP_BF16)) \
-		$(if $(SPLIT_LLM),--split-llm)
+		$(if $(SPLIT_LLM),--split-llm) --weights $(WEIGHTS) $(if $(filter input,$(WEIGHTS)),--ops native)
 	$(SAY) "engines of $(ENGINES_BACKEND) for SM $(SM) in $(ENGINES_OUT), videos up to $(SHAPES)"
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --model-dir '$(MODEL_DIR)' --onnx '$(ENGINES_OUT)/onnx' \
 		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' --jobs $(JOBS) --plan $(PLAN) \

@@ -2,10 +2,12 @@
 
     python -m export.to_onnx --model-dir DIR --out DIR [--only GLOB ...] [--precision fp32|bf16|fp16] [--layout tp4]
     python -m export.to_onnx ... --precision fp8 --calibration FILE [--keep-bf16 GLOB ...]
+    python -m export.to_onnx ... --weights input [--list]
     python -m export.to_onnx ... --sm 90 --toolkit tensorrt [--ops auto|plugin|native|reference]
 
 With a layout that splits heads or tokens, the pieces of each tensor-parallel rank go to a folder of their own below
---out (tp0of4, tp1of4, ...); everything that all ranks share stays in --out.
+--out (tp0of4, tp1of4, ...); everything that all ranks share stays in --out. With --weights input there is one graph of
+each kind, its weights inputs, for all layers and ranks of a layout: all in --out.
 
 Writes `<graph>.onnx` with its weights beside it in `<graph>.onnx.data`, and `manifest.json`. Each graph has passed
 the ONNX checker and agrees with the torch module through ONNX Runtime at two shapes (bf16 and FP8 graphs as their fp16
@@ -15,12 +17,8 @@ precision, calibration or exporter changed are built.
 
 import argparse
 import fnmatch
-import gc
-import os
-import shutil
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,14 +31,16 @@ from export.compare.one_graph import compare_plugins, compare_with_eager
 from export.engines.toolkit import check_target
 from export.graphs.placement import export_plan
 from export.graphs.preview_fit import fit_preview
-from export.graphs.recipe import PRECISIONS, TOOLS, Recipe
-from export.graphs.writer import check_graph, write_graph
+from export.graphs.recipe import CONSTANT, INPUT, PRECISIONS, TOOLS, WEIGHTS, Recipe
+from export.graphs.shared import SharedExporter, plan_shared
+from export.graphs.writer import check_graph, make_entry, write_graph
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, Linears, count_quantized
 from export.quantize.weights import check_weights
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import Component
-from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
+from stepvideo_serve.engine.manifest import GraphEntry, Manifest
+from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError, ExportError, SetupError
 from stepvideo_serve.fused.kernels_package import require_kernels
 from stepvideo_serve.parallel.layout import SINGLE, Layout
@@ -68,16 +68,25 @@ def export_graphs(
     """
     recipe = recipe or Recipe(precision)
     exporter = _Exporter(checkpoint, recipe, show_progress)
+    if recipe.weights == INPUT:
+        recipe.check(checkpoint)
+        exporter.export_shared(out, only, layout, split_llm)
+        return Manifest.load(out)
     tables = [export_plan(checkpoint, out, name, layout, split_llm) for name in exporter.precisions]
-    known = sorted({name for table in tables[0].values() for name in table})
-    chosen = {name for name in known if only is None or any(fnmatch.fnmatch(name, glob) for glob in only)}
-    if not chosen:
-        raise ExportError(f"--only must match at least one graph, {only} matches none of {', '.join(known)}.")
+    chosen = _chosen({name for table in tables[0].values() for name in table}, only)
     recipe.check(checkpoint)
     for folder in tables[0]:
         wanted = {name: tuple(table[folder][name] for table in tables) for name in tables[0][folder] if name in chosen}
         exporter.export_folder(folder, wanted)
     return Manifest.load(out)
+
+
+def _chosen(names: Collection[str], only: Sequence[str] | None) -> set[str]:
+    """Those that match a glob. Raises ExportError for none."""
+    chosen = {name for name in names if only is None or any(fnmatch.fnmatch(name, glob) for glob in only)}
+    if not chosen:
+        raise ExportError(f"--only must match at least one graph, {only} matches none of {', '.join(sorted(names))}.")
+    return chosen
 
 
 Versions = tuple[Component, ...]
@@ -102,7 +111,33 @@ class _Exporter:
             entry = self._export_one(wanted[name], keys[name], out)
             manifest = replace(manifest, graphs={**manifest.graphs, name: entry})
             manifest.save(out)
-        if "preview" not in manifest.extra or "vae_encoder" in stale:
+        self._finish(manifest, out, "vae_encoder" in stale)
+
+    def export_shared(self, out: Path, only: Sequence[str] | None, layout: Layout, split_llm: bool) -> None:
+        """The same for graphs of a kind, all of which lie in `out`: a kind serves every rank."""
+        out.mkdir(parents=True, exist_ok=True)
+        plan = plan_shared(self._checkpoint, self._recipe, layout, split_llm)
+        chosen = _chosen(plan.kinds, only)
+        manifest = self._open_manifest(out)
+        manifest = replace(
+            manifest, graphs={name: manifest.graphs[name] for name in plan.kinds if name in manifest.graphs}
+        )
+        exporter = SharedExporter(self._checkpoint, self._recipe, plan)
+        kinds = [kind for kind in plan.kinds.values() if kind.name in chosen]
+        for kind in tqdm(kinds, desc="export", unit="graph", disable=not self._show_progress, file=sys.stderr):
+            if kind.takes_weights:
+                entry = exporter.entry(kind, out, manifest)
+            else:
+                graph = plan.versions(kind.name)
+                key = self._recipe.key(graph[0], self._checkpoint)
+                current = self._is_current(manifest, out, kind.name, key)
+                entry = manifest.graphs[kind.name] if current else self._export_one(graph, key, out)
+            manifest = replace(manifest, graphs={**manifest.graphs, kind.name: entry})
+            manifest.save(out)
+        self._finish(manifest, out, "vae_encoder" in chosen)
+
+    def _finish(self, manifest: Manifest, out: Path, new_encoder: bool) -> None:
+        if "preview" not in manifest.extra or new_encoder:
             manifest = replace(manifest, extra={**manifest.extra, "preview": fit_preview(self._checkpoint)})
         manifest.save(out)
 
@@ -126,6 +161,8 @@ class _Exporter:
                 f"{out} must hold graphs in {precision}, found {found.precision}: choose another --out, or delete it."
             )
         extra = found.extra if found.checkpoint == identity else {}
+        if self._recipe.weights != INPUT:  # entries of a kind would stand beside those of its layers
+            found = replace(found, graphs={name: one for name, one in found.graphs.items() if not one.spec.weights})
         return replace(fresh, graphs=found.graphs, extra={**extra, **fresh.extra})
 
     def _fp8_extra(self) -> dict[str, Any]:
@@ -141,27 +178,18 @@ class _Exporter:
         return all((out / f.path).is_file() and (out / f.path).stat().st_size == f.size_bytes for f in entry.files)
 
     def _export_one(self, graph: Versions, key: str, out: Path) -> GraphEntry:
-        """Builds one graph in a folder of its own, checks it there, and moves it in."""
-        began_s = time.monotonic()
+        """Builds one graph and checks it."""
         component = graph[0]
-        workshop = out / f".{component.name}.partial"
-        shutil.rmtree(workshop, ignore_errors=True)
-        workshop.mkdir()
-        try:
-            path = workshop / f"{component.name}.onnx"
+
+        def write(path: Path) -> tuple[EngineSpec, dict[str, Any]]:
             extras = self._write(graph, path)
             if "parity" not in extras:
                 extras["parity"] = self._compare(graph, path)
             if self._recipe.fp8 is not None and self._recipe.compare:
                 check_weights(component.name, path, graph[2].load())
-            for file in sorted(workshop.iterdir(), reverse=True):  # weights first: the graph file makes it complete
-                os.replace(file, out / file.name)
-        finally:
-            shutil.rmtree(workshop, ignore_errors=True)
-            gc.collect()
-        names = [f"{component.name}.onnx", f"{component.name}.onnx.data"]
-        files = tuple(GraphFile.of(out, name) for name in names if (out / name).is_file())
-        return GraphEntry(files, key, component.spec, extras | {"seconds": round(time.monotonic() - began_s, 2)})
+            return component.spec, extras
+
+        return make_entry(out, component.name, key, write)
 
     def _write(self, graph: Versions, path: Path) -> dict[str, Any]:
         """Writes the graph and returns what is known of it; its module is not kept."""
@@ -184,6 +212,18 @@ class _Exporter:
         measure = None if self._recipe.precision == "fp32" else self._recipe.same_precision(check)
         compiled = self._recipe.target is not None
         return compare_with_eager(component.spec, path, wide.load, measure, compiled)
+
+
+def _listed(arguments: argparse.Namespace) -> str:
+    """The graphs of a layout by name, each as often as there are files of it."""
+    checkpoint, layout = Checkpoint(arguments.model_dir), Layout.parse(arguments.layout)
+    recipe = _recipe(arguments)
+    if recipe.weights == INPUT:
+        names = list(plan_shared(checkpoint, recipe, layout, arguments.split_llm).kinds)
+    else:
+        tables = export_plan(checkpoint, arguments.out, recipe.base, layout, arguments.split_llm)
+        names = [str((folder / name).relative_to(arguments.out)) for folder, table in tables.items() for name in table]
+    return "\n".join([*names, f"{len(names)} graphs for layout {layout}"])
 
 
 def _summary(manifest: Manifest, out: Path) -> str:
@@ -211,7 +251,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--toolkit", choices=("tensorrt", "tensorrt_rtx"), help="what compiles, with --sm")
     parser.add_argument("--layout", default="single", help='how ranks share the DiT, such as "cfg2.tp4"')
     parser.add_argument("--split-llm", action="store_true", help="cut Step-LLM for tensor parallelism too")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default=CONSTANT, help="in every graph, or inputs of one graph of each kind"
+    )
     parser.add_argument("--no-compare", action="store_true", help="do not compare with torch: needs the least memory")
+    parser.add_argument("--list", action="store_true", help="only print the graphs that the layout needs, and how many")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -223,7 +267,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         fp8 = Fp8(Calibration.load(arguments.calibration), tuple(arguments.keep_bf16), linears)
     elif arguments.keep_bf16:
         raise ExportError("--keep-bf16 goes with --precision fp8 or nvfp4 and --calibration, got none: add them.")
-    return Recipe(arguments.precision, fp8, arguments.ops, _target(arguments), not arguments.no_compare)
+    target, compare = _target(arguments), not arguments.no_compare
+    return Recipe(arguments.precision, fp8, arguments.ops, target, compare, arguments.weights)
 
 
 def _target(arguments: argparse.Namespace) -> "Target | None":
@@ -242,6 +287,9 @@ def main(given: Sequence[str] | None = None) -> int:
     """Returns the exit status; argparse itself leaves with 2."""
     arguments = _parser().parse_args(given)
     try:
+        if arguments.list:
+            print(_listed(arguments))
+            return 0
         manifest = export_graphs(
             Checkpoint(arguments.model_dir),
             arguments.out,

@@ -3,11 +3,13 @@ lose.
 
     python -m export.verify --model-dir DIR --goldens DIR [--backend eager|ort] [--onnx DIR] [--json PATH]
     python -m export.verify --engines DIR [--gpu --model-dir DIR [--calibration FILE]]
+        [--constants DIR [--weight-set DIR]]
 
 "eager" runs the torch modules in fp32, "ort" the exported ONNX graphs in ONNX Runtime: those in --onnx, or, without
 it, ones exported for the occasion. Goldens whose weights are made by rule need no --model-dir.
 With --engines the parity reports of an engine directory are printed; --gpu first runs its engines on this machine's GPU
-and adds what they give (compare/engines.py).
+and adds what they give (compare/engines.py). --constants names engines with their weights inside, of which one of each
+kind is timed beside one of --engines (compare/both_ways.py).
 Exit status: 0 all compared entries agree; 1 some do not, or nothing could be compared; 2 nothing was verified because
 of wrong arguments or files.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from export.compare.both_ways import time_both_ways
 from export.compare.engines import compare_engines, gpu_opener
 from export.compare.engines import report as engine_report
 from export.goldens.by_rule import is_by_rule, verify_by_rule
@@ -60,8 +63,17 @@ def _engines(options: argparse.Namespace) -> int:
             raise ExportError("--gpu compares engines with their checkpoint, got no --model-dir: add it.")
         compare_engines(options.engines, options.model_dir, options.calibration, gpu_opener)
     lines, passed = engine_report(options.engines)
+    if options.constants is not None:
+        lines += _both_ways(options)
     print("\n".join(lines))
     return PASSED if passed else FAILED
+
+
+def _both_ways(options: argparse.Namespace) -> list[str]:
+    if not options.gpu:
+        raise ExportError("--constants times engines on a GPU, got no --gpu: add it.")
+    rows = time_both_ways(options.engines, options.constants, options.model_dir, options.weight_set, gpu_opener)
+    return [str(row) for row in rows]
 
 
 def _verify(model_dir: Path | None, folder: Path | None, backend: str, onnx: Path | None) -> Report:
@@ -113,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engines", type=Path, metavar="DIR", help="print the parity reports of these engines")
     parser.add_argument("--gpu", action="store_true", help="run the engines, and add what they give to their reports")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="of the engines, for FP8 and NVFP4 with --gpu")
+    parser.add_argument(
+        "--constants",
+        type=Path,
+        metavar="DIR",
+        help="with --gpu: time these engines, which have their weights inside, too",
+    )
+    parser.add_argument("--weight-set", type=Path, metavar="DIR", help="of quantised engines, with --constants")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report here")
     return parser
 

@@ -30,6 +30,7 @@ LINKS_VARIABLE = "STEPVIDEO_LINKS"
 class ModelConfig:
     """Which weights and graphs are served, and what runs them.
 
+    weight_set  the folder of python -m export.quantize, for FP8 graphs that take their weights as inputs; none: others
     manifests  SHA-256 of each manifest.json that may be read, that of engines_dir and of its ranks' folders; none: any.
                A manifest has the hashes of all else: who can write the engines, but not this file, changes nothing
     """
@@ -40,8 +41,11 @@ class ModelConfig:
     precision: Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"] = "fp32"
     device: Literal["cpu", "cuda"] = "cpu"
     manifests: tuple[str, ...] = ()
+    weight_set: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.weight_set) > 1:
+            raise ConfigError(f"weight_set must name one folder or none, got {len(self.weight_set)}: remove others.")
         for digest in self.manifests:
             if re.fullmatch("[0-9a-f]{64}", digest) is None:
                 raise ConfigError(f"manifests must be SHA-256 hashes, 64 digits of 0-9 and a-f, got {digest!r}.")

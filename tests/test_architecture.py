@@ -51,7 +51,7 @@ FROM_OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "__main__": (),
     "__init__": (),
     "weights": (*TORCH, "safetensors"),
-    "engine": (*TORCH, "onnxruntime"),
+    "engine": (*TORCH, "onnxruntime", "onnx"),
     "parallel": TORCH,
     "video": (*TORCH, "PIL", "imageio", "imageio_ffmpeg"),
     "launch": (),

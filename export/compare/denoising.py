@@ -87,6 +87,11 @@ def graph_opener(directory: Path, manifest: Manifest, threads: int) -> Iterator[
                     f"{name} must be an ONNX graph of standard operators to run on a CPU, {path.name} is not: "
                     "compare the graphs of an export without plugins and NVFP4."
                 )
+            if entry.spec.weights:
+                raise ExportError(
+                    f"{name} must have its weights inside for the loop, it takes them as inputs: compare the graphs of "
+                    "an export with --weights constant."
+                )
             spec = twin_spec(entry.spec)
             if spec != entry.spec:
                 twin = Path(twins, path.name)

@@ -17,18 +17,22 @@ import onnx
 from export.compare.fp16_copy import write_fp16_twin
 from export.compare.one_graph import compare_engine
 from export.graphs.placement import export_plan
-from export.graphs.recipe import QUANTIZED, Recipe
+from export.graphs.recipe import INPUT, QUANTIZED, Recipe
+from export.graphs.shared import SharedExporter, plan_shared
+from export.graphs.weight_inputs import values_of
 from export.parity import graph_failures, graph_table, loop_failures, loop_table
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8, Linears
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import Component
 from stepvideo_serve.engine.manifest import FILE_NAME, GRAPH, LOOP, EngineTarget, GraphEntry, Manifest
+from stepvideo_serve.engine.parity import WEIGHTS
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ExportError
 from stepvideo_serve.parallel.layout import Layout
 
-Open = Callable[[str], EngineRunner]
+Open = Callable[..., EngineRunner]
+"""From the name of an engine, and the weights of a layer where it takes them, to what runs it."""
 Opener = Callable[[Path, Manifest], Open]
 """From a folder of engines to what opens one by its name."""
 ENGINE = "engine"
@@ -62,8 +66,7 @@ def compare_engines(directory: Path, model_dir: Path, calibration: Path | None, 
         open_engine = opener(folder, manifest)
         for name, entry in manifest.graphs.items():
             print(f"verify: engine {folder.name}/{name}", file=sys.stderr, flush=True)
-            with open_engine(name) as runner:
-                compared = comparison.entry(folder, entry, runner)
+            compared = comparison.entry(folder, name, entry, open_engine)
             manifest = replace(manifest, graphs={**manifest.graphs, name: compared})
             manifest.save(folder)
 
@@ -85,16 +88,19 @@ def gpu_opener(directory: Path, manifest: Manifest) -> Open:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Modules by folder and name: those of the engines' own precision, and those in fp32."""
+    """Modules by folder and name: those of the engines' own precision, and those in fp32. `shared`: for engines that
+    take their weights as inputs, and get those of the checkpoint here."""
 
+    checkpoint: Checkpoint
     recipe: Recipe
     own: Mapping[Path, Mapping[str, Component]]
     wide: Mapping[Path, Mapping[str, Component]]
+    shared: SharedExporter | None
 
     @classmethod
     def of(cls, directory: Path, checkpoint: Checkpoint, calibration: Path | None) -> "_Comparison":
         manifest = Manifest.load(directory)
-        if manifest.checkpoint != checkpoint.identity:
+        if manifest.checkpoint != checkpoint.identity and not manifest.takes_weights:
             raise ExportError(
                 f"The engines in {directory} must be made from the checkpoint in {checkpoint.folder}, which is another "
                 "or changed since: name theirs, or build them again."
@@ -102,20 +108,43 @@ class _Comparison:
         recipe = _recipe(manifest, calibration)
         recipe.check(checkpoint)
         layout = Layout.parse(EngineTarget.of(manifest, directory).layout)
-        split_llm = any("step_llm_embed" in Manifest.load(folder).graphs for folder in _folders(directory))
+        graphs = [name for folder in _folders(directory) for name in Manifest.load(folder).graphs]
+        split_llm = "step_llm_embed" in graphs and "step_llm_layer" not in graphs
+        if manifest.takes_weights:
+            recipe = replace(recipe, weights=INPUT)
+            plan = plan_shared(checkpoint, recipe, layout, split_llm)
+            exporter = SharedExporter(checkpoint, recipe, plan)
+            return cls(checkpoint, recipe, {directory: plan.tables[0]}, {directory: plan.tables[-1]}, exporter)
         own, wide = (export_plan(checkpoint, directory, name, layout, split_llm) for name in (recipe.base, "fp32"))
-        return cls(recipe, own, wide)
+        return cls(checkpoint, recipe, own, wide, None)
 
-    def entry(self, folder: Path, entry: GraphEntry, runner: EngineRunner) -> GraphEntry:
+    def entry(self, folder: Path, name: str, entry: GraphEntry, open_engine: Open) -> GraphEntry:
         """The entry with the engine's rows in its report, in place of older ones."""
-        name = entry.spec.name
-        own, wide = (table[folder][name] for table in (self.own, self.wide))
+        if entry.spec.weights and self.shared is not None:
+            return self._shared_entry(folder, name, entry, open_engine, self.shared)
+        own, wide = (table[folder][entry.spec.name] for table in (self.own, self.wide))
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)
-        with TemporaryDirectory(prefix=".twin-", dir=logs) as workshop:
+        with TemporaryDirectory(prefix=".twin-", dir=logs) as workshop, open_engine(name) as runner:
             twin = _twin(folder, entry, Path(workshop))
             rows = compare_engine(runner, wide.load, self.recipe.same_precision(own), twin, logs / name)
         kept = [row for row in entry.extras.get("parity", []) if row["backend"] != ENGINE]
+        return replace(entry, extras={**entry.extras, "parity": [*kept, *rows]})
+
+    def _shared_entry(
+        self, folder: Path, name: str, entry: GraphEntry, open_engine: Open, shared: SharedExporter
+    ) -> GraphEntry:
+        """The same with rows of every layer, as far as they are of this checkpoint."""
+        kind, rows = shared.plan.kinds[name], []
+        weights = shared.identity(kind)
+        for layer, one in kind.layers.items():
+            own, wide = (table[folder][one] for table in (self.own, self.wide))
+            given = values_of(self.recipe.build_shared(own, self.checkpoint).module, entry.spec)
+            with open_engine(one, given) as runner:
+                found = compare_engine(runner, wide.load, self.recipe.same_precision(own))
+            rows += [{**row, WEIGHTS: weights} | ({} if layer is None else {"layer": layer}) for row in found]
+        before = entry.extras.get("parity", [])
+        kept = [row for row in before if row["backend"] != ENGINE or row[WEIGHTS] != weights]
         return replace(entry, extras={**entry.extras, "parity": [*kept, *rows]})
 
 

@@ -22,32 +22,36 @@ from stepvideo_serve.errors import ExportError
 
 BF16, FP16, FP32 = TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT
 FP16_MAX = 65504.0
+INSIDE_BYTES = 1 << 20
 DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
 
 
-def twin_spec(spec: EngineSpec) -> EngineSpec:
-    """The signature with float16 for bfloat16."""
+def twin_spec(spec: EngineSpec, dtype: str = "float16") -> EngineSpec:
+    """The signature with `dtype`, "float16" or "float32", for bfloat16."""
 
     def twin(tensor: TensorSpec) -> TensorSpec:
-        return replace(tensor, dtype="float16") if tensor.dtype == "bfloat16" else tensor
+        return replace(tensor, dtype=dtype) if tensor.dtype == "bfloat16" else tensor
 
-    return replace(spec, inputs=tuple(map(twin, spec.inputs)), outputs=tuple(map(twin, spec.outputs)))
+    weights = tuple(replace(weight, tensor=twin(weight.tensor)) for weight in spec.weights)
+    return replace(spec, inputs=tuple(map(twin, spec.inputs)), outputs=tuple(map(twin, spec.outputs)), weights=weights)
 
 
-def write_fp16_twin(path: Path, twin: Path) -> None:
-    """Reads the graph at `path`, in bf16 or fp16, with its external data and writes its twin, with its own data beside.
+def write_fp16_twin(path: Path, twin: Path, dtype: str = "float16") -> None:
+    """Reads the graph at `path`, in bf16 or fp16, with its external data and writes its twin, with its own data beside;
+    `dtype` "float32": bf16 becomes fp32, for graphs whose products need the range.
     Raises ExportError for an attention of tensors whose type the graph does not give."""
-    model = onnx.load(str(path))
+    model, to = onnx.load(str(path)), FP16 if dtype == "float16" else FP32
     for graph in _graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
-            _retype(value.type)
+            _retype(value.type, to)
         for tensor in graph.initializer:
-            _convert(tensor)
+            _convert(tensor, to)
         for node in graph.node:
             for attribute in node.attribute:
-                _convert_attribute(attribute)
+                _convert_attribute(attribute, to)
         _widen_attention(graph)
-    onnx.save(model, str(twin), save_as_external_data=True, location=f"{twin.name}.data", size_threshold=1024)
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > INSIDE_BYTES
+    onnx.save(model, str(twin), save_as_external_data=large, location=f"{twin.name}.data", size_threshold=1024)
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
@@ -91,26 +95,30 @@ def _type_of(types: Mapping[str, int], tensor: str, node: NodeProto) -> int:
     return types[tensor]
 
 
-def _retype(type_: TypeProto) -> None:
+def _retype(type_: TypeProto, to: int) -> None:
     if type_.HasField("tensor_type") and type_.tensor_type.elem_type == BF16:
-        type_.tensor_type.elem_type = FP16
+        type_.tensor_type.elem_type = to
 
 
-def _convert_attribute(attribute: AttributeProto) -> None:
+def _convert_attribute(attribute: AttributeProto, to: int) -> None:
     if attribute.name in DTYPE_ATTRIBUTES and attribute.i == BF16:
-        attribute.i = FP16
+        attribute.i = to
     if attribute.HasField("t"):
-        _convert(attribute.t)
+        _convert(attribute.t, to)
 
 
-def _convert(tensor: TensorProto) -> None:
+def _convert(tensor: TensorProto, to: int) -> None:
     if tensor.data_type != BF16:
         return
     raw = tensor.raw_data or bytes(torch.tensor(tensor.int32_data, dtype=torch.int32).to(torch.int16).numpy().data)
     wide = torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).float() if raw else torch.empty(0)
-    limited = torch.where(wide.isinf(), wide, wide.clamp(-FP16_MAX, FP16_MAX))
     tensor.ClearField("int32_data")
     tensor.ClearField("external_data")
     tensor.data_location = TensorProto.DEFAULT
-    tensor.data_type = FP16
-    tensor.raw_data = limited.half().numpy().tobytes()
+    tensor.data_type = to
+    tensor.raw_data = (in_fp16(wide) if to == FP16 else wide).numpy().tobytes()
+
+
+def in_fp16(wide: torch.Tensor) -> torch.Tensor:
+    """fp32 in fp16, where finite numbers beyond its range are its largest."""
+    return torch.where(wide.isinf(), wide, wide.clamp(-FP16_MAX, FP16_MAX)).half()

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from export.compare.fp16_copy import twin_spec, write_fp16_twin
+from export.compare.fp16_copy import in_fp16, twin_spec, write_fp16_twin
 from export.compare.runners import MEASURE, REFERENCE, Contestant, compare_runners
 from export.graphs.example_inputs import LARGE_SIZES, SMALL_SIZES, sample_inputs
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
-from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
+from stepvideo_serve.engine.spec import CODES, EngineSpec, TensorSpec
 from stepvideo_serve.errors import ExportError
 
 FP32_ALLOWED = 2e-5
@@ -44,13 +44,19 @@ Outputs = list[dict[str, Tensor]]
 
 
 def compare_with_eager(
-    spec: EngineSpec, path: Path, reference: Load, same_precision: Load | None = None, compiled: bool = False
+    spec: EngineSpec,
+    path: Path,
+    reference: Load,
+    same_precision: Load | None = None,
+    compiled: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per output and shape, see `error_row`; the graph at `path` runs in ONNX Runtime, `compiled`: for
     TensorRT, as its twin.
 
     `reference` loads the plain module in fp32; `same_precision` the one whose loss is the measure, in fp16, quantised
-    if the graph is: None for an fp32 graph. One module is in memory at a time.
+    if the graph is: None for an fp32 graph. One module is in memory at a time. `weights`: those that are inputs of the
+    graph; with FP8 ones the twin is in fp32, whose range products without scales need.
     Raises ExportError when an error is too large.
     """
     inputs = _inputs(twin_spec(spec))
@@ -60,12 +66,27 @@ def compare_with_eager(
         with RoundedConvolutions():
             low = _run_all(EagerRunner(twin_spec(spec), same_precision()), inputs)
     if same_precision is None or (spec == twin_spec(spec) and not compiled):
-        return _require(spec, _rows(spec, _run_all(OrtRunner(spec, path), inputs), wide, low, "onnxruntime"))
-    with tempfile.TemporaryDirectory(prefix=".twin-", dir=path.parent) as folder:
-        twin = Path(folder, path.name)
-        write_fp16_twin(path, twin)
-        found = _run_all(OrtRunner(twin_spec(spec), twin), inputs)
+        found = _run_all(OrtRunner(spec, path, weights=weights), inputs)
         return _require(spec, _rows(spec, found, wide, low, "onnxruntime"))
+    with tempfile.TemporaryDirectory(prefix=".twin-", dir=path.parent) as folder:
+        twin, kind = Path(folder, path.name), _twin_dtype(spec)
+        write_fp16_twin(path, twin, kind)
+        runner = OrtRunner(twin_spec(spec, kind), twin, weights=_in_dtypes(twin_spec(spec, kind), weights))
+        found = _run_all(runner, [_as_fp32(values) if kind == "float32" else values for values in inputs])
+        return _require(spec, _rows(spec, found, wide, low, "onnxruntime"))
+
+
+def _twin_dtype(spec: EngineSpec) -> str:
+    return "float32" if any(weight.form == CODES for weight in spec.weights) else "float16"
+
+
+def _in_dtypes(spec: EngineSpec, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The weights as the twin takes them."""
+    given = {weight.name: (weight.tensor, (weights or {})[weight.name]) for weight in spec.weights}
+    return {
+        name: in_fp16(value.float()) if tensor.dtype == "float16" else value.to(tensor.torch_dtype)
+        for name, (tensor, value) in given.items()
+    }
 
 
 class RoundedConvolutions(TorchFunctionMode):

@@ -15,8 +15,9 @@ from torch import nn
 import export
 import stepvideo_serve
 from export.engines.toolkit import LOWEST_SM
+from export.graphs.kinds import WHOLE_GRAPHS, kept_in
 from export.graphs.translation import Table, translation_table
-from export.quantize.fp8 import Fp8, quantize_module
+from export.quantize.fp8 import Fp8, quantize_module, scale_module
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import DTYPES, Component
 from stepvideo_serve.engine.manifest import content_key
@@ -24,11 +25,14 @@ from stepvideo_serve.errors import ExportError
 from stepvideo_serve.fused.fp8 import scale_of
 from stepvideo_serve.fused.layers import OPERANDS, SHARED_CORE, check_globs, is_kept
 from stepvideo_serve.fused.nvfp4 import Fp4Linear
+from stepvideo_serve.text.segments import LlmAttention, SlopesOutside
 
 if TYPE_CHECKING:  # the kernels are a folder of their own, which plain exports do without
     from stepvideo_kernels.choice import Choice, Target
 
 OPSET = 23
+CONSTANT, INPUT = "constant", "input"
+WEIGHTS = (CONSTANT, INPUT)
 QUANTIZED = ("fp8", "nvfp4")
 PRECISIONS = (*DTYPES, *QUANTIZED)
 SOURCES = (
@@ -69,6 +73,7 @@ class Recipe:
 
     target, ops  what the graphs are compiled for, and which operators to fuse ("auto", "plugin", "native",
                  "reference"); without a target all operators are standard ones
+    weights      "constant": in the graphs; "input": graphs of a kind that layers share (graphs/kinds.py)
     compare      whether each graph is compared with torch; without, the export needs the least memory, and the graphs
                  have no parity report until one that compares has run
     Raises ExportError for what does not go together.
@@ -79,6 +84,7 @@ class Recipe:
     ops: str = "auto"
     target: "Target | None" = None
     compare: bool = True
+    weights: str = CONSTANT
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -87,6 +93,11 @@ class Recipe:
             got = "none" if self.fp8 is None else f"one with {self.precision}"
             raise ExportError(
                 f"--calibration goes with --precision fp8 or nvfp4, got {got}: make it with python -m export.calibrate."
+            )
+        if self.weights not in WEIGHTS or (self.weights == INPUT and self.precision == "nvfp4"):
+            raise ExportError(
+                "--weights must be constant or input, and constant with --precision nvfp4, whose block scales are "
+                f"constants for TensorRT; got {self.weights} with {self.precision}: correct it."
             )
         if self.target is None and self.ops not in ("auto", "reference"):
             raise ExportError(f"--ops {self.ops} needs a target, got none: add --sm and --toolkit, such as --sm 89.")
@@ -123,6 +134,21 @@ class Recipe:
                 fuse_quantization(module)
         return Built(module, translation_table(kernels), ops)
 
+    def build_shared(self, component: Component, checkpoint: Checkpoint) -> Built:
+        """`build` for a graph whose weights are inputs. Raises ExportError for plugins in FP8, whose scales are
+        constants of the layer."""
+        module, kernels, ops = self._fused(component, checkpoint)
+        if self.fp8 is not None:
+            scale_module(component, module, self.fp8)
+            if plugins := [op for op, choice in ops.items() if choice["implementation"] == "plugin"]:
+                raise ExportError(
+                    f"--weights input in {self.precision} needs operators without plugins, {component.name} has "
+                    f"{', '.join(plugins)}: add --ops native, or leave the weights constant."
+                )
+        if isinstance(module, LlmAttention):
+            module = SlopesOutside(module)
+        return Built(module, translation_table(kernels), ops)
+
     def same_precision(self, component: Component) -> Callable[[], nn.Module]:
         """Loads the module whose loss is the measure of a graph's: quantised alike, without fused operators."""
         return partial(self._quantized, component)
@@ -131,7 +157,7 @@ class Recipe:
         """Equal keys mean equal graphs."""
         tools = Path(export.__file__).parent
         parts: dict[str, Any] = {
-            "weights": checkpoint.digest(component.part, component.prefix),
+            "weights": checkpoint.digest(component.part, component.prefix) if not self._outside(component) else "input",
             "spec": component.spec.to_json(),
             "precision": self.precision,
             "opset": OPSET,
@@ -140,13 +166,18 @@ class Recipe:
             "tools": {name: version(name) for name in TOOLS},
         }
         if self.fp8 is not None:
-            parts["fp8"] = self.fp8.key(component)
+            outside = self._outside(component)
+            parts["fp8"] = sorted(kept_in(component, self.fp8.keep)) if outside else self.fp8.key(component)
             parts["fp8_code"] = digest_of(tools, QUANTIZE_SOURCES)
         if self.target is not None:
             chosen = self._choices(component, checkpoint)
             parts["ops"] = {op: choice.to_json() for op, choice in chosen.items()}
             parts["kernels_code"] = digest_of(_kernels_folder(), KERNEL_SOURCES)
         return content_key(**parts)
+
+    def _outside(self, component: Component) -> bool:
+        """Whether the graph of the component has its weights as inputs."""
+        return self.weights == INPUT and not component.name.startswith(WHOLE_GRAPHS)
 
     def _quantized(self, component: Component) -> nn.Module:
         module = component.load()

@@ -1,17 +1,20 @@
 """Puts FP8 and NVFP4 layers into the modules of graphs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from onnx import GraphProto, TensorProto
-from torch import nn
+from torch import Tensor, nn
 
 from export.quantize.calibration import Calibration
 from stepvideo_serve.assembly.graphs import Component
+from stepvideo_serve.dit.blocks import SelfAttention
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.spec import TORCH_DTYPES
-from stepvideo_serve.fused.fp8 import QuantizedAttention, QuantizedLinear
+from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.fp8 import HEAD_GAINS, QuantizedAttention, QuantizedLinear, ScaledAttention, ScaledLinear
 from stepvideo_serve.fused.layers import OPERANDS, SHARED_CORE, Layer, belongs, is_kept, layer_of, quantizable
 from stepvideo_serve.fused.nvfp4 import BLOCK, Fp4Linear
 
@@ -63,11 +66,47 @@ def quantized(layer: Layer, calibration: Calibration, dtype: torch.dtype, linear
     return QuantizedAttention(dtype, *(of(f"{layer.name}.{operand}") for operand in OPERANDS))
 
 
+def scale_module(component: Component, module: nn.Module, fp8: Fp8) -> list[str]:
+    """`quantize_module` for a graph whose weights are inputs: FP8 linear layers and attentions whose scales are inputs,
+    too. Raises ExportError for a layer that was not calibrated."""
+    dtype = TORCH_DTYPES[component.spec.outputs[0].dtype]
+    done = []
+    for layer in quantizable(component, module):
+        if not is_kept(layer.name, fp8.keep):
+            layer.put(_scaled(layer, fp8.calibration, dtype))
+            done.append(layer.name)
+    return done
+
+
+def require_gains(name: str, gains: Mapping[str, Tensor]) -> None:
+    """Raises ExportError where the constant scale of queries and keys is not for an attention with norms of these
+    gains."""
+    low, high = HEAD_GAINS
+    for norm, gain in gains.items():
+        largest = float(gain.abs().max())
+        if not low <= largest <= high:
+            raise ExportError(
+                f"{name} must have a largest norm gain of {low:g} to {high:g} for the scale of its queries and keys, "
+                f"{norm} has {largest:.3g}: keep it in bf16 (--keep-bf16), or leave the weights constant."
+            )
+
+
+def _scaled(layer: Layer, calibration: Calibration, dtype: torch.dtype) -> nn.Module:
+    if isinstance(layer.module, nn.Linear):
+        return ScaledLinear(layer.module, calibration.of(layer.name), dtype)
+    if isinstance(layer.parent, SelfAttention):
+        norms = ("q_norm", "k_norm")
+        require_gains(layer.name, {norm: layer.parent.get_parameter(f"{norm}.weight") for norm in norms})
+    of = calibration.largest if layer.name == SHARED_CORE else calibration.of
+    return ScaledAttention(dtype, of(f"{layer.name}.v"))
+
+
 def count_quantized(graph: GraphProto) -> dict[str, int]:
     """{"linears": n, "attentions": m, "fp4_linears": l}: FP8 products with weights, FP8 attentions, and NVFP4 products
     if there are any, that an engine of the exported graph must have. A linear layer is a weight that is dequantised,
     an attention a softmax that is quantised."""
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     dequantised = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     scales = {node.input[1] for node in dequantised}  # those of blocks are dequantised, too
     weights = [types[node.input[0]] for node in dequantised if node.input[0] in types and node.output[0] not in scales]

@@ -10,14 +10,14 @@ tensors mapped in. The DiT can be had block by block and Step-LLM layer by layer
 so that nothing ever needs all of a network, and a rank reads its slices only.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepvideo_serve.dit.blocks import DiTBlock
 from stepvideo_serve.dit.config import BLOCKS_PREFIX, DiTConfig
@@ -25,7 +25,7 @@ from stepvideo_serve.dit.model import StepVideoDiT
 from stepvideo_serve.dit.sharding import dit_plan
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.errors import CheckpointError
-from stepvideo_serve.text.segments import LlmAttention, LlmEmbed, LlmFeedForward
+from stepvideo_serve.text.segments import LlmAttention, LlmEmbed, LlmFeedForward, LlmLayer
 from stepvideo_serve.text.sharding import llm_plan
 from stepvideo_serve.text.step_llm import LAYERS_PREFIX, StepLLM, StepLLMConfig
 from stepvideo_serve.vae.config import VAEConfig
@@ -61,11 +61,12 @@ PARTS = ("dit", "llm", "clip", "vae", TOKENIZERS)
 
 
 class Checkpoint:
-    """Opens lazily: each part is checked when it is first asked for. Raises CheckpointError."""
+    """Opens lazily: each part is checked when it is first asked for. `digest_of` gives the SHA-256 of a file. Raises
+    CheckpointError."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, digest_of: Callable[[Path], str] = file_digest) -> None:
         require_model_dir(folder)
-        self.folder = folder
+        self.folder, self._digest_of = folder, digest_of
         self._digests: dict[Path, str] = {}
 
     @cached_property
@@ -176,13 +177,53 @@ class Checkpoint:
         getattr(self, config)
         getattr(self, files)
 
+    def llm_layer(self, index: int, dtype: torch.dtype = torch.float32) -> LlmLayer:
+        """All of layer `index`."""
+        prefix, config, files = f"{LAYERS_PREFIX}{index}.", self.llm_config, self._llm_files
+        return load_module(lambda: LlmLayer(config), files, dtype, prefix=prefix)
+
+    def tensors(
+        self, part: str, keys: Collection[str], dtype: torch.dtype, share: TensorPart = WHOLE
+    ) -> dict[str, Tensor]:
+        """Tensors of "dit", "llm" or "clip" by their keys, of the first two those of a tensor-parallel rank; mapped in
+        where they are stored in `dtype`. Raises CheckpointError for a key that is missing."""
+        files = self._files(part)
+        if missing := [key for key in keys if key not in files.shapes]:
+            where = ", ".join(sorted({str(path) for path in files.file_of.values()}))
+            raise CheckpointError(f"{where} must hold {missing[0]}, which is missing ({len(missing)} keys are).")
+        return dict(files.read(keys, dtype, self._cuts(part, keys, share)))
+
+    def shape(self, part: str, key: str) -> Shape:
+        """Of one tensor, whole."""
+        return self._files(part).shapes[key]
+
+    def cut(self, part: str, key: str, share: TensorPart) -> Cut | None:
+        """What a tensor-parallel rank holds of a tensor; None for all of it."""
+        return self._cuts(part, (key,), share).get(key)
+
+    def cut_axis(self, part: str, key: str, count: int) -> int | None:
+        """The axis along which each of `count` ranks has a share of the tensor; None where each has all of it."""
+        cuts = self._cuts(part, (key,), TensorPart(0, count))
+        return cuts[key].dim if key in cuts else None
+
+    def _cuts(self, part: str, keys: Iterable[str], share: TensorPart) -> dict[str, Cut]:
+        if part not in ("dit", "llm"):
+            return {}
+        plan = self._dit_plan if part == "dit" else self._llm_plan
+        shapes = self._files(part).shapes
+        return plan.cuts({key: shapes[key] for key in keys}, share)
+
+    def _files(self, part: str) -> WeightFiles:
+        files = {"dit": "_dit_files", "llm": "_llm_files", "clip": "_clip_files", "vae": "_vae_files"}
+        table: WeightFiles = getattr(self, files[part])
+        return table
+
     def digest(self, part: str, prefix: str = "") -> str:
         """SHA-256 over what decides the results of `part` (one of PARTS): the weight files that hold its keys starting
         with `prefix`, and its configuration; of "tokenizers" their files. Files are hashed once."""
         if part == TOKENIZERS:
             return content_key(**{name: self.settings[name] for name in ("step_tokenizer", "clip_tokenizer")})
-        files = {"dit": "_dit_files", "llm": "_llm_files", "clip": "_clip_files", "vae": "_vae_files"}
-        table: WeightFiles = getattr(self, files[part])
+        table = self._files(part)
         paths = sorted({path for key, path in table.file_of.items() if key.startswith(prefix)})
         weights = [self._file_digest(path) for path in paths]
         return content_key(weights=weights, config=self._config_digest(part) if part in CONFIGS else None)
@@ -213,7 +254,7 @@ class Checkpoint:
         if path not in self._digests:
             check_whole(path)
             try:
-                self._digests[path] = file_digest(path)
+                self._digests[path] = self._digest_of(path)
             except OSError as error:
                 raise CheckpointError(f"{path} must be a file of the checkpoint: {error.strerror}.") from None
         return self._digests[path]

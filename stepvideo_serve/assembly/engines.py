@@ -1,23 +1,27 @@
 """Engines of TensorRT as runners: everything about them is compared with the configuration before one is opened."""
 
 import functools
+import logging
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
+from stepvideo_serve.assembly.layer_weights import LayerWeights, weight_bytes
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.engine.gpu_memory import free_memory
 from stepvideo_serve.engine.manifest import (
     EngineTarget,
     GraphEntry,
     Manifest,
-    require_parity,
     require_profile,
     require_target,
 )
-from stepvideo_serve.engine.nvinfer import ActivationMemory, NvInferRunner, load_tensorrt, require_room
+from stepvideo_serve.engine.nvinfer import ActivationMemory, LayerRunner, NvInferRunner, load_tensorrt, require_room
+from stepvideo_serve.engine.parity import require_parity
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
 from stepvideo_serve.fused.kernels_package import register_plugins
@@ -26,16 +30,25 @@ from stepvideo_serve.memory.ledger import RESERVED_BYTES
 from stepvideo_serve.parallel.layout import Layout
 
 WHOLE_TOKENS = "dit_core"  # the graphs that see all tokens where a layout divides them
+GIB = 1 << 30
+NO_WEIGHTS: Mapping[str, torch.Tensor] = MappingProxyType({})
+_logger = logging.getLogger(__name__)
 KERNELS_FOLDER = "kernels"  # in the engine directory, not in those of its parts: machine code of plugins
 
 
 def load_engines(
-    config: ServeConfig, manifest: Manifest, names: Collection[str], kernels: Path, part: str = ""
+    config: ServeConfig,
+    manifest: Manifest,
+    names: Collection[str],
+    kernels: Path,
+    part: str = "",
+    weights: LayerWeights | None = None,
 ) -> dict[str, EngineRunner]:
     """The named engines of [model] engines_dir on the current GPU.
 
     kernels  folder of the kernels that plugins look up, one for all engines of a process
     part     the folder of a tensor-parallel rank that the engine directory is
+    weights  for engines that take them as inputs: such an engine is opened once for all its layers
     Raises ConfigError, SetupError or EngineError when they do not fit, before one is loaded where that can be said.
     """
     model = config.model
@@ -50,27 +63,60 @@ def load_engines(
     entries = {name: manifest.graph(name) for name in names}
     register_plugins(trt, kernels, entries, manifest)
     memory = activation_memory(device)
-    weights = {name: int(entry.extras["plan"]["weight_bytes"]) for name, entry in entries.items()}
+    sizes = _weight_bytes(entries)
     activations = _activation_bytes(entries)
     torch.cuda.empty_cache()  # TensorRT does not see what torch keeps for itself
-    free_memory(device, RESERVED_BYTES + sum(weights.values()) + max(0, activations - memory.size_bytes))
+    free_memory(device, RESERVED_BYTES + sum(sizes.values()) + max(0, activations - memory.size_bytes))
     memory.reserve(activations)
-    require_room(weights, torch.cuda.mem_get_info(device)[0] - RESERVED_BYTES)
-    return {
-        name: NvInferRunner(
-            trt,
-            entry.spec,
-            model.engines_dir,
-            entry.files[0],
-            memory,
-            engine_id=f"{name}@{entry.key[:12]}",
-        )
-        for name, entry in entries.items()
-    }
+    require_room(sizes, torch.cuda.mem_get_info(device)[0] - RESERVED_BYTES)
+    opened: dict[str, NvInferRunner] = {}
+    for name, entry in entries.items():
+        file = entry.file
+        if file not in opened:
+            opened[file] = NvInferRunner(
+                trt, entry.spec, model.engines_dir, entry.files[0], memory, engine_id=f"{name}@{entry.key[:12]}"
+            )
+    return _of_layers(entries, opened, weights)
 
 
-def open_alone(directory: Path, manifest: Manifest, kernels: Path) -> Callable[[str], EngineRunner]:
-    """Opens one engine at a time on the current GPU, whatever a configuration says; `kernels` as for load_engines.
+def _of_layers(
+    entries: Mapping[str, GraphEntry], opened: Mapping[str, NvInferRunner], weights: LayerWeights | None
+) -> dict[str, EngineRunner]:
+    """A runner for each name: the engine itself, or with the weights of its layer, which go to the GPU here."""
+    runners: dict[str, EngineRunner] = {}
+    began_s, moved = time.monotonic(), 0
+    for name, entry in entries.items():
+        engine = opened[entry.file]
+        if not entry.spec.weights:
+            runners[name] = engine
+            continue
+        if weights is None:
+            raise EngineError(
+                f"Engine {name} takes its weights as inputs, none are at hand: open it with a checkpoint."
+            )
+        given = {key: tensor.to(engine.device) for key, tensor in weights.of(name, entry.spec).items()}
+        runners[name] = LayerRunner(engine, name, f"{name}@{entry.key[:12]}", given)
+        moved += weight_bytes(entry.spec)
+    if moved:
+        took_s = max(time.monotonic() - began_s, 1e-3)
+        rate = moved / GIB / took_s
+        _logger.info("%.2f GiB of weights went to the GPU in %.1f s, %.2f GiB/s", moved / GIB, took_s, rate)
+    return runners
+
+
+def _weight_bytes(entries: Mapping[str, GraphEntry]) -> dict[str, int]:
+    """By name: what an engine holds itself, counted with the first of its layers, and the weights of the layer."""
+    sizes, files = {}, set[str]()
+    for name, entry in entries.items():
+        inside = 0 if entry.file in files else int(entry.extras["plan"]["weight_bytes"])
+        files.add(entry.file)
+        sizes[name] = inside + weight_bytes(entry.spec)
+    return sizes
+
+
+def open_alone(directory: Path, manifest: Manifest, kernels: Path) -> Callable[..., EngineRunner]:
+    """Opens one engine at a time on the current GPU, whatever a configuration says, by its name and, where it takes
+    them as inputs, with the weights of a layer on the CPU; `kernels` as for load_engines.
     Raises EngineError when they were built for another TensorRT or GPU, or there is no GPU."""
     found = EngineTarget.of(manifest, directory)
     trt = load_tensorrt(found.backend)
@@ -79,10 +125,13 @@ def open_alone(directory: Path, manifest: Manifest, kernels: Path) -> Callable[[
     register_plugins(trt, kernels, manifest.graphs, manifest)
     memory = activation_memory(device)
 
-    def open_engine(name: str) -> EngineRunner:
+    def open_engine(name: str, weights: Mapping[str, torch.Tensor] = NO_WEIGHTS) -> EngineRunner:
         entry = manifest.graph(name)
         engine_id = f"{name}@{entry.key[:12]}"
-        return NvInferRunner(trt, entry.spec, directory, entry.files[0], memory, engine_id)
+        engine = NvInferRunner(trt, entry.spec, directory, entry.files[0], memory, engine_id)
+        if not entry.spec.weights:
+            return engine
+        return LayerRunner(engine, name, engine_id, {key: value.to(device) for key, value in weights.items()})
 
     return open_engine
 

@@ -26,7 +26,7 @@ from stepvideo_serve.dit.graphs import (
 )
 from stepvideo_serve.dit.segments import PIECES, CoreSegment, core_name, core_spec, segment_module, segment_spec
 from stepvideo_serve.engine.spec import EngineSpec
-from stepvideo_serve.text.segments import llm_embed_spec, llm_half_spec
+from stepvideo_serve.text.segments import llm_embed_spec, llm_half_spec, llm_layer_spec
 from stepvideo_serve.vae.graphs import vae_decoder_spec, vae_encoder_spec
 from stepvideo_serve.weights.cuts import TensorPart
 
@@ -90,6 +90,18 @@ def llm_part_components(checkpoint: Checkpoint, precision: str, part: TensorPart
         for half, load in loaders.items():
             spec = llm_half_spec(config, name, half, index)
             table.append(Component(spec, "llm", "", partial(load, index, dtype, part)))
+    return {component.name: component for component in table}
+
+
+def llm_layer_components(checkpoint: Checkpoint, precision: str) -> dict[str, Component]:
+    """Step-LLM whole, as its embeddings and a graph for each layer."""
+    name = DTYPES[precision]
+    dtype = getattr(torch, name)
+    config = checkpoint.llm_config
+    table = [Component(llm_embed_spec(config, name), "llm", "", partial(checkpoint.llm_embed, dtype))]
+    for index in range(config.num_layers):
+        load = partial(checkpoint.llm_layer, index, dtype)
+        table.append(Component(llm_layer_spec(config, name, index), "llm", "", load))
     return {component.name: component for component in table}
 
 

@@ -1,42 +1,50 @@
 """Graphs of a checkpoint or an engine directory as runners on the configured backend, for one rank or whole."""
 
+import os
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from stepvideo_serve.assembly.checkpoint import Checkpoint
-from stepvideo_serve.assembly.graphs import DTYPES, components
-from stepvideo_serve.config import ServeConfig
+from stepvideo_serve.assembly.graphs import (
+    DTYPES,
+    components,
+    core_component,
+    llm_part_components,
+    part_components,
+    sharded_graph_names,
+)
+from stepvideo_serve.assembly.layer_weights import LayerWeights
+from stepvideo_serve.config import LINKS_VARIABLE, ServeConfig
 from stepvideo_serve.engine.cores import usable_cores
-from stepvideo_serve.engine.manifest import GraphEntry, Manifest
+from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
-from stepvideo_serve.errors import EngineError
-
-if TYPE_CHECKING:
-    pass
-
-from dataclasses import replace
-
-from stepvideo_serve.assembly.graphs import core_component, llm_part_components, part_components, sharded_graph_names
-from stepvideo_serve.errors import ConfigError
+from stepvideo_serve.errors import ConfigError, EngineError
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout, part_folder
-from stepvideo_serve.text.segments import ShardedStepLLM, llm_graph_names
-from stepvideo_serve.weights.cuts import TensorPart
+from stepvideo_serve.text.segments import LayeredStepLLM, ShardedStepLLM, llm_graph_names, llm_layer_names
+from stepvideo_serve.weights.cuts import WHOLE, TensorPart
+from stepvideo_serve.weights.known_digests import KnownDigests
+from stepvideo_serve.weights.weight_set import WeightSet
 
 
 def load_runners(
-    config: ServeConfig, names: Collection[str], threads: int, part: str = "", share: int = 1
+    config: ServeConfig,
+    names: Collection[str],
+    threads: int,
+    part: str = "",
+    share: int = 1,
+    tensor_part: TensorPart = WHOLE,
 ) -> dict[str, EngineRunner]:
     """The named graphs on the configured backend. Raises ConfigError or EngineError when the engine directory does not
     fit.
 
     threads  CPU threads of an operator; 0 = the cores that this process may use, divided by `share`
     part     the folder in the engine directory that holds them: that of a tensor-parallel rank
+    tensor_part  the slice of the weights that graphs with weights as inputs get
     """
     model = config.model
     if model.backend == "eager":
@@ -47,20 +55,53 @@ def load_runners(
     directory = model.engines_dir / part
     local = replace(config, model=replace(model, engines_dir=directory))
     manifest = open_manifest(local)
-    if model.backend == "ort":
-        manifest.verify(directory, names)
-        entries = {name: manifest.graph(name) for name in names}
-        cores = threads or max(usable_cores() // share, 1)
-        return {name: _open_graph(directory, name, entry, cores) for name, entry in entries.items()}
-    from stepvideo_serve.assembly.engines import KERNELS_FOLDER, load_engines  # for GPUs only
+    if "step_llm" in names and "step_llm" not in manifest.graphs and manifest.takes_weights:
+        return _in_layers(config, names, threads, share)
+    weight_set = WeightSet.load(model.weight_set[0]) if model.weight_set else None
+    digests = _known_digests()
+    weights = LayerWeights(Checkpoint(model.dir, digests), tensor_part, weight_set)
+    with weights.checked(manifest, names, digests):
+        if model.backend == "ort":
+            manifest.verify(directory, names)
+            return _open_graphs(directory, manifest, names, threads or max(usable_cores() // share, 1), weights)
+        from stepvideo_serve.assembly.engines import KERNELS_FOLDER, load_engines  # for GPUs only
 
-    return load_engines(local, manifest, names, model.engines_dir / KERNELS_FOLDER, part)
+        return load_engines(local, manifest, names, model.engines_dir / KERNELS_FOLDER, part, weights)
 
 
-def _open_graph(directory: Path, name: str, entry: GraphEntry, threads: int) -> OrtRunner:
-    """From the bytes that were compared with the manifest, not from the files, which may change."""
-    path, content = directory / entry.file, entry.read(directory)
-    return OrtRunner(entry.spec, path, threads, engine_id=f"{name}@{entry.key[:12]}", content=content)
+def _known_digests() -> KnownDigests:
+    """In the launcher's folder, so that ranks that are started anew find what is known; none in other processes."""
+    folder = os.environ.get(LINKS_VARIABLE)
+    return KnownDigests(Path(folder, "digests") if folder else None)
+
+
+def _in_layers(config: ServeConfig, names: Collection[str], threads: int, share: int) -> dict[str, EngineRunner]:
+    """The named graphs, with Step-LLM as one graph after the other."""
+    from stepvideo_serve.text.graphs import step_llm_spec  # imports transformers, which takes long
+
+    llm_config = Checkpoint(config.model.dir).llm_config
+    layers, dtype = llm_layer_names(llm_config.num_layers), str(compute_dtype(config)).removeprefix("torch.")
+    runners = load_runners(config, [*(name for name in names if name != "step_llm"), *layers], threads, share=share)
+    whole = LayeredStepLLM(step_llm_spec(llm_config, dtype), runners, llm_config.num_layers)
+    return {name: whole if name == "step_llm" else runners[name] for name in names}
+
+
+def _open_graphs(
+    directory: Path, manifest: Manifest, names: Collection[str], threads: int, weights: LayerWeights
+) -> dict[str, EngineRunner]:
+    """From the bytes that were compared with the manifest, not from the files, which may change; those of a graph that
+    layers share are read once."""
+    contents: dict[str, dict[str, bytes]] = {}
+    runners: dict[str, EngineRunner] = {}
+    for name in names:
+        entry = manifest.graph(name)
+        if entry.spec.weights and entry.file not in contents:
+            contents[entry.file] = entry.read(directory)
+        content = contents[entry.file] if entry.spec.weights else entry.read(directory)
+        given, engine_id = weights.of(name, entry.spec), f"{name}@{entry.key[:12]}"
+        spec = replace(entry.spec, name=name)
+        runners[name] = OrtRunner(spec, directory / entry.file, threads, engine_id, content, given)
+    return runners
 
 
 def open_manifest(config: ServeConfig) -> Manifest:
@@ -104,6 +145,9 @@ def load_sharded_runners(config: ServeConfig, layout: Layout, tp_index: int) -> 
     threads, model = config.denoiser.threads, config.model
     if not own:
         return load_runners(config, common, threads, share=layout.world_size)
+    if model.backend != "eager" and open_manifest(config).takes_weights:
+        tensor_part = TensorPart(tp_index, layout.tp)
+        return load_runners(config, [*common, *own], threads, share=layout.world_size, tensor_part=tensor_part)
     if model.backend != "eager":
         part = part_folder(layout, tp_index)
         share = layout.world_size
@@ -131,6 +175,9 @@ def build_sharded_llm(
         graphs: dict[str, EngineRunner] = {
             name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names
         }
+    elif open_manifest(config).takes_weights:
+        own = TensorPart(ranks.tp_index, layout.tp)
+        graphs = load_runners(config, names, config.denoiser.threads, share=layout.world_size, tensor_part=own)
     else:
         part = part_folder(layout, ranks.tp_index)
         graphs = load_runners(config, names, config.denoiser.threads, part, layout.world_size)

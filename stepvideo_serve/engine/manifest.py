@@ -8,6 +8,7 @@ profile. All of that is compared before an engine is opened, so that a mismatch 
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -60,7 +61,8 @@ class GraphEntry:
     files   the first is the one to open, the others (external data) lie where the first expects them
     key     hash of everything that determined the graph (see content_key): equal keys need no rebuild
     spec    its signature
-    extras  whatever the builder records about it, for instance its parity report; JSON values
+    extras  whatever the builder records about it, for instance its parity report, and under LAYERS the numbers of the
+            layers that share it; JSON values
     """
 
     files: tuple[GraphFile, ...]
@@ -152,10 +154,23 @@ class Manifest:
             temporary.unlink(missing_ok=True)
 
     def graph(self, name: str) -> GraphEntry:
-        """The entry of one graph; EngineError if the directory has none of that name."""
-        if name not in self.graphs:
+        """The entry of one graph, or of the one that this layer shares with others ("dit_block_07" is layer 7 of
+        "dit_block", or of a variant "dit_block.2"); EngineError if the directory has none."""
+        kind, layer = split_layer(name)
+        shared = (
+            entry
+            for graph, entry in self.graphs.items()
+            if graph.partition(".")[0] == kind and layer in entry.extras.get(LAYERS, ())
+        )
+        found = self.graphs.get(name) or next(shared, None)
+        if found is None:
             raise EngineError(f"The engine directory needs the graph {name}, found {sorted(self.graphs)}: export it.")
-        return self.graphs[name]
+        return found
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether weights are inputs of graphs here, and come from the checkpoint or a weight set."""
+        return any(entry.spec.weights for entry in self.graphs.values())
 
     def require(self, *, precision: str, checkpoint: str | None = None) -> None:
         """EngineError unless the graphs have this precision and, if given, were made from this checkpoint."""
@@ -184,6 +199,12 @@ class Manifest:
                     )
                 if hashes and (digest := hash_file(file)) != record.sha256:
                     raise EngineError(_exchanged(name, file, record.sha256, digest))
+
+
+def split_layer(name: str) -> tuple[str, int | None]:
+    """ "dit_block_07" -> ("dit_block", 7); "dit_embed" -> ("dit_embed", None)."""
+    match = re.fullmatch(r"(.+)_(\d{2,})", name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def hash_file(path: Path) -> str:
@@ -258,6 +279,8 @@ def _typed(data: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 KEY = "target"
+LAYERS = "layers"
+"""Key in `GraphEntry.extras` of a graph with its weights as inputs: the layers that share it."""
 GRAPH = "graph_key"
 """Key in `GraphEntry.extras` of an engine: the key of the graph that it was built from."""
 LOOP = "loop_parity"
@@ -308,30 +331,6 @@ def require_target(manifest: Manifest, directory: Path, expected: EngineTarget) 
                 f"The engines in {directory} must be built for {what} {wanted!r}, found {actual!r}: "
                 "build them again for this machine, or correct the configuration."
             )
-
-
-def require_parity(manifest: Manifest, names: Iterable[str]) -> None:
-    """EngineError unless each graph has a parity report, and was within its limits in every row of it; or where the
-    loop through all graphs was compared, and failed. Slices of a layout have no loop of their own to compare."""
-    loop = manifest.extra.get(LOOP)
-    if loop is not None and not loop["passed"]:
-        raise EngineError(
-            f"The engines must have a {loop['rule']} of at most {loop['allowed']:g}, their report has "
-            f"{loop['value']:.3g}: keep more layers in bf16, and build them again."
-        )
-    for name in names:
-        rows = manifest.graph(name).extras.get("parity")
-        if not rows:
-            raise EngineError(
-                f"Engine {name} must have a parity report, found none: export its graph again with a comparison, "
-                "and build the engine from that."
-            )
-        for row in rows:
-            if not row["error"] <= row["allowed"]:
-                raise EngineError(
-                    f"Engine {name} must be within {row['allowed']:.1e} of the reference, its report has "
-                    f"{row['error']:.1e} for {row.get('output', 'an output')}: do not serve it."
-                )
 
 
 def require_kernels_named(manifest: Manifest, directory: Path, engine: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -142,7 +142,14 @@ class NvInferRunner(EngineRunner):
             raise _too_large(spec.name, self._logger.last_error)
         memory.reserve(self._engine.device_memory_size_v2)
 
+    @property
+    def _weights(self) -> Mapping[str, Tensor]:
+        """On the GPU, by their names in the graph."""
+        return {}
+
     def _run(self, inputs: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
+        if self.spec.weights and not self._weights:
+            raise EngineError(f"Engine {self.spec.name} takes weights, got none: run a layer of it (LayerRunner).")
         bound = {name: _aligned(tensor.contiguous()) for name, tensor in inputs.items()}  # kept alive until enqueued
         outputs = empty_outputs(self.spec, dims, self.device)
         current = torch.cuda.current_stream(self.device)
@@ -155,7 +162,8 @@ class NvInferRunner(EngineRunner):
         """Starts the engine on the shared stream; tensors are contiguous."""
         context = self._context
         accepted = [context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in inputs.items()]
-        accepted += [context.set_tensor_address(name, t.data_ptr()) for name, t in (inputs | outputs).items()]  # type: ignore[operator]
+        tensors = {**inputs, **self._weights, **outputs}
+        accepted += [context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in tensors.items()]
         shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
         if not all(accepted):
             raise self._refused(shapes)
@@ -175,6 +183,30 @@ class NvInferRunner(EngineRunner):
     def _release(self) -> None:
         self._memory.stream.synchronize()
         del self._context, self._engine
+
+
+class LayerRunner(NvInferRunner):
+    """One layer of an engine that takes its weights as inputs: they are bound at each call, without a copy.
+
+    kind     the open engine; layers of a process share it with its context, since they run one after the other
+    weights  by their names in the graph, on the GPU of the engine, contiguous
+    EngineError if they do not fit the spec of the engine.
+    """
+
+    def __init__(self, kind: NvInferRunner, name: str, engine_id: str, weights: Mapping[str, Tensor]) -> None:
+        EngineRunner.__init__(self, replace(kind.spec, name=name), kind.device, engine_id)
+        self.spec.check_weights(weights)
+        self._memory, self._logger = kind._memory, kind._logger
+        self._engine, self._context = kind._engine, kind._context
+        self._bound = {weight: _aligned(tensor.contiguous()) for weight, tensor in weights.items()}
+
+    @property
+    def _weights(self) -> Mapping[str, Tensor]:
+        return self._bound
+
+    def _release(self) -> None:
+        super()._release()
+        del self._bound
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -236,15 +268,22 @@ def checked_file(name: str, directory: Path, file: GraphFile) -> Iterator[mmap.m
 def check_signature(trt: Any, spec: EngineSpec, engine: Any) -> None:
     """EngineError unless the engine's tensors have the names and dtypes of the spec, and its profile the sizes."""
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    expected = {tensor.name for tensor in spec.tensors}
     if names != expected:
         raise EngineError(f"Engine {spec.name} must have the tensors {sorted(expected)}, found {sorted(names)}.")
-    for tensor in (*spec.inputs, *spec.outputs):
+    for tensor in spec.tensors:
         wanted, found = getattr(trt.DataType, _DTYPES[tensor.dtype]), engine.get_tensor_dtype(tensor.name)
         if wanted != found:
             raise EngineError(f'Engine {spec.name}: "{tensor.name}" must be {wanted}, found {found}: build it again.')
     for tensor in spec.inputs:
         _check_profile(spec, tensor, engine)
+    for weight in spec.weights:
+        found = tuple(engine.get_tensor_shape(weight.name))
+        if found != weight.tensor.shape:
+            raise EngineError(
+                f'Engine {spec.name}: weight "{weight.name}" must be {weight.tensor}, found {list(found)}: build it '
+                "again."
+            )
 
 
 def _check_profile(spec: EngineSpec, tensor: TensorSpec, engine: Any) -> None:

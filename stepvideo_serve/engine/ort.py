@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from stepvideo_serve.engine.cores import usable_cores
+from stepvideo_serve.engine.ort_weights import add_weights, with_initializers
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError
@@ -43,6 +44,7 @@ class OrtRunner(EngineRunner):
     `content`: the bytes of that file and of its external data, by their names in the graph, the file first, as
     `GraphEntry.read` gives them. They are run in the place of the files, which ONNX Runtime would map, and so follow
     through every later change.
+    `weights`: those of the spec, one layer's, which the session takes as constants.
     Inputs are read and outputs are written in place, without a copy, where the inputs are contiguous.
     EngineError if onnxruntime or the file is missing, the file is corrupt, the graph's inputs and outputs are not
     those of the spec, or the spec has a dtype other than float32, float16, int64, int32, bool and uint8.
@@ -55,6 +57,7 @@ class OrtRunner(EngineRunner):
         threads: int | None = None,
         engine_id: str | None = None,
         content: Mapping[str, bytes] | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         ort = _onnxruntime(spec)
         super().__init__(spec, "cpu", engine_id or f"onnxruntime-{ort.__version__}:{path.name}")
@@ -69,7 +72,11 @@ class OrtRunner(EngineRunner):
         self._path = path
         self._errors = _failures(ort)
         options = _session_options(ort, threads)
-        graph = str(path) if content is None else _in_memory(content, options)
+        graph: str | bytes = str(path) if content is None else _in_memory(content, options)
+        self._weights: list[Any] = []  # kept alive: the session reads what it does not pack
+        if spec.weights:
+            graph = with_initializers(graph if isinstance(graph, bytes) else path.read_bytes(), spec)
+            self._weights = add_weights(ort, options, spec, weights or {})
         try:
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except self._errors as error:
@@ -101,7 +108,7 @@ class OrtRunner(EngineRunner):
         return outputs
 
     def _release(self) -> None:
-        del self._session
+        del self._session, self._weights
 
 
 def _in_memory(content: Mapping[str, bytes], options: Any) -> bytes:

@@ -4,6 +4,9 @@ One EngineSpec feeds the export (dynamic_shapes), the optimisation profile (prof
 output_shapes) and the manifest (to_json).
 
 A dimension of a shape is an integer, a symbol such as "tokens", or an integer multiple of a symbol such as "16*h".
+
+A graph has its weights inside, or some of them are inputs too (WeightSpec): then it serves every layer of its kind, and
+a runner of one layer gets them once, when it is made.
 """
 
 import re
@@ -97,19 +100,72 @@ class TensorSpec:
         return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
 
 
+PLAIN, CODES, OUTPUT_SCALE, INPUT_INVERSE = "plain", "codes", "output_scale", "input_inverse"
+VALUE_SCALE, VALUE_INVERSE, SLOPES = "value_scale", "value_inverse", "slopes"
+FORMS = (PLAIN, CODES, OUTPUT_SCALE, INPUT_INVERSE, VALUE_SCALE, VALUE_INVERSE, SLOPES)
+"""What a weight input holds: the checkpoint's tensor; in FP8 its codes, a scale for each output channel, the inverse
+scale of the layer's input, scale and inverse scale of an attention's values; or the slopes of this rank's heads."""
+LAYER = "{layer}"
+"""Stands for the number of a layer in the key of a weight."""
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """An input that is a weight: the same at each call, another for each layer, rank and checkpoint.
+
+    tensor  name in the graph, dtype and shape, all sizes integers
+    key     where it comes from, with LAYER: a key of the checkpoint, or for another form than "plain" and "codes" the
+            name of a quantised layer or attention
+    form    what of that: one of FORMS
+    axis    along which a tensor-parallel rank has its share of `parts`; None: every rank has all
+    """
+
+    tensor: TensorSpec
+    key: str
+    form: str = PLAIN
+    axis: int | None = None
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise EngineError(f'Weight "{self.tensor.name}" must be of a form of {FORMS}, got {self.form!r}.')
+        if self.tensor.symbols or not self.key or self.parts < 1:
+            raise EngineError(
+                f'Weight "{self.tensor.name}" needs integer sizes, a key and at least 1 part, got {self}: correct it.'
+            )
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    def key_of(self, layer: int | None) -> str:
+        """The key for one layer; None for a graph that no layers share."""
+        return self.key if layer is None else self.key.replace(LAYER, str(layer))
+
+    def check(self, engine: str, value: torch.Tensor) -> None:
+        """EngineError, with the name of the `engine`, unless dtype and shape are those."""
+        if value.dtype != self.tensor.torch_dtype or tuple(value.shape) != self.tensor.shape:
+            raise EngineError(
+                f'Engine {engine}: weight "{self.name}" must be {self.tensor}, got {_describe(value)}: '
+                "the weights are those of another model, or of another layout."
+            )
+
+
 @dataclass(frozen=True)
 class EngineSpec:
-    """The signature of one graph. Symbols have their range in `dims`; outputs use symbols of the inputs."""
+    """The signature of one graph. Symbols have their range in `dims`; outputs use symbols of the inputs. `weights` are
+    inputs of the graph besides `inputs`, which are those of a call."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dims: Mapping[str, Dim] = field(hash=False)
+    weights: tuple[WeightSpec, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", dict(self.dims))
         seen: set[str] = set()
-        for tensor in (*self.inputs, *self.outputs):
+        for tensor in self.tensors:
             if tensor.name in seen:
                 raise EngineError(f'Engine {self.name}: tensor names must differ, "{tensor.name}" is there twice.')
             seen.add(tensor.name)
@@ -125,6 +181,17 @@ class EngineSpec:
                     f'Engine {self.name}: output "{tensor.name}" uses {sorted(unbound)}, which no input has: '
                     f"outputs may use {sorted(bound)}."
                 )
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All that crosses the border of the graph: inputs, weights, outputs."""
+        return (*self.inputs, *(weight.tensor for weight in self.weights), *self.outputs)
+
+    def check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """EngineError unless these are the weights of the spec: names, dtypes and shapes."""
+        self._check_names("weights", [weight.name for weight in self.weights], weights)
+        for weight in self.weights:
+            weight.check(self.name, weights[weight.name])
 
     def check_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """The size of every symbol; EngineError if a name, dtype, rank, size or range does not match."""
@@ -216,6 +283,7 @@ class EngineSpec:
             "inputs": [_tensor_json(tensor) for tensor in self.inputs],
             "outputs": [_tensor_json(tensor) for tensor in self.outputs],
             "dims": {symbol: [dim.min, dim.opt, dim.max] for symbol, dim in self.dims.items()},
+            **({"weights": [_weight_json(weight) for weight in self.weights]} if self.weights else {}),
         }
 
     @classmethod
@@ -227,6 +295,7 @@ class EngineSpec:
                 inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
                 outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
                 dims={symbol: Dim(*bounds) for symbol, bounds in data["dims"].items()},
+                weights=tuple(_weight_from_json(weight) for weight in data.get("weights", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
@@ -267,3 +336,12 @@ def _tensor_json(tensor: TensorSpec) -> dict[str, Any]:
 
 def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:
     return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
+
+
+def _weight_json(weight: WeightSpec) -> dict[str, Any]:
+    source = {"key": weight.key, "form": weight.form, "axis": weight.axis, "parts": weight.parts}
+    return {**_tensor_json(weight.tensor), **source}
+
+
+def _weight_from_json(data: Mapping[str, Any]) -> WeightSpec:
+    return WeightSpec(_tensor_from_json(data), data["key"], data["form"], data["axis"], data["parts"])

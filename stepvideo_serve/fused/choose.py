@@ -48,7 +48,7 @@ from stepvideo_serve.fused.modules import (
     FusedTokenCausalAttention,
     PairedCore,
 )
-from stepvideo_serve.text.segments import LLM_TOKENS, LlmAttention
+from stepvideo_serve.text.segments import LLM_TOKENS, LlmAttention, LlmLayer
 from stepvideo_serve.text.step_llm import Attention, StepLLM, StepLLMConfig, alibi_slopes
 from stepvideo_serve.vae.config import VAEConfig
 from stepvideo_serve.vae.layers import TokenCausalAttention
@@ -72,6 +72,7 @@ _GRAPHS: Mapping[str, tuple[str, ...]] = {
     "dit_ff_*": ("adaln_modulate",),
     "step_llm": ("alibi_attention",),
     "step_llm_attn_*": ("alibi_attention",),
+    "step_llm_layer_*": ("alibi_attention",),
     "vae_encoder": ("vae_attention",),
     "vae_decoder": ("vae_attention",),
 }
@@ -256,7 +257,7 @@ def _slopes(path: str, root: nn.Module, graph_name: str) -> list[float]:
     if isinstance(root, StepLLM):
         return alibi_slopes(root.config.num_heads)
     owner = root.get_submodule(path.rpartition(".")[0])
-    if isinstance(owner, LlmAttention):
+    if isinstance(owner, LlmAttention | LlmLayer):
         return owner.slopes
     raise ExportError(f"{graph_name} must be Step-LLM or one of its pieces, got {type(root).__name__}.")
 

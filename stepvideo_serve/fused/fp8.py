@@ -14,6 +14,7 @@ from torch import Tensor, nn
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-14
+SMALLEST_POWER = 2.0**-41
 SOFTMAX_AMAX = 1.0
 QUANTISED_ROWS = 1024
 
@@ -83,6 +84,83 @@ class QuantizedLinear(nn.Module):
         """x [..., K] -> [..., M], in the dtype of the scales."""
         weight: Tensor = dequantize(self.weight, self.weight_scale)
         return round_trip(x, self.input_scale) @ weight
+
+
+class ScaledLinear(nn.Module):
+    """QuantizedLinear for a graph whose weights are inputs. Scales of Quantize and Dequantize must be constants: they
+    are 1; the input is multiplied with its inverse scale before, the product with both scales after. All are powers of
+    two, so that multiplying rounds nothing.
+
+    Buffers, inputs of the graph but for `one`: weight [M, K] E4M3, K contiguous as FP8 instructions read it;
+    input_inverse [1] and output_scale [M] in `dtype`, bf16 or fp32: a product without scales needs their range.
+    """
+
+    def __init__(self, linear: nn.Linear, input_amax: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        input_scale = power_scale(torch.tensor([input_amax]))
+        codes, scale = power_rows(linear.weight)
+        self.register_buffer("weight", codes)
+        self.register_buffer("output_scale", (scale * input_scale).to(dtype))
+        self.register_buffer("input_inverse", (1 / input_scale).to(dtype))
+        self.register_buffer("one", torch.ones((), dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., M], in the dtype of the scales."""
+        one = self.get_buffer("one")
+        weight: Tensor = dequantize(self.get_buffer("weight"), one)
+        product = nn.functional.linear(round_trip(x * self.get_buffer("input_inverse"), one), weight)
+        out: Tensor = product * self.get_buffer("output_scale")
+        return out
+
+
+def power_scale(amax: Tensor) -> Tensor:
+    """The smallest power of two in fp32 of which 448 hold `amax`, elementwise, or up to twice that, and at least 2^-40.
+    E4M3 is a floating-point format: a scale above the ideal one costs range at the small end, not precision."""
+    _, exponent = torch.frexp((amax.float() / FP8_MAX).clamp_min(SMALLEST_POWER))
+    return torch.ldexp(torch.ones_like(amax, dtype=torch.float32), exponent)
+
+
+def power_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [M, K] -> codes [M, K] in E4M3 and scale [M] in fp32, powers of two; a slice of rows at a time."""
+    codes = torch.empty(weight.shape, dtype=FP8)
+    scale = torch.empty(len(weight))
+    for begin in range(0, len(weight), QUANTISED_ROWS):
+        rows = slice(begin, begin + QUANTISED_ROWS)
+        scale[rows] = power_scale(weight[rows].abs().amax(dim=1))
+        codes[rows] = quantize(weight[rows].float(), scale[rows, None])
+    return codes, scale
+
+
+HEAD_SCALE = 0.25
+"""Of queries and keys in graphs that all blocks share. They are RMS-normed, so no element is beyond sqrt(128) times the
+largest gain, and rotation keeps the length: E4M3 has its precision from 2^-8 to 112 of them."""
+HEAD_GAINS = (2.0**-4, 9.0)
+"""The largest gain of a head's norm must lie here for that."""
+
+
+class ScaledAttention(nn.Module):
+    """QuantizedAttention for a graph whose weights are inputs. Queries and keys have the constant HEAD_SCALE; values
+    are multiplied before and after, since the result is linear in them. Inputs: value_inverse and value_scale [1]."""
+
+    def __init__(self, dtype: torch.dtype, v_amax: float) -> None:
+        super().__init__()
+        scale = power_scale(torch.tensor([v_amax]))
+        self.register_buffer("value_inverse", (1 / scale).to(dtype))
+        self.register_buffer("value_scale", scale.to(dtype))
+        self.register_buffer("one", torch.ones((), dtype=dtype))
+        self.register_buffer("head_scale", torch.tensor(HEAD_SCALE, dtype=dtype))
+        self.register_buffer("p_scale", scale_of(torch.tensor(SOFTMAX_AMAX), dtype))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, N, d], k and v [B, H, L, d] -> [B, N, H * d]."""
+        head_scale = self.get_buffer("head_scale")
+        q = round_trip(q, head_scale)
+        k = round_trip(k.transpose(2, 3), head_scale)
+        v = round_trip(v * self.get_buffer("value_inverse"), self.get_buffer("one"))
+        weights = torch.softmax((q @ k) * q.shape[-1] ** -0.5, dim=-1)
+        out = (round_trip(weights, self.get_buffer("p_scale")) @ v).transpose(1, 2).flatten(2)
+        return out * self.get_buffer("value_scale")
 
 
 class QuantizedAttention(nn.Module):

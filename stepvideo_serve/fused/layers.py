@@ -27,7 +27,7 @@ OPERANDS = ("q", "k", "v")
 DIT_LINEARS = ("attn1.wqkv", "attn1.wo", "attn2.wq", "attn2.wkv", "attn2.wo", "ff.net.0.proj", "ff.net.2")
 LLM_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2")
 
-_HALF = re.compile(r"step_llm_(?:attn|ff)_(\d+)")
+_HALF = re.compile(r"step_llm_(?:attn|ff|layer)_(\d+)")
 _PIECE = re.compile(r"dit_([a-z]+)_")
 
 # Which layers of its block a graph of the DiT uses; it may hold them all.

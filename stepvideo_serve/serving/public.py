@@ -264,7 +264,7 @@ def files_of(config: ServeConfig, model_repository: Path) -> list[Path]:
     graphs = [] if config.model.backend == "eager" else [config.model.engines_dir]
     code = [model_repository, Path(__file__).absolute().parents[1]]
     configuration = [Path(name)] if (name := os.environ.get(ENVIRONMENT_VARIABLE)) else []
-    return [config.model.dir, *graphs, *config.pricing.files, *configuration, *code]
+    return [config.model.dir, *graphs, *config.model.weight_set, *config.pricing.files, *configuration, *code]
 
 
 class UnaryModel(PublicModel):

@@ -9,8 +9,10 @@ Axes: L tokens, D width, H heads of this rank.
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
+from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.spec import Dim, EngineSpec, TensorSpec
 from stepvideo_serve.parallel.communicator import Communicator
 from stepvideo_serve.text.states import LLM_MAX_TOKENS
@@ -73,6 +75,40 @@ class LlmFeedForward(nn.Module):
         return self.feed_forward(self.ffn_norm(tokens))
 
 
+class SlopesOutside(nn.Module):
+    """LlmAttention with the slopes of its heads as a tensor, which ranks differ in: it may be an input of the graph."""
+
+    def __init__(self, plain: LlmAttention) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = plain.attention_norm, plain.attention
+        self.register_buffer("slopes", torch.tensor(plain.slopes), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [1, L, D] -> partial [1, L, D]."""
+        bias = sqrt_alibi_bias(self.get_buffer("slopes"), tokens.shape[1], tokens.device)
+        out: Tensor = self.attention(self.attention_norm(tokens), bias)
+        return out
+
+
+class LlmLayer(nn.Module):
+    """One layer whole, residuals and the bias of all heads included."""
+
+    def __init__(self, config: StepLLMConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config.width, config.ffn_width)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.slopes = alibi_slopes(config.num_heads)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [1, L, D] -> [1, L, D]."""
+        bias = sqrt_alibi_bias(self.slopes, tokens.shape[1], tokens.device)
+        tokens = tokens + self.attention(self.attention_norm(tokens), bias)
+        out: Tensor = tokens + self.feed_forward(self.ffn_norm(tokens))
+        return out
+
+
 class ShardedStepLLM:
     """Called like the graph `step_llm`, on every rank of a tensor-parallel group at once; each gets the whole result.
 
@@ -97,9 +133,47 @@ class ShardedStepLLM:
         return {"llm_states": x}
 
 
+class LayeredStepLLM(EngineRunner):
+    """The graph `step_llm` as its embeddings and one graph after the other, `step_llm_embed` and `step_llm_layer_NN`.
+
+    spec  the signature of the whole
+    """
+
+    def __init__(self, spec: EngineSpec, graphs: Mapping[str, EngineRunner], num_layers: int) -> None:
+        self._embed, *self._layers = (graphs[name] for name in llm_layer_names(num_layers))
+        super().__init__(spec, self._embed.device, f"step_llm of {num_layers + 1} graphs, {self._embed.engine_id}")
+
+    def _run(self, inputs: dict[str, Tensor], dims: dict[str, int]) -> dict[str, Tensor]:
+        del dims
+        x = self._embed(**inputs)["tokens"]
+        for layer in self._layers:
+            x = layer(tokens=x)["tokens_out"]
+        return {"llm_states": x}
+
+    def _release(self) -> None:
+        for runner in (self._embed, *self._layers):
+            runner.close()
+
+
 def llm_graph_names(num_layers: int) -> list[str]:
     """Names of the graphs that ShardedStepLLM needs, in the order in which they run."""
     return ["step_llm_embed", *(f"step_llm_{half}_{i:02d}" for i in range(num_layers) for half in ("attn", "ff"))]
+
+
+def llm_layer_names(num_layers: int) -> list[str]:
+    """Names of the graphs of a Step-LLM in whole layers, in the order in which they run."""
+    return ["step_llm_embed", *(f"step_llm_layer_{i:02d}" for i in range(num_layers))]
+
+
+def llm_layer_spec(config: StepLLMConfig, dtype: str, index: int) -> EngineSpec:
+    """Layer `index`, whole."""
+    shape = (1, "llm_tokens", config.width)
+    return EngineSpec(
+        f"step_llm_layer_{index:02d}",
+        inputs=(TensorSpec("tokens", dtype, shape),),
+        outputs=(TensorSpec("tokens_out", dtype, shape),),
+        dims={"llm_tokens": LLM_TOKENS},
+    )
 
 
 def llm_embed_spec(config: StepLLMConfig, dtype: str) -> EngineSpec:

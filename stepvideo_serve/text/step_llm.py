@@ -168,9 +168,10 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + [2 ** (-4 * k / n) for k in range(1, 2 * (heads - n), 2)]
 
 
-def sqrt_alibi_bias(slopes: list[float], length: int, device: torch.device) -> Tensor:
+def sqrt_alibi_bias(slopes: list[float] | Tensor, length: int, device: torch.device) -> Tensor:
     """[len(slopes), L, L] fp32: -slope * sqrt(i - j) where key j is not after query i, minus infinity elsewhere."""
     positions = torch.arange(length, device=device)
     distance = (positions[:, None] - positions[None, :]).float()
-    bias = -torch.tensor(slopes, device=device)[:, None, None] * distance.clamp(min=0).sqrt()
+    of_heads = slopes if isinstance(slopes, Tensor) else torch.tensor(slopes, device=device)
+    bias = -of_heads[:, None, None] * distance.clamp(min=0).sqrt()
     return bias.masked_fill(distance < 0, float("-inf"))

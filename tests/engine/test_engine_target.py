@@ -13,10 +13,10 @@ from stepvideo_serve.engine.manifest import (
     GraphEntry,
     GraphFile,
     Manifest,
-    require_parity,
     require_profile,
     require_target,
 )
+from stepvideo_serve.engine.parity import require_parity
 from stepvideo_serve.errors import EngineError
 from tests.engine.toy import SPEC
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from export.parity import main as parity
-from stepvideo_serve.engine.manifest import Manifest, require_parity
+from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.parity import require_parity
 from tests.engines.conftest import Run
 from toyworld import fp8_graphs
 from toyworld.evaluate import CHECKPOINT

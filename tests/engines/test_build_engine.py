@@ -15,8 +15,9 @@ import pytest
 from export.engines.child import Job
 from export.engines.process import run_child
 from export.engines.toolkit import child_environment
-from stepvideo_serve.engine.manifest import EngineTarget, Manifest, require_parity
+from stepvideo_serve.engine.manifest import EngineTarget, Manifest
 from stepvideo_serve.engine.nvinfer import checked_file
+from stepvideo_serve.engine.parity import require_parity
 from stepvideo_serve.errors import EngineError, ExportError
 from tests import signals
 from tests.engines.conftest import build

@@ -18,7 +18,8 @@ from export.graphs.recipe import Recipe
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
 from stepvideo_serve.assembly.checkpoint import Checkpoint
-from stepvideo_serve.engine.manifest import LOOP, EngineTarget, Manifest, require_parity
+from stepvideo_serve.engine.manifest import LOOP, EngineTarget, Manifest
+from stepvideo_serve.engine.parity import require_parity
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.errors import EngineError, ExportError
 from stepvideo_serve.parallel.layout import Layout

@@ -27,9 +27,9 @@ def kernels_are_sought_in_the_folder_of_the_part() -> Patched:
     """Each group of engines named the folder beside its own files."""
     real = engines.load_engines
 
-    def load_engines(config: Any, manifest: Any, names: Any, kernels: Path, part: str = "") -> Any:
+    def load_engines(config: Any, manifest: Any, names: Any, kernels: Path, part: str = "", weights: Any = None) -> Any:
         del kernels
-        return real(config, manifest, names, config.model.engines_dir / engines.KERNELS_FOLDER, part)
+        return real(config, manifest, names, config.model.engines_dir / engines.KERNELS_FOLDER, part, weights)
 
     return patch.object(engines, "load_engines", load_engines)
 
@@ -99,7 +99,7 @@ def refusals_are_not_noticed() -> Patched:
     def enqueue(self: nvinfer.NvInferRunner, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         for name, tensor in inputs.items():
             self._context.set_input_shape(name, tuple(tensor.shape))
-        for name, tensor in {**inputs, **outputs}.items():
+        for name, tensor in {**inputs, **self._weights, **outputs}.items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         self._context.set_device_memory(self._memory.pointer, self._memory.size_bytes)
         self._context.execute_async_v3(self._memory.stream.cuda_stream)

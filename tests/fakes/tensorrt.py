@@ -191,7 +191,7 @@ class _CudaEngine:
 
     @property
     def _tensors(self) -> tuple[Any, ...]:
-        return (*self._spec.inputs, *self._spec.outputs)
+        return self._spec.tensors
 
     def _tensor(self, name: str) -> Any:
         return next((tensor for tensor in self._tensors if tensor.name == name), None)
@@ -201,6 +201,9 @@ class _CudaEngine:
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return TYPES[self._tensor(name).dtype]
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        return tuple(-1 if isinstance(size, str) else size for size in self._tensor(name).shape)
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Shape]:
         if profile_index != 0:
@@ -266,9 +269,10 @@ class _ExecutionContext:
         missing += [tensor.name for tensor in spec.inputs if tensor.name not in self._shapes]
         if missing or (self._memory is None and engine.device_memory_size_v2):
             return self._refused(f"enqueueV3: not set: {missing or 'device memory'}")
-        shapes = _all_shapes(spec, self._shapes)
+        weights = [weight.tensor for weight in spec.weights]  # of fixed shapes, which need not be set
+        shapes = {**_all_shapes(spec, self._shapes), **{tensor.name: tensor.resolve({}) for tensor in weights}}
         ranges = {t.name: (self._addresses[t.name], _bytes(t, shapes[t.name])) for t in engine._tensors}
-        reads = [ranges[tensor.name] for tensor in spec.inputs]
+        reads = [ranges[tensor.name] for tensor in (*spec.inputs, *weights)]
         writes = [ranges[tensor.name] for tensor in spec.outputs]
         scratch = [self._memory] if self._memory is not None and self._memory[1] else []
         for name, (start, size) in ranges.items():

@@ -1,0 +1,49 @@
+"""What an engine must show of its numbers before it serves."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from stepvideo_serve.engine.manifest import LOOP, Manifest, split_layer
+from stepvideo_serve.errors import EngineError
+
+WEIGHTS = "weights"
+"""Key in a row of the report of a graph that takes its weights as inputs: those that it was compared with."""
+
+
+def require_parity(manifest: Manifest, names: Iterable[str], weights: Mapping[str, str] | None = None) -> None:
+    """EngineError unless each graph has a parity report, and was within its limits in every row of it; or where the
+    loop through all graphs was compared, and failed. Slices of a layout have no loop of their own to compare.
+    `weights`: by graph, which weights its report must be of, as far as that is known."""
+    loop = manifest.extra.get(LOOP)
+    if loop is not None and not loop["passed"]:
+        raise EngineError(
+            f"The engines must have a {loop['rule']} of at most {loop['allowed']:g}, their report has "
+            f"{loop['value']:.3g}: keep more layers in bf16, and build them again."
+        )
+    for name in names:
+        rows = _rows_of(manifest, name, (weights or {}).get(name))
+        if not rows:
+            raise EngineError(
+                f"Engine {name} must have a parity report, found none: export its graph again with a comparison, "
+                "and build the engine from that."
+            )
+        for row in rows:
+            if not row["error"] <= row["allowed"]:
+                raise EngineError(
+                    f"Engine {name} must be within {row['allowed']:.1e} of the reference, its report has "
+                    f"{row['error']:.1e} for {row.get('output', 'an output')}: do not serve it."
+                )
+
+
+def _rows_of(manifest: Manifest, name: str, weights: str | None) -> list[Mapping[str, Any]]:
+    """Of a parity report those of one layer and of these weights. EngineError where it is of other weights."""
+    layer = split_layer(name)[1]
+    rows = [row for row in manifest.graph(name).extras.get("parity", ()) if row.get("layer", layer) == layer]
+    found = [row for row in rows if weights is None or row.get(WEIGHTS, weights) == weights]
+    if rows and not found:
+        others = sorted({row[WEIGHTS] for row in rows})
+        raise EngineError(
+            f"Engine {name} must have a parity report for the weights {weights}, found one for {', '.join(others)}: "
+            "they are of another checkpoint or calibration; export with these weights, and build the engine from that."
+        )
+    return found

@@ -1,0 +1,75 @@
+"""A file is hashed once while it stays what it is."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from stepvideo_serve.weights import known_digests
+from stepvideo_serve.weights.files import file_digest
+from stepvideo_serve.weights.known_digests import KnownDigests
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were read."""
+    found: list[Path] = []
+
+    def digest(path: Path) -> str:
+        found.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(known_digests, "file_digest", digest)
+    return found
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"one")
+    return path
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_rebuild_reads_nothing_again(tmp_path: Path, weights: Path, hashed: list[Path]) -> None:
+    for _ in range(3):
+        assert KnownDigests(tmp_path / "known")(weights) == sha256(b"one")
+    assert hashed == [weights]
+
+
+def test_another_start_hashes_again(tmp_path: Path, weights: Path, hashed: list[Path]) -> None:
+    for start in ("first", "second"):
+        KnownDigests(tmp_path / start)(weights)
+    KnownDigests(None)(weights)
+    assert len(hashed) == 3
+
+
+def test_a_file_that_changed_is_hashed_again(tmp_path: Path, weights: Path, hashed: list[Path]) -> None:
+    known = KnownDigests(tmp_path / "known")
+    known(weights)
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(1, 1))
+    assert known(weights) == sha256(b"two")
+    weights.with_name("other").write_bytes(b"six")
+    os.utime(weights.with_name("other"), ns=(1, 1))
+    os.replace(weights.with_name("other"), weights)  # of the same size and time: another inode
+    assert known(weights) == sha256(b"six")
+    assert len(hashed) == 3
+
+
+def test_a_damaged_record_is_made_again(tmp_path: Path, weights: Path, hashed: list[Path]) -> None:
+    known = KnownDigests(tmp_path / "known")
+    known(weights)
+    [record] = [path for path in (tmp_path / "known").iterdir() if not path.suffix]
+    record.write_text("{")
+    assert known(weights) == sha256(b"one")
+    assert len(hashed) == 2
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        KnownDigests(tmp_path / "known")(tmp_path / "nowhere")
