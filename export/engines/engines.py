@@ -44,6 +44,7 @@ from stepvideo_serve.engine.manifest import (
     GRAPH,
     KERNELS,
     KEY,
+    LAYERS,
     EngineTarget,
     GraphEntry,
     GraphFile,
@@ -147,6 +148,8 @@ def _folders(onnx_dir: Path, options: Options) -> list[str]:
         layout.check(heads)
     if layout.tp == layout.sp == 1:
         return [""]
+    if Manifest.load(onnx_dir).takes_weights:  # a graph of a kind serves every rank
+        return [""]
     parts = [part_folder(layout, index) for index in range(layout.tp)]
     if missing := [part for part in parts if not (onnx_dir / part / FILE_NAME).is_file()]:
         raise ExportError(
@@ -188,6 +191,8 @@ class _Folder:
         keys = {name: self._key(name, spec) for name, spec in specs.items()}
         stale = [name for name in chosen if not self._is_current(name, keys[name])]
         report.current += [self._label(name) for name in chosen if name not in stale]
+        current = {name: self._with_reports(name) for name in chosen if name not in stale}
+        self._manifest = replace(self._manifest, graphs={**self._manifest.graphs, **current})
         self._manifest.save(self._out)
 
         def build(name: str, slot: Slot, children: Children) -> GraphEntry:
@@ -222,6 +227,18 @@ class _Folder:
             elif self._label(name) in report.current:
                 report.current.remove(self._label(name))
                 report.failed[self._label(name)] = f"{UNEXPECTED}{'; '.join(wrong)}; it was built with --plan warn"
+
+    def _with_reports(self, name: str) -> GraphEntry:
+        """An entry that is there, with what its graph's has since been compared with: an engine that takes its weights
+        as inputs is not built again for others."""
+        entry, source = self._manifest.graph(name), self._source.graph(name)
+        if not source.spec.weights:
+            return entry
+        own = [
+            row for row in entry.extras["parity"] if row not in source.extras["parity"] and row["backend"] == "engine"
+        ]
+        known = {LAYERS: source.extras[LAYERS], "parity": [*source.extras["parity"], *own]}
+        return replace(entry, extras={**entry.extras, **known})
 
     def _take_kernels(self) -> None:
         """Copies the kernels to the folder that all parts share, and records them, where there are new ones and engines

@@ -7,7 +7,7 @@ attention      each attention is one fused kernel: its scores are never written 
 memory         activations stay below a stated bound
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -51,7 +51,7 @@ class Expected:
 def expected_of(path: Path, spec: EngineSpec) -> Expected:
     """What the graph in the ONNX file `path` asks for; `spec` has the ranges of the profile. Reads no weights."""
     graph = onnx.load(str(path), load_external_data=False).graph
-    reader = _Graph(graph)
+    reader = _Graph(graph, (weight.name for weight in spec.weights))
     weights = {node.name: reader.weight_type(node) for node in graph.node if node.op_type in _PRODUCTS}
     return Expected(
         fp8_products=tuple(name for name, kind in weights.items() if kind == onnx.TensorProto.FLOAT8E4M3FN),
@@ -144,11 +144,12 @@ def _computes_in(layer: PlanLayer, dtype: str) -> bool:
 class _Graph:
     """The links of an ONNX graph."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, weights: Iterable[str] = ()) -> None:
+        """`weights`: the inputs that are weights."""
         self._graph = graph
-        outside = {value.name: value.type.tensor_type for value in graph.input if _is_matrix(value)}
-        inside = {tensor.name: int(tensor.data_type) for tensor in graph.initializer}
-        self._weights = {name: int(type_.elem_type) for name, type_ in outside.items()} | inside
+        self._types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        inputs = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+        self._types |= {name: inputs[name] for name in weights if name in inputs}
         self._producers = {name: node for node in graph.node for name in node.output}
         self._shapes = {
             value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -161,8 +162,8 @@ class _Graph:
             source: str | None = name
             while source in self._producers and self._producers[source].op_type in _THROUGH:
                 source = self._producers[source].input[0]
-            if source in self._weights:
-                return self._weights[source]
+            if source in self._types:
+                return int(self._types[source])
         return None
 
     def attentions(self, spec: EngineSpec) -> Iterator[str]:
@@ -183,12 +184,6 @@ class _Graph:
         if shape is None:
             return float("inf")
         return SCORE_BYTES * prod(_size(dim, sizes) for dim in shape)
-
-
-def _is_matrix(value: onnx.ValueInfoProto) -> bool:
-    """Whether all sizes of an input are fixed, and two of them above 1: a weight that is an input."""
-    sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    return all(sizes) and sum(size > 1 for size in sizes) >= 2
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> float:
