@@ -21,8 +21,8 @@ from tests.video.decode import decode_mp4
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
-SMALL = ("--landscape", "64x96", "--infer-steps", "4", "--num-frames", "17", "--cfg-scale", "4", "--time-shift", "7")
-SMALL += ("--motion-score", "5")
+SIZE = ("--landscape", "64x96", "--num-frames", "17")
+SMALL = (*SIZE, "--infer-steps", "4", "--cfg-scale", "4", "--time-shift", "7", "--motion-score", "5")
 ENDLESS = ("--landscape", "192x192", "--infer-steps", "100000", "--num-frames", "34")
 
 

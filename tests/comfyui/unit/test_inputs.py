@@ -88,7 +88,7 @@ def test_a_prompt_is_needed() -> None:
 
 def test_the_key_is_the_same_for_the_same_video_only() -> None:
     assert request().key == request().key
-    assert request().key == Request(dict(reversed(request().fields.items())), picture()).key
+    assert request().key == Request(dict(reversed(list(request().fields.items()))), picture()).key
     others = {request(seed="8").key, request(prompt="a dog").key, Request(request().fields, picture(0.6)).key}
     assert len(others | {request().key}) == 4
     assert len(request().key) <= 255
