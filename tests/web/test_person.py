@@ -173,7 +173,13 @@ def test_those_that_wait_know_their_place(site: Site, opened: Open) -> None:
 
 
 def test_a_finished_file_gives_its_settings_back(site: Site, opened: Open) -> None:
-    made = {"guidance_scale": 3.5, "motion_score": 10, "num_inference_steps": 3, "seed": 11, "camera": "pan-left"}
+    made: dict[str, Any] = {
+        "guidance_scale": 3.5,
+        "motion_score": 10,
+        "num_inference_steps": 3,
+        "seed": 11,
+        "camera": "pan-left",
+    }
     site.make(prompt="蓝色方块", **made)
     page = opened(site)
     expect(tiles(page)).to_have_count(1)
