@@ -25,6 +25,7 @@ import torch
 
 from export.tiny.config import TINY_DIT, TinyConfig
 from export.tiny_checkpoint import write_checkpoint
+from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import ResultEvent, StepEvent
 from stepvideo_serve.parallel.layout import Layout
@@ -176,10 +177,9 @@ def preview() -> str:
     render = LatentPreview(torch.randn(3, FULL_SIZE_LATENTS[1], generator=random) / 8, torch.zeros(3)).render
     latents = torch.randn(FULL_SIZE_LATENTS, generator=random)
     frames = render(latents)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for each other by spinning, where other work has the cores
     colours_s = median_cpu_s(partial(render, latents))
-    torch.set_num_threads(threads)
+    torch.set_num_threads(usable_cores())
     said = [f"of a full-size latent takes the leader {colours_s * 1e3:.2f} ms, {share(colours_s)} (goal: below 1 %)"]
     for kind in PREVIEW_FORMATS:
         seconds = median_cpu_s(partial(encode_preview, frames, kind))

@@ -160,8 +160,8 @@ def limits(case: Case) -> Findings:
 
 def cores(case: Case) -> Findings:
     """What the processes may use of the machine's processors, against the ranks and their threads."""
-    usable, there, ranks = usable_cores(), os.cpu_count() or 1, case.layout.world_size
-    said = f"{usable} of {there} cores may be used (affinity and quota of the container)"
+    usable, ranks = usable_cores(), case.layout.world_size
+    said = f"{usable} cores may be used (affinity and quota of the container)"
     threads = case.config.denoiser.threads
     if usable < ranks:
         yield warning(

@@ -214,8 +214,9 @@ def test_a_damaged_rest_of_an_interrupted_run_is_one_sentence(
     (tmp_path / ".out.json.partial").write_text('{"key": ')
     assert run(mini_checkpoint, requests, tmp_path / "out.json") == 2
     message = capsys.readouterr().err
-    assert "must be the rest of an interrupted run" in message
-    assert message.count("\n") == 1
+    forecast, error = message.splitlines()
+    assert forecast.startswith("calibrate: 2 requests of 17 frames")
+    assert "must be the rest of an interrupted run" in error
 
 
 def test_requests_differ_in_seed_and_keep_the_options(requests: Path) -> None:

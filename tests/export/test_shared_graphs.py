@@ -148,19 +148,13 @@ def test_layers_that_keep_other_parts_have_a_variant(mini_checkpoint: Path, tmp_
     assert manifest.graph("dit_block_01").extras["fp8"]["linears"] == 4
 
 
+@pytest.mark.slow
 def test_slices_have_one_graph_for_all_ranks(mini_checkpoint: Path, tmp_path: Path) -> None:
-    layout = Layout.parse("tp2.sp2")
+    layout = Layout.parse("tp2")
     manifest = export(mini_checkpoint, tmp_path, Recipe("fp32", weights=INPUT), layout=layout, split_llm=True)
     assert not list(tmp_path.glob("tp*"))
-    assert {
-        "dit_qkv",
-        "dit_out",
-        "dit_text",
-        "dit_ff",
-        "dit_cross",
-        "step_llm_attn",
-        "step_llm_ff",
-    } < manifest.graphs.keys()
+    kinds = {"dit_attn", "dit_text", "dit_ff", "dit_cross", "step_llm_attn", "step_llm_ff"}
+    assert kinds < manifest.graphs.keys()
     constant = tmp_path / "constant"
     export(mini_checkpoint, constant, Recipe("fp32", compare=False), layout=layout, split_llm=True)
     for index in range(2):
