@@ -154,14 +154,16 @@ def test_a_key_may_have_so_many_jobs_at_servers_and_others_go_first(base: Base) 
         for _ in range(5):  # one of two at the same time may find nothing, and looks again
             claimed = await asyncio.gather(*(jobs.claim(SERVER) for jobs in (first, second) * 4))
             claims += [job for job in claimed if job is not None]
-        assert {job.id for job in claims} == {job.id for job in (*of_ann[:2], *of_bob)}
-        assert len(claims) == 5
+        at_servers = [job.id for job in claims]
+        assert len(set(at_servers)) == len(at_servers) == 5
+        assert {job.id for job in of_bob} < set(at_servers)
+        left = [job.id for job in of_ann if job.id not in at_servers]  # claims at the same time step over each other's
         owner_of_first = first if claims[0].lease == first.gateway else second
         ended = next(job for job in claims if job.owner == "ann")
         await (first if ended.lease == first.gateway else second).complete(ended.id, 7, {}, 10)
         again = await owner_of_first.claim(SERVER)
         assert again is not None
-        assert again.id == of_ann[2].id
+        assert again.id == left[0]
         assert await first.claim(SERVER) is None
         base.clock.now_s += 31.0
         assert await second.claim(SERVER) is not None, "what is at a server goes on"
