@@ -198,7 +198,7 @@ def test_a_finished_file_gives_its_settings_back(site: Site, opened: Open) -> No
     expect(tiles(page)).to_have_count(2)
     assert settings(site, 0) == settings(site, 1), "the same request again"
     dropped(page, "other.mp4", "video/mp4", b"\0\0\0\x08ftyp")
-    expect(page.locator(".message")).to_contain_text("no settings in it")
+    expect(page.locator(".message.bad")).to_contain_text("no settings in it")
 
 
 def test_a_video_leads_to_others(site: Site, opened: Open, tmp_path: Path) -> None:
