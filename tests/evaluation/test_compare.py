@@ -190,7 +190,7 @@ def test_folders_of_bare_videos(tmp_path: Path) -> None:
 
 
 def prices(both: tuple[Path, Path], tmp_path: Path, *more: object) -> Path:
-    path = tmp_path / "prices.json"
+    path = tmp_path / "out" / "prices.json"  # in the folder that compare makes
     assert run("compare", *both, "--out", tmp_path / "out", "--price-file", path, *more) == 0
     return path
 

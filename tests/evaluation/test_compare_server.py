@@ -141,7 +141,7 @@ def test_the_toy_worlds_prices_and_a_server_that_takes_them(toy_servers: Any, sc
     identity = Checkpoint(CHECKPOINT).identity
     with toy_servers("") as server:
         both = sides(server.grpc_url, "exact", "balanced")
-        limits = ["--max-latent-error", str(BALANCED_WORST_ERROR), "--min-psnr", "45", "--max-motion-change", "0.02"]
+        limits = ["--max-latent-error", str(BALANCED_WORST_ERROR), "--max-motion-change", "0.02"]
         prices = ["--price-file", path, "--checkpoint", identity]
         assert run("compare", "--set", scenes, *both, *options, "--out", out, *prices, *limits) == 0
         assert "price" in gates(server.grpc_url, scenes)
@@ -162,7 +162,6 @@ def check_price(price: Price) -> None:
     assert found.latent_error.most <= 2 * BALANCED_WORST_ERROR
     assert found.motion is not None
     assert found.motion.mean == pytest.approx(1, abs=0.02)
-    assert found.seconds_over_exact.mean < 1
 
 
 def gates(url: str, scenes: Path) -> list[str]:

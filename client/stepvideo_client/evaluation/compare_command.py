@@ -97,7 +97,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise InvalidInput(f"--out must be a folder, {str(args.out)!r} is a file.")
     if args.price_file is not None:
-        check_target(args.price_file, "--price-file")
+        if args.out.exists() or args.price_file.parent != args.out:  # compare makes --out
+            check_target(args.price_file, "--price-file")
     elif args.checkpoint is not None or args.name is not None:
         raise InvalidInput("--checkpoint and --name are of the price file: give --price-file too.")
 
