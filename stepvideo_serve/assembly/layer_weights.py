@@ -70,7 +70,7 @@ class LayerWeights:
         """Hashes the weights of the named graphs while the caller loads them, and raises EngineError or CheckpointError
         in the end unless the graphs' parity reports are of just these. `digest_of` gives the SHA-256 of a file."""
         taking = [name for name in names if manifest.graph(name).spec.weights]
-        with ThreadPoolExecutor(1, "hash weights") as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="hash-weights") as pool:
             identities = pool.submit(self._identities, taking, digest_of)
             yield
             require_parity(manifest, taking, identities.result())

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from stepvideo_serve.assembly.layer_weights import LayerWeights
 from stepvideo_serve.config import TelemetryConfig
+from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.errors import RequestCancelled, WorkerFailed
 from stepvideo_serve.launch import health
 from stepvideo_serve.launch.server_log import ServerLog
@@ -263,13 +265,22 @@ def the_first_contact_of_ranks(_: pytest.MonkeyPatch) -> None:
         connect(ranks, Layout.parse("cfg2"), 0, torch.device("cpu"))
 
 
+def the_hashing_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start of the process fails."""
+    weights, manifest = object.__new__(LayerWeights), object.__new__(Manifest)
+    monkeypatch.setattr(weights, "_identities", planted)
+    with pytest.raises(OverflowError, match="planted"), weights.checked(manifest, (), str):
+        nothing()
+
+
 HAND_OVER: dict[Where, Callable[[pytest.MonkeyPatch], None]] = {
     ("serving/model_calls.py", "run-reader"): the_reader_of_a_run,
     ("serving/model_calls.py", "question"): a_question,
     ("launch/health.py", ""): the_questions_of_a_health_check,
     ("parallel/first_contact.py", "first contact"): the_first_contact_of_ranks,
+    ("assembly/layer_weights.py", "hash-weights"): the_hashing_of_weights,
 }
-"""Threads whose exception reaches who waits for them: a request, which fails by it, or a health check."""
+"""Threads whose exception reaches who waits for them: a request, which fails by it, a health check, or a start."""
 
 LOG = {("serving/public.py", "request"): "request_unanswered: OverflowError"}
 """Threads of a pool, which go on: an exception is that of one request, whose answer could not be sent."""
