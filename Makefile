@@ -315,7 +315,7 @@ test: $(INSTALLED) ## the tests, with the real server; no GPU needed
 # No server, no ranks, no export of more than a network of a few layers.
 UNIT := $(addprefix tests/,text vae video sampling weights scheduling client) \
 	$(wildcard tests/test_request*.py) tests/test_config.py
-test-unit: $(INSTALLED) ## the tests of functions and classes: no server, no ranks; a minute
+test-unit: $(INSTALLED) ## the tests of functions and classes: no server, no ranks; about 90 s
 	@$(PYTEST) $(QUICK) -k 'not ranks' $(UNIT) $(PYTEST_ARGS)
 
 test-gateway: $(INSTALLED) ## the tests of the gateway: OpenAI's client, PostgreSQL, the real server (GATEWAY_JOBS=200)
