@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,14 +31,14 @@ import psutil
 from PIL import Image
 
 from perf.gateway.callers import OverHttp, Taken, Work, directly
-from perf.soak.growth import slope
+from perf.soak.growth import Sample, Sampler, slope
 from stepvideo_serve.launch.options import ServerOptions
 from stepvideo_serve.launch.server import TritonServer
 
 MODEL = "from perf.gateway.sleeping_denoiser import SleepingDenoiser as TritonPythonModel\n"
 STEP_VARIABLE = "STEPVIDEO_BENCH_STEP_S"
 SHARE_GOAL, GET_GOAL_S = 0.95, 0.020
-SAMPLE_S = 0.5
+NO_SHARED_MEMORY = "stepvideo_gateway"  # no file of this name: a gateway has none
 PICTURE_SIDE = 416  # half a megabyte of noise: a gateway that kept pictures would be noticed
 ADDRESS = re.compile(r"gateway: http://(\S+)")
 CONFIG = """
@@ -77,31 +76,7 @@ def servers(count: int, step_s: float, options: argparse.Namespace, folder: Path
         yield [server.grpc_url for server in started]
 
 
-class Memory:
-    """Resident bytes of a process and the jobs that had ended, every SAMPLE_S; as a context manager."""
-
-    def __init__(self, pid: int, taken: Taken) -> None:
-        self._process, self._taken = psutil.Process(pid), taken
-        self.jobs: list[int] = []
-        self.resident: list[int] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(SAMPLE_S):
-            self.jobs.append(self._taken.ended)
-            self.resident.append(self._process.memory_info().rss)
-
-
-def through_gateway(work: Work, urls: Sequence[str], database: str, folder: Path) -> tuple[Taken, Memory, float]:
+def through_gateway(work: Work, urls: Sequence[str], database: str, folder: Path) -> tuple[Taken, list[Sample], float]:
     """All jobs through a gateway process of its own; what was taken, its memory, and the processor seconds it used."""
     config = folder / "gateway.toml"
     config.write_text(CONFIG.format(urls=json.dumps(list(urls)), database=database), encoding="utf-8")
@@ -116,16 +91,18 @@ def through_gateway(work: Work, urls: Sequence[str], database: str, folder: Path
             if found is None:
                 raise RuntimeError("the gateway did not start: see build/bench-gateway.log")
             callers = OverHttp(work, found[1])
-            with Memory(process.pid, callers.taken) as memory:
+            with Sampler(process.pid, NO_SHARED_MEMORY, lambda: callers.taken.ended) as sampler:
                 taken = callers.run()
             times = psutil.Process(process.pid).cpu_times()
-            return taken, memory, times.user + times.system
+            return taken, sampler.samples, times.user + times.system
         finally:
             process.terminate()
             process.wait(30)
 
 
-def figures(work: Work, alone: Sequence[Taken], gateway: Taken, memory: Memory, cpu_s: float) -> dict[str, Any]:
+def figures(
+    work: Work, alone: Sequence[Taken], gateway: Taken, memory: Sequence[Sample], cpu_s: float
+) -> dict[str, Any]:
     """What is printed."""
     alone_rate = statistics.mean(work.jobs / taken.wall_s for taken in alone)
     gateway_rate = work.jobs / gateway.wall_s
@@ -140,8 +117,8 @@ def figures(work: Work, alone: Sequence[Taken], gateway: Taken, memory: Memory, 
         "get_ms_p50": round(percentile(gateway.get_s, 0.50) * 1000, 2),
         "get_ms_p95": round(percentile(gateway.get_s, 0.95) * 1000, 2),
         "get_ms_max": round(max(gateway.get_s) * 1000, 2),
-        "memory_mib": round(memory.resident[-1] / 2**20, 1),
-        "mib_per_100_jobs": round(slope(memory.jobs, memory.resident), 3),
+        "memory_mib": round(memory[-1].server / 2**20, 1),
+        "mib_per_100_jobs": round(slope([one.requests for one in memory], [one.server for one in memory]), 3),
         "flat_below": round(len(work.image) / 10 * 100 / 2**20, 3),  # one picture in ten stays, and nothing else
         "gateway_cpu_s_per_job": round(cpu_s / work.jobs, 4),
         "machine_load": [round(load, 2) for load in os.getloadavg()],

@@ -147,19 +147,17 @@ def gpu_memory(case: Case) -> Findings:
 
 
 def judge_memory(free: list[int], needed: list[int], by: str) -> Findings:
-    """Bytes of each GPU."""
-    well = True
-    for index, (there, wanted) in enumerate(zip(free, needed, strict=False)):
-        if there < wanted:
-            well = False
+    """Bytes of each GPU that is there; too few of them are another check's fault."""
+    spare = [there - wanted for there, wanted in zip(free, needed[: len(free)], strict=True)]
+    for index, (there, wanted, left) in enumerate(zip(free, needed[: len(free)], spare, strict=True)):
+        if left < 0:
             yield fault(
                 f"GPU {index} has {there / GIB:.1f} GiB free, {wanted / GIB:.1f} are needed, {by}.",
                 "end what else is on it (nvidia-smi), choose a layout of more GPUs (python -m stepvideo_serve "
                 "layouts), or lower [limits] max_tokens",
             )
-    if well:
-        least = min((there - wanted for there, wanted in zip(free, needed, strict=False)), default=0)
-        yield ok(f"GPU 0 needs {needed[0] / GIB:.1f} GiB, {by}; the fullest has {least / GIB:.1f} GiB to spare.")
+    if spare and min(spare) >= 0:
+        yield ok(f"GPU 0 needs {needed[0] / GIB:.1f} GiB, {by}; the fullest has {min(spare) / GIB:.1f} GiB to spare.")
 
 
 def needed_memory(case: Case) -> tuple[list[int], str]:
