@@ -19,6 +19,7 @@ from stepvideo_serve.text.states import LLM_MAX_TOKENS
 from stepvideo_serve.text.step_llm import (
     Attention,
     FeedForward,
+    Layer,
     RMSNorm,
     StepLLMConfig,
     TokenEmbeddings,
@@ -90,23 +91,16 @@ class SlopesOutside(nn.Module):
         return out
 
 
-class LlmLayer(nn.Module):
-    """One layer whole, residuals and the bias of all heads included."""
+class LlmLayer(Layer):
+    """One layer whole as a graph of its own: the bias of all heads is made in it."""
 
     def __init__(self, config: StepLLMConfig) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config.width, config.ffn_width)
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        super().__init__(config)
         self.slopes = alibi_slopes(config.num_heads)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]  # without the bias
         """tokens [1, L, D] -> [1, L, D]."""
-        bias = sqrt_alibi_bias(self.slopes, tokens.shape[1], tokens.device)
-        tokens = tokens + self.attention(self.attention_norm(tokens), bias)
-        out: Tensor = tokens + self.feed_forward(self.ffn_norm(tokens))
-        return out
+        return super().forward(tokens, sqrt_alibi_bias(self.slopes, tokens.shape[1], tokens.device))
 
 
 class ShardedStepLLM:
