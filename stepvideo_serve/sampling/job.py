@@ -141,11 +141,10 @@ def _velocities(state: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -
 
 @dataclass(frozen=True)
 class StepDone:
-    """After step `step` of `total_steps`: what it took, the latent frames as colours, uint8
-    [F, h, w, 3], when a preview was due, the latents
-    [F, C, h, w] so far (None where they stay with the ranks, but never at the last step), whether the DiT was evaluated
-    for the step or its velocity forecast, the count of evaluations so far, the state to go on with, and whether
-    guidance applied. `evaluations` and `state` are None where whoever runs the job does not tell them."""
+    """After step `step` of `total_steps`: what it took, the latent frames as colours, uint8 [F, h, w, 3], when a preview
+    was due, the latents [F, C, h, w] so far (None where they stay with the ranks, but never at the last step), whether
+    the DiT was evaluated for the step or its velocity forecast, the count of evaluations so far, the state to go on
+    with, and whether guidance applied. `evaluations` and `state` are None where whoever runs the job does not tell them."""
 
     step: int
     total_steps: int

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from stepvideo_serve.config import LoggingConfig
-from stepvideo_serve.launch.options import LOG_LEVEL_VARIABLE
+from stepvideo_serve.errors import ConfigError
+from stepvideo_serve.launch.options import LOG_LEVEL_VARIABLE, LOG_LEVELS
 
 # What steers a terminal or turns the direction of a line around: C0 but tab and newline, DEL, C1, line separators, and
 # the marks of bidirectional text.
@@ -33,6 +34,7 @@ def configure_logging(config: LoggingConfig, model: str, in_stub: bool) -> None:
     model    its name, for a rank "dit_denoiser rank 0" and so on
     in_stub  whether this is a stub of Triton, whose logger then prints the text; ranks write to the standard error
              that they share with the server, and so does every line of JSON, because Triton would quote it
+    Raises ConfigError for another level than there are.
     """
     handler: logging.Handler
     if config.format == "json":
@@ -43,7 +45,14 @@ def configure_logging(config: LoggingConfig, model: str, in_stub: bool) -> None:
         handler.setFormatter(TextFormatter(model))
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(os.environ.get(LOG_LEVEL_VARIABLE, config.level).upper())
+    root.setLevel(_level(config).upper())
+
+
+def _level(config: LoggingConfig) -> str:
+    level = os.environ.get(LOG_LEVEL_VARIABLE) or config.level
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"{LOG_LEVEL_VARIABLE} must be one of {', '.join(LOG_LEVELS)}, got {level!r}: correct it.")
+    return level
 
 
 class JsonFormatter(logging.Formatter):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from stepvideo_serve.config import LoggingConfig
+from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.launch.options import LOG_LEVEL_VARIABLE, LOG_LEVELS
 from stepvideo_serve.serving.observe.logs import MAX_TEXT, configure_logging, log_event
 
@@ -59,6 +60,13 @@ def test_the_level_is_that_of_the_start_or_of_the_configuration(
     for level in LOG_LEVELS:
         LOGGER.log(logging.getLevelNamesMapping()[level.upper()], level)
     assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == list(LOG_LEVELS[first:])
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_another_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_LEVEL_VARIABLE, "loud")
+    with pytest.raises(ConfigError, match="STEPVIDEO_LOG_LEVEL must be one of debug, info, warning, error, got 'loud'"):
+        configure_logging(LoggingConfig(), "ti2v", in_stub=False)
 
 
 @pytest.mark.usefixtures("root_logger")
