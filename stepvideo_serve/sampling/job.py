@@ -141,10 +141,16 @@ def _velocities(state: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -
 
 @dataclass(frozen=True)
 class StepDone:
-    """After step `step` of `total_steps`: what it took, the latent frames as colours, uint8 [F, h, w, 3], when a preview
-    was due, the latents [F, C, h, w] so far (None where they stay with the ranks, but never at the last step), whether
-    the DiT was evaluated for the step or its velocity forecast, the count of evaluations so far, the state to go on
-    with, and whether guidance applied. `evaluations` and `state` are None where whoever runs the job does not tell them."""
+    """After step `step` of `total_steps`.
+
+    seconds      what it took
+    preview      the latent frames as colours, uint8 [F, h, w, 3], when one was due
+    latents      [F, C, h, w] so far; None where they stay with the ranks, but never at the last step
+    evaluated    whether the DiT was evaluated for the step, or its velocity forecast
+    evaluations  how many so far; None where whoever runs the job does not tell
+    state        what to go on with; None as for evaluations
+    guided       whether guidance applied
+    """
 
     step: int
     total_steps: int
