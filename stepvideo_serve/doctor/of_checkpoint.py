@@ -76,7 +76,8 @@ def tokenizers(case: Case) -> Findings:
 def rights(case: Case) -> Findings:
     """Whether others could change the files while the server reads them."""
     model = case.config.model
-    found = exposed([model.dir] if model.backend == "eager" else [model.dir, model.engines_dir])
+    graphs = [] if model.backend == "eager" else [model.engines_dir, *model.weight_set]
+    found = exposed([model.dir, *graphs])
     for sentence in found:
         yield warning(f"{sentence}.", "see SECURITY.md, or docs/operations.md about files that nobody else can change")
     if not found:
