@@ -28,9 +28,9 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu compiler demo quality prices precision-prices serve gateway web bench bench-dit \
-	bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx verify calibrate \
-	parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
+.PHONY: help setup setup-gpu setup-engines compiler demo quality prices precision-prices serve gateway web bench \
+	bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx verify \
+	calibrate parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean \
 	test-web test-comfyui-unit doctor
 
@@ -153,6 +153,8 @@ help: ## list the targets
 setup: $(INSTALLED) ## make the environment in .venv
 
 setup-gpu: $(GPU_INSTALLED) ## the same on a machine with GPUs, with TensorRT
+
+setup-engines: $(LANGUAGE_INSTALLED) ## the same with TensorRT-RTX and the Triton language, for test-engines and test-kernels
 
 compiler: $(COMPILER_INSTALLED) ## the compiler of the kernels, in an environment of its own
 

@@ -167,7 +167,7 @@ class RankGroup:
     def run(self, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Run:
         """Give a job to all ranks and return the run to iterate over; waits for ranks that are being started.
 
-        The job has begun when this returns, so a cancel that comes later is never lost.
+        A cancel that comes while the job is being given to the ranks ends it, too.
 
         Raises InvalidRequest when the job is too large, ServiceUnavailable while another run has not ended, and what
         `start` raises.
@@ -188,6 +188,7 @@ class RankGroup:
         except BaseException:
             self._release(job)
             raise
+        job.begun()
         return Run(job)
 
     def cancel(self) -> None:

@@ -41,7 +41,7 @@ class Job:
 
     `cancel_grace_s` is the least time that ranks have to obey a cancel; one that is still in the step under way has
     until the end of that step. `tell_ranks` asks all ranks to end the job; it may be called on any thread and must not
-    fail.
+    fail. Ranks ignore what is about a job that they do not have: they are asked once the job has `begun`.
     """
 
     def __init__(self, job_id: int, size: int, cancel_grace_s: float, tell_ranks: Callable[[], None]) -> None:
@@ -53,7 +53,9 @@ class Job:
         self._cancel_grace_s = cancel_grace_s
         self._tell_ranks = tell_ranks
         self._lock = threading.RLock()  # reentrant: a Run may be finalised, and cancel, at any point
-        self._told = False  # the ranks have been asked to end the job
+        self._stopping = False  # the ranks are to end the job
+        self._begun = False  # they have it
+        self._told = False  # they have been asked to end it
         self._cancel_heeded_by_s = float("inf")  # time.monotonic() by which a cancel must be obeyed, but for a step
         self._follow_by_s = float("inf")  # and by which the others must have followed a rank that raised
         self._result: ResultEvent | None = None
@@ -65,11 +67,17 @@ class Job:
             if not self.cancelled:
                 self.cancelled = True
                 self._cancel_heeded_by_s = time.monotonic() + self._cancel_grace_s
-        self._tell()
+        self._stop()
+
+    def begun(self) -> None:
+        """The ranks have the job. A stop that came earlier reaches them now."""
+        with self._lock:
+            self._begun = True
+            self._tell()
 
     def reported(self, event: StepEvent) -> None:
         """The leader reports; what comes after a stop is not news any more."""
-        if not self._told:
+        if not self._stopping:
             self.events.put(event)
 
     def done(self, rank: int, result: ResultEvent | None) -> None:
@@ -83,7 +91,7 @@ class Job:
         self._error = self._error or error
         if self._running:
             self._follow_by_s = min(self._follow_by_s, time.monotonic() + ERROR_GRACE_S)
-            self._tell()
+            self._stop()
 
     @property
     def ended(self) -> bool:
@@ -119,11 +127,15 @@ class Job:
             return self._error
         return WorkerFailed(f"The request failed because {clause}: send it again.")
 
-    def _tell(self) -> None:
+    def _stop(self) -> None:
         with self._lock:
-            if not self._told:
-                self._told = True
-                self._tell_ranks()
+            self._stopping = True
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._stopping and self._begun and not self._told:
+            self._told = True
+            self._tell_ranks()
 
 
 class Run(Iterator[Event]):

@@ -4,11 +4,13 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled, ServiceUnavailable, WorkerFailed
+from stepvideo_serve.parallel.generation import Ranks
 from stepvideo_serve.parallel.group import RankGroup
 from stepvideo_serve.parallel.job import ResultEvent, Run, StepEvent
 from stepvideo_serve.parallel.shared_memory import Array
@@ -86,6 +88,25 @@ def test_a_cancel_before_the_first_event_is_not_lost(make_group: MakeGroup) -> N
     run.cancel()
     with pytest.raises(RequestCancelled):
         next(run)
+
+
+def test_a_cancel_while_the_job_is_given_to_the_ranks_is_not_lost(
+    make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks do not know the job yet. They heard of the cancel first, ignored it, and were killed a minute later."""
+    group = make_group()
+    give = Ranks.begin_job
+
+    def overtaken(ranks: Ranks, *job: Any) -> None:
+        group.cancel()
+        give(ranks, *job)
+
+    monkeypatch.setattr(Ranks, "begin_job", overtaken)
+    with pytest.raises(RequestCancelled):
+        result_of(group.run({"do": "until_cancelled"}, {}))
+    monkeypatch.undo()
+    assert_serves(group)
+    assert group.generation == 1, "the ranks have obeyed"
 
 
 def test_a_cancel_reaches_a_worker_that_waits_for_a_slow_reader(make_group: MakeGroup) -> None:
