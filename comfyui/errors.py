@@ -21,6 +21,10 @@ class Away(StepVideoError):
     """The gateway, or every server behind it, does not answer."""
 
 
+class Unready(Away):
+    """The gateway answers that it can do nothing now."""
+
+
 class Failed(StepVideoError):
     """The server gave the video up."""
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import aiohttp
 
 from .address import Address
-from .errors import Away, Refused
+from .errors import Away, Refused, Unready
 
 CONNECT_S = 10.0
 ANSWER_S = 60.0  # between two parts of an answer
@@ -45,10 +45,11 @@ class Gateway:
         return await self._bytes("GET", f"/v1/videos/{quote(video_id)}/content")
 
     async def is_well(self) -> bool:
-        """Whether the gateway has a server that is ready; True where a proxy does not let anybody ask."""
+        """Whether the gateway has a server that is ready; True where a proxy does not let anybody ask. Raises Away
+        where nobody answers."""
         try:
             return bool((await self._json("GET", "/health")).get("well"))
-        except Away:
+        except Unready:
             return False
         except Refused:
             return True
@@ -130,4 +131,4 @@ def _error(status: int, body: bytes, url: str) -> Refused | Away:
         sentence, code = str(said["message"]), str(said.get("code") or "")
     except (ValueError, KeyError, TypeError, AttributeError):
         sentence, code = f"The gateway at {url} answered with HTTP {status}: see that the address is a gateway's.", ""
-    return Away(sentence) if status in UNAVAILABLE else Refused(sentence, status, code)
+    return Unready(sentence) if status in UNAVAILABLE else Refused(sentence, status, code)

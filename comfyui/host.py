@@ -18,7 +18,10 @@ class AtNode:
     """The node that is executing, in ComfyUI's page: the Host of its job."""
 
     def __init__(self, node_id: str | None) -> None:
-        self._node_id, self._api, self._said = node_id, ComfyAPI(), ""
+        api = ComfyAPI()
+        # ComfyUI 0.3.64 declares `execution`, and sets it in the synchronous form of the API alone.
+        self._execution = api.execution if hasattr(api, "execution") else api.Execution()
+        self._node_id, self._said = node_id, ""
 
     def interrupted(self) -> bool:
         """Whether the user has stopped the workflow; the flag stays, for other nodes that wait."""
@@ -28,7 +31,7 @@ class AtNode:
 
     async def progress(self, value: float, most: float, picture: Any | None) -> None:
         """Moves the bar, and shows a picture in the node."""
-        await self._api.execution.set_progress(value, most, preview_image=picture)
+        await self._execution.set_progress(value, most, preview_image=picture)
 
     def say(self, text: str) -> None:
         """Shows a text in the node, to whoever started the workflow."""

@@ -134,7 +134,8 @@ class _Follower:
     def __init__(self, gateway: Gateway, video: dict[str, Any], host: Host) -> None:
         self._gateway, self._video, self._host = gateway, video, host
         self._quiet_s = min(QUIET_S, gateway.address.idle_timeout_s / QUIETS)
-        self._heard_s = self._well_s = time.monotonic()
+        self._heard_s = time.monotonic()
+        self._unwell_s: float | None = None  # since when the gateway says that nothing can be done
         self._first: tuple[int, float] | None = None  # a step, and when it was heard of
         self._preview: Preview | None = None
         self._preview_s, self._shown = 0.0, (-1, -1.0)
@@ -162,7 +163,7 @@ class _Follower:
         again = "queue the workflow again when it is back, and its video is found"
         if now_s - self._heard_s > most_s:
             raise Away(f"The gateway at {url} has given no sign of life for {most_s:g} s: {again}.")
-        if now_s - self._well_s > most_s:
+        if self._unwell_s is not None and now_s - self._unwell_s > most_s:
             lacks = f"has no server that is ready, or no database or folder that works, since {most_s:g} s"
             raise Away(f"The gateway at {url} {lacks} ({url}/health tells): {again}.")
 
@@ -179,8 +180,9 @@ class _Follower:
     async def _watch(self) -> None:
         """Asks now and then whether some server is ready: a job without one waits in silence."""
         while True:
-            if await self._gateway.is_well():
-                self._well_s = time.monotonic()
+            with contextlib.suppress(Away):
+                well = await self._gateway.is_well()
+                self._unwell_s = None if well else self._unwell_s or time.monotonic()
             await asyncio.sleep(self._quiet_s)
 
     async def _take(self, name: str, data: dict[str, Any]) -> None:

@@ -1,9 +1,13 @@
-"""ComfyUI's nodes are a part of this project: its version, its movements, its limits."""
+"""ComfyUI's nodes are a part of this project: its version, its movements, its limits; and their examples are whole."""
 
 import ast
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
+
+import pytest
+from PIL import Image
 
 import stepvideo_client
 from comfyui.camera import MOVEMENTS, NONE, with_camera
@@ -11,6 +15,8 @@ from comfyui.request import FRAMES_PER_UNIT, MAX_SEED, PIXELS_PER_UNIT, PREVIEWS
 from stepvideo_client.fields import INPUTS
 from stepvideo_gateway import fields
 from stepvideo_serve.geometry import FRAMES_PER_CHUNK, PIXELS_PER_LATENT
+
+EXAMPLES = ["draft_then_exact", "four_motion_scores", "image_to_video", "last_frame_to_next_clip"]
 
 
 def project(path: Path) -> dict[str, Any]:
@@ -53,3 +59,27 @@ def test_every_input_is_a_field_of_the_gateway(root: Path) -> None:
     tree = ast.parse((root / "comfyui" / "request.py").read_text(encoding="utf-8"))
     named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert {"size", "num_frames", "flow_shift", "preview_format", "negative_prompt"} <= named & set(fields.FIELDS)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_whole(root: Path, name: str) -> None:
+    folder = root / "comfyui" / "example_workflows"
+    text = (folder / f"{name}.json").read_text(encoding="utf-8")
+    workflow = json.loads(text)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert "StepVideoImageToVideo" in {node["type"] for node in nodes.values()}
+    for link, source, slot, target, place, kind in workflow["links"]:
+        assert link in nodes[source]["outputs"][slot]["links"]
+        assert nodes[target]["inputs"][place]["link"] == link
+        assert nodes[source]["outputs"][slot]["type"] == kind
+    assert "api_key" not in text or all(
+        not node["widgets_values"][1] for node in nodes.values() if node["type"] == "StepVideoServer"
+    ), "no key in an example"
+    with Image.open(folder / f"{name}.jpg") as picture:
+        assert picture.format == "JPEG"
+    assert (folder / f"{name}.jpg").stat().st_size < 60_000
+    assert name in (root / "comfyui" / "README.md").read_text(encoding="utf-8")
+
+
+def test_all_examples_are_known(root: Path) -> None:
+    assert sorted(path.stem for path in (root / "comfyui" / "example_workflows").glob("*.json")) == EXAMPLES

@@ -45,13 +45,14 @@ def no_wider_than(page: Page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("language", ["en-GB", "zh-CN"])
-def test_axe_finds_nothing_serious(site: Site, opened: Open, language: str, scheme: str) -> None:
+def test_axe_finds_nothing_serious(site: Site, opened: Open, album: Path, language: str, scheme: str) -> None:
     for seed in (1, 2):
         site.make(seed=seed)
     site.make(wait=False, num_inference_steps=200)
     page = opened(site, language=language, color_scheme=scheme)
     expect(page.locator(".tile")).to_have_count(2)
     expect(page.locator(".work")).to_have_count(1)
+    page.screenshot(path=album / f"{scheme}-{language}.png")
     for drawer in page.locator("summary").all():
         drawer.click()
     assert faults(page) == []

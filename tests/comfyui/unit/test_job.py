@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,6 +187,25 @@ def test_a_gateway_without_a_server_is_an_error_after_the_idle_timeout() -> None
     with pytest.raises(Away, match=r"has no server that is ready, .* since 0\.5 s"):
         made(scripted, Recorder(), idle_timeout_s=0.5)
     assert "delete" not in scripted.calls, "the job waits for the server, and the next run of the workflow finds it"
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_gateway_that_dies_is_gone_and_not_without_a_server() -> None:
+    """It has not said so: its last words were a step."""
+
+    async def run() -> None:
+        spoken = asyncio.Event()
+        stream = says(running(1), running(2), then=silent, seen=lambda said: said > 1 or spoken.is_set())
+        async with serving(Scripted(stream), idle_timeout_s=2.0) as gateway:
+            making = asyncio.ensure_future(job.make(gateway, request(), Recorder()))
+            await asyncio.sleep(0.1)
+            gateway.address = replace(gateway.address, url="http://127.0.0.1:9")  # for what is asked from now on
+            await asyncio.sleep(0.3)
+            spoken.set()
+            await making
+
+    with pytest.raises(Away, match="has given no sign of life for 2 s"):
+        finish(run())
 
 
 def test_a_gateway_that_was_never_there_is_an_error_soon() -> None:
