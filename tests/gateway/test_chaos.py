@@ -52,6 +52,7 @@ def supervised(root: Path, config_text: str, tmp_path: Path) -> Iterator[tuple[s
     config.write_text(config_text, encoding="utf-8")
     line = [sys.executable, "-m", "stepvideo_serve", "supervise", f"--config={config}", f"--log={tmp_path / 'log'}"]
     line += ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--exit-timeout=2", "--check-every=2"]
+    line += [f"--max-restarts={JOBS}"]  # the supervisor gives up after five an hour by default
     with subprocess.Popen(line, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -193,8 +193,9 @@ def test_a_gateway_that_is_killed_and_comes_back(sites: Callable[..., Site], ope
     site = sites()
     site.start()
     page = opened(site, expected=LOST)
-    # So many that the run is still there when the page looks, which it does every six seconds while nothing runs.
-    site.make(wait=False, num_inference_steps=200, num_frames=51)
+    site.make(wait=False, num_inference_steps=60, num_frames=34)
+    # The page looks now; while nothing runs it does so every six seconds, in which a fast machine makes the video.
+    page.evaluate("dispatchEvent(new Event('online'))")
     expect(page.locator(".work .state")).to_contain_text("Step")
     site.kill()
     expect(page.locator(".banner")).to_contain_text("The gateway does not answer")
