@@ -5,7 +5,8 @@
 
 Every load is one run of perf_analyzer with a CSV, an export (JSON) and a log of its own in --out; then
 perf.analyzer.report makes report.md, report.json and report.png of all exports there. A load whose run fails is
-reported and leaves no export; the exit code is then 1. A load whose export breaks off is measured again, which is said.
+reported and leaves no export; the exit code is then 1. A load that perf_analyzer has lost (its export breaks off, or it
+stalls) is measured again, which is said.
 The program comes out of a pinned wheel, into build/perf_analyzer.
 """
 
@@ -18,11 +19,13 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perf.analyzer.idle import IdleClock
 from perf.analyzer.report import read_export, write_report
 from perf.analyzer.wheel import Wheel
 from stepvideo_serve.errors import SetupError
@@ -45,6 +48,13 @@ TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.pertu
 ATTEMPTS = 3
 STREAMED = "ti2v"
 ANALYZER_S = 6 * 3600.0
+# perf_analyzer can wait for ever before its first request: a thread of it announces that it is paused, and is woken
+# before it has begun to wait (RequestRateWorker::HandleExecuteOff, seen on a machine with other work to do). So long a
+# server then has nothing to do: longer than any part of a request in which nothing is queued, and than any pause
+# between two requests at random.
+STALLED_S = 300.0
+PAUSES = 30.0
+LOOK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,14 @@ class Load:
             return [*arguments, f"--concurrency-range={only}"]
         return [*arguments, f"--request-rate-range={only}", "--request-distribution=poisson"]
 
+    @property
+    def stalled_s(self) -> float:
+        """How long a server may have nothing to do."""
+        return STALLED_S + (PAUSES / self.value if self.kind == "rate" else 0.0)
 
-class BrokenExport(SetupError):
-    """perf_analyzer ended well, and what it has written cannot be read."""
+
+class LostLoad(SetupError):
+    """perf_analyzer has failed, in a way that says nothing about the server: an export that breaks off, or a stall."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +115,19 @@ class Analyzer:
     def run(self, load: Load, url: str, data: Path, requests: int, out: Path, extra: Sequence[str]) -> str | None:
         """Measures one load into `out`; None, or a sentence that says why there is no result.
 
-        perf_analyzer gives up when a single request fails, so that no row mixes successes with refusals. An export
-        that breaks off says nothing about the server: then the load is measured again, up to ATTEMPTS times in all.
+        perf_analyzer gives up when a single request fails, so that no row mixes successes with refusals. A load that
+        perf_analyzer itself has lost is measured again, up to ATTEMPTS times in all.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return self._run_once(load, url, data, requests, out, extra)
-            except BrokenExport as error:
+            except LostLoad as error:
                 reason = str(error)
                 print(f"  attempt {attempt} of {ATTEMPTS}: {reason}", file=sys.stderr)
         return reason
 
     def _run_once(self, load: Load, url: str, data: Path, requests: int, out: Path, extra: Sequence[str]) -> str | None:
-        """As run. Raises BrokenExport."""
+        """As run. Raises LostLoad."""
         export, log = out / f"{load.name}.export.json", out / f"{load.name}.log"
         partial = export.with_suffix(".partial")
         for path in (export, partial):  # it does not write over a file
@@ -130,25 +145,40 @@ class Analyzer:
             "GLIBC_TUNABLES": f"{given}:{TUNABLES}" if given else TUNABLES,
             "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy"), host_port(url, 8001)[0]))),
         }
-        with log.open("wb") as output:
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process,
+        ):
             try:
-                code = subprocess.run(
-                    command, env=environment, stdout=output, stderr=output, check=False, timeout=ANALYZER_S
-                ).returncode
-            except subprocess.TimeoutExpired:
-                return f"it did not end in {ANALYZER_S / 3600:g} hours"
+                code = _ended(process, load, url)
+            finally:
+                process.kill()
+        if code is None:
+            return f"it did not end in {ANALYZER_S / 3600:g} hours"
         if code == 0 and partial.is_file():
             try:
                 read_export(partial)
             except SetupError as error:
                 partial.unlink()
-                raise BrokenExport(f"{error} (exit code 0, log {log})") from None
+                raise LostLoad(f"{error} (exit code 0, log {log})") from None
             partial.replace(export)
             return None
         partial.unlink(missing_ok=True)
         told = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         causes = [line for line in told if "error: " in line.lower()] or told[-1:] or ["nothing was said"]
         return f"{causes[0]} (exit code {code}, log {log})"
+
+
+def _ended(process: "subprocess.Popen[bytes]", load: Load, url: str) -> int | None:
+    """The exit code; None after ANALYZER_S. Raises LostLoad for a stall."""
+    clock, until_s = IdleClock(url), time.monotonic() + ANALYZER_S
+    while time.monotonic() < until_s:
+        try:
+            return process.wait(LOOK_S)
+        except subprocess.TimeoutExpired:
+            if (idle_s := clock.idle_s()) > load.stalled_s:
+                raise LostLoad(f"perf_analyzer has sent nothing for {idle_s:.0f} s") from None
+    return None
 
 
 def expand(path: Path) -> dict[str, Any]:
