@@ -1,4 +1,4 @@
-"""SECURITY.md and docs/operations.md say what is so: tests that they cite, codes, alerts, predicted figures."""
+"""What documents say is so: tests that they cite, codes, alerts, predicted figures, the table of support, links."""
 
 import argparse
 import ast
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepvideo_serve.errors import RequestError
+from export.engines.toolkit import SMS, check_target
+from stepvideo_serve.errors import ExportError, RequestError
 from stepvideo_serve.launch.install import ADVISORIES, MINIMUM_NAME
 from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, add_server_arguments
 from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
@@ -183,3 +184,68 @@ def test_the_systemd_unit_gives_the_requests_their_time(operations: str) -> None
     exit_timeout_s = parser.parse_args(words[3:]).exit_timeout
     assert service["KillMode"] == "mixed"
     assert int(service["TimeoutStopSec"]) > exit_timeout_s + TRITON_EXIT_S + EXIT_MARGIN_S
+
+
+def test_the_readme_can_be_read_at_once(root: Path) -> None:
+    assert len((root / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def documents() -> list[Path]:
+    root = Path(__file__).parents[1]
+    folders = ("", "docs", "client", "gateway", "kernels", "comfyui", "toyworld/checkpoint", "tests/fakes")
+    return [path for folder in folders for path in sorted((root / folder).glob("*.md"))]
+
+
+def anchors(path: Path) -> set[str]:
+    """What links to the sections of a document are called, as GitHub does."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    targets = [(link, *link.partition("#")[::2]) for link in links if "://" not in link]
+    return [
+        link
+        for link, name, anchor in targets
+        if not (target := path.parent / name if name else path).exists() or (anchor and anchor not in anchors(target))
+    ]
+
+
+def test_every_link_leads_to_a_section_that_exists(root: Path) -> None:
+    found = {path: broken_links(path, path.read_text(encoding="utf-8")) for path in documents()}
+    assert {path.name for path in found} >= {"README.md", "CONTRIBUTING.md", "architecture.md"}
+    assert not {str(path): links for path, links in found.items() if links}
+    wrong = "[a](docs/gone.md) [b](README.md#gone) [c](#gone) [d](README.md#the-tree) [e](docs/gpu.md)"
+    assert broken_links(root / "README.md", wrong) == ["docs/gone.md", "README.md#gone", "#gone"]
+
+
+def test_the_index_has_every_guide(root: Path) -> None:
+    index = (root / "docs" / "README.md").read_text(encoding="utf-8")
+    guides = {path.name for path in (root / "docs").glob("*.md")} - {"README.md"}
+    assert guides == set(re.findall(r"\]\(([\w-]+\.md)(?:#[\w-]+)?\)", index))
+
+
+def test_the_table_of_support_stands_once_and_says_what_can_be_built(root: Path) -> None:
+    """Each target of both TensorRTs has one row, and a cell is "impossible" where `check_target` refuses it."""
+    head = "| GPU | backend |"
+    assert [path.name for path in documents() if head in path.read_text(encoding="utf-8")] == ["gpu.md"]
+    assert "docs/gpu.md#built-run-measured" in (root / "README.md").read_text(encoding="utf-8")
+    table = rows(section((root / "docs" / "gpu.md").read_text(encoding="utf-8"), "Built, run, measured"))
+    seen = []
+    for gpu, backends, *cells in table:
+        for backend in re.findall(r"`(tensorrt\w*)`", backends):
+            for sm in map(int, re.findall(r"\d+", gpu.partition("(SM ")[2])):
+                seen.append((backend, sm))
+                for precision, cell in zip(("fp32", "bf16", "fp8", "nvfp4"), cells, strict=True):
+                    assert (cell == "impossible") == refused(backend, sm, precision), (backend, sm, precision)
+    assert sorted(seen) == sorted((backend, sm) for backend, sms in SMS.items() for sm in sms)
+
+
+def refused(backend: str, sm: int, precision: str) -> bool:
+    try:
+        check_target(backend, sm, precision)
+    except ExportError:
+        return True
+    return False

@@ -98,7 +98,7 @@ def faults(prices: list[Price]) -> list[str]:
 
 
 def table(prices: list[Price]) -> str:
-    """Markdown, for README."""
+    """Markdown, for docs/measured.md."""
     lines = [
         "| variant | latent error | PSNR of frames, dB | direction | colour | first frame, dB |",
         "| --- | --- | --- | --- | --- | --- |",
