@@ -32,7 +32,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 	bench-dit bench-parallel bench-gpu bench-quote bench-gateway bench-scheduling perf soak layouts onnx verify \
 	calibrate parity engines debug-engine kernels test test-unit test-slow test-kernels test-kernels-slow test-engines \
 	test-engines-slow test-gateway test-gpu test-toyworld test-prices coverage resolve fields lint format clean \
-	test-web test-web-slow test-comfyui-unit test-comfyui doctor
+	test-web test-web-slow test-comfyui-unit test-comfyui doctor dist licences version
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -392,8 +392,20 @@ resolve: $(INSTALLED) ## can all extras be installed beside torch for CUDA, Pyth
 fields: $(INSTALLED) ## write what follows from stepvideo_serve/request/fields.py: config.pbtxt, client, documents
 	@PYTHONPATH=. $(RUN) stepvideo_serve.serving.field_files
 
-lint: $(INSTALLED) ## ruff and mypy; is what `make fields` writes up to date?
+dist: $(INSTALLED) ## wheels of the package, the client and the gateway: build/dist
+	@$(RUN) release.wheels --out build/dist
+
+VERSION ?=
+version: $(INSTALLED) ## write VERSION, or that of pyproject.toml, wherever a version stands
+	@$(RUN) release.version $(VERSION)
+
+LICENCES_ARGS ?=
+licences: $(INSTALLED) ## write docs/licences.md (LICENCES_ARGS=--all: print all that is installed with the distributions)
+	@$(RUN) release.licences $(LICENCES_ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy; is what `make fields` and `make version` write up to date?
 	@PYTHONPATH=. $(RUN) stepvideo_serve.serving.field_files --check
+	@$(RUN) release.version --check
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -176,12 +176,18 @@ class ServerOptions:
         return {} if self.log_level is None else {LOG_LEVEL_VARIABLE: self.log_level}
 
 
+def default_repository() -> Path:
+    """The models of this version: inside the package where a wheel has put them, beside it in a checkout."""
+    package = Path(__file__).absolute().parents[1]
+    inside = package / "model_repository"
+    return inside if inside.is_dir() else package.parent / "model_repository"
+
+
 def add_server_arguments(parser: argparse.ArgumentParser, ports: tuple[int, int, int]) -> None:
     """The options that server_options reads; `ports`: the defaults for gRPC, HTTP and metrics."""
     add = parser.add_argument
     add("--config", type=Path, help="serve.toml, for the models")
-    repository = Path(__file__).absolute().parents[2] / "model_repository"
-    add("--model-repository", type=Path, default=repository, help="default: %(default)s")
+    add("--model-repository", type=Path, default=default_repository(), help="default: %(default)s")
     add("--address", default="127.0.0.1", help="to listen on; default: %(default)s, loopback")
     for port_name, port in zip(("grpc", "http", "metrics"), ports, strict=True):
         add(f"--{port_name}-port", type=int, default=port, help="0: any free; default: %(default)s")

@@ -23,11 +23,6 @@ def project(path: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def test_one_version(root: Path) -> None:
-    folders = (".", "client", "gateway", "comfyui")
-    assert len({project(root / folder / "pyproject.toml")["project"]["version"] for folder in folders}) == 1
-
-
 def test_the_registrys_metadata(root: Path) -> None:
     metadata = project(root / "comfyui" / "pyproject.toml")
     name, comfy = metadata["project"]["name"], metadata["tool"]["comfy"]

@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from release.version import version_of
 from stepvideo_serve.__main__ import COMMANDS
 from stepvideo_serve.config import DenoiserConfig, IdempotencyConfig, ServeConfig
 from stepvideo_serve.launch.health import PUBLIC_MODELS
@@ -203,9 +204,9 @@ def test_what_is_written_is_bounded(manifests: list[Manifest]) -> None:
     assert kept_mib <= 8 * 1024 // 2, "what the models keep in files leaves half of it"
 
 
-def test_a_digest_decides_which_image_runs(everything: list[Manifest], defaults: list[Manifest]) -> None:
+def test_a_digest_decides_which_image_runs(everything: list[Manifest], defaults: list[Manifest], root: Path) -> None:
     assert container(everything)["image"] == f"registry.example.org/stepvideo:1.2@sha256:{'0a' * 32}"
-    assert container(defaults)["image"] == "stepvideo-serve:0.1.0"
+    assert container(defaults)["image"] == f"stepvideo-serve:{version_of(root)}"
 
 
 def test_probes_wait_for_the_engines(manifests: list[Manifest]) -> None:
