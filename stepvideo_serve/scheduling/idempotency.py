@@ -3,8 +3,8 @@
 A request is repeated by a client that lost its connection, or gave up too early. While its run is under way, the repeat
 attaches to it: every caller gets the progress and the result; a caller that cancels leaves the others alone, and the
 last one to leave ends the run, at once or, if a caller asked for that with KEEP_S, when so much time has passed without
-another one. Afterwards, a repeat gets the kept result. Failures are not kept: a repeat runs again. Who knows the id may
-end the run, and the result, through `ti2v_cancel`.
+another one. Afterwards, a repeat gets the kept result. Failures are not kept: a repeat runs again. Whoever knows the id
+may end the run, and have the result forgotten, through `ti2v_cancel`.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from stepvideo_serve.scheduling.request_signs import RequestSigns
 
 Outputs = Mapping[str, NDArray[Any]]
 
-# What a repeat may change: it decides how the result is waited for, not what it is.
+# Inputs that a repeat may change: they decide how a caller waits for the result, not what the result is.
 FREE_INPUTS = (
     *("REQUEST_ID", "REQUEST_PRIORITY", "TIMEOUT_S", "PREVIEW_EVERY", "PREVIEW_FORMAT"),
     *("MAX_RESPONSE_BYTES", "KEEP_S"),
 )
-MAX_CALLERS = 16  # that may wait for one run
+MAX_CALLERS = 16  # callers that may wait for one run
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 class Answer(Protocol):
     """Where the responses to one request go: `serving.adapter.Sender`, or a SharedAnswer in its place.
 
-    Whoever computes calls `dismiss_gone` from time to time, then asks `cancelled`.
+    The thread that computes calls `dismiss_gone` from time to time, then asks `cancelled`.
     """
 
     def send(self, outputs: Outputs) -> None: ...
@@ -51,8 +51,12 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Caller:
-    """Who asked; `timeout_s` None: without a deadline. A `repeated` one hears so in REPORT. `keep_s`: seconds that the
-    run goes on when all have left."""
+    """One caller of a run.
+
+    timeout_s  from `accepted_s`; None: without a deadline
+    repeated   the run had begun, or ended, before this caller came; REPORT then says so
+    keep_s     how long the run goes on after all callers have left
+    """
 
     answer: Answer
     timeout_s: float | None
@@ -61,7 +65,7 @@ class Caller:
     keep_s: float = 0.0
 
     def gone(self, now_s: float) -> RequestCancelled | DeadlineExceeded | None:
-        """Why the caller does not wait any more."""
+        """Why the caller does not wait any more; None while it waits."""
         if self.answer.cancelled():
             return RequestCancelled("The request was cancelled by its caller.")
         if self.timeout_s is not None and now_s - self.accepted_s > self.timeout_s:
@@ -85,7 +89,7 @@ class SharedAnswer:
     ) -> None:
         self.request_id, self.mark = request_id, mark
         self.keep_s = 0.0
-        """The longest that any caller asked for."""
+        """The longest `keep_s` of all callers."""
         self._keep, self._clock, self._told_to_end = keep, clock, told_to_end
         self._callers: list[Caller] = []
         self._latest: Outputs | None = None
@@ -94,7 +98,7 @@ class SharedAnswer:
         self._lock = threading.RLock()
 
     def attach(self, caller: Caller) -> bool:
-        """Adds a caller, who hears at once how far the run is; False when all others have left, so that it ends.
+        """Adds a caller, who hears at once how far the run is; False where the run is about to end, wanted by nobody.
 
         Raises QueueFull when MAX_CALLERS wait for it.
         """
@@ -120,12 +124,12 @@ class SharedAnswer:
 
     def finish(self, outputs: Outputs) -> None:
         """Sends the result to all, and keeps it."""
-        self._keep(self, outputs)  # before anyone has it: whoever has it may send the request again
+        self._keep(self, outputs)  # before any caller has the result: a caller may then repeat the request
         again = repeated(outputs)
         self._to_all(lambda caller: caller.answer.finish(again if caller.repeated else outputs))
 
     def fail(self, error: BaseException) -> None:
-        """Sends the error to all; those who have left by then hear that."""
+        """Sends the error to all; callers who have left get the reason why they did."""
         if self._cancelled_by_id:
             error = RequestCancelled(f"The run of the REQUEST_ID {self.request_id!r} was cancelled by ti2v_cancel.")
         self._keep(self, None)
@@ -158,7 +162,7 @@ class SharedAnswer:
         return now_s - self._alone_since_s >= self.keep_s
 
     def _to_all(self, send: Callable[[Caller], None]) -> None:
-        """One caller's broken connection does not concern the others."""
+        """Sends to each caller; a broken connection is logged and leaves the others alone."""
         with self._lock:
             for caller in list(self._callers):
                 try:
@@ -178,7 +182,7 @@ class Results:
         self.kept, self._clock = kept, clock
         self._signs = signs or RequestSigns(None, "")
         self._running: dict[str, SharedAnswer] = {}
-        self._signed: set[str] = set()  # ids with a sign: all that run or are kept
+        self._signed: set[str] = set()  # ids that have a sign: those with a run or a kept result
         self._lock = threading.Lock()
 
     def join(
@@ -207,7 +211,7 @@ class Results:
         return None
 
     def forget_cancelled(self) -> None:
-        """Forgets the kept results whose ids were cancelled, and the signs of ids that stand for nothing any more."""
+        """Forgets the kept results whose ids were cancelled, and the signs of ids without a run or a result."""
         with self._lock:
             for request_id in self._signed - self._running.keys():
                 if self._signs.take_cancelled(request_id):
@@ -215,7 +219,7 @@ class Results:
                 self._forget(request_id)
 
     def _begin(self, request_id: str, mark: bytes, caller: Caller) -> SharedAnswer:
-        """The caller of this method holds the lock. The run keeps the first caller's deadline itself."""
+        """A new run. The deadline of its first caller is the run's own. The caller of this method holds the lock."""
         self._signs.forget(request_id)
         self._signs.know(request_id)
         self._signed.add(request_id)
@@ -228,7 +232,7 @@ class Results:
     def _end(self, run: SharedAnswer, outputs: Outputs | None) -> None:
         """Called once, at the end of a run; `outputs` is None after a failure."""
         with self._lock:
-            if self._running.get(run.request_id) is not run:  # all had left, and one came back
+            if self._running.get(run.request_id) is not run:  # abandoned, and a new run has its id
                 return
         if outputs is not None:
             self.kept.put(run.request_id, run.mark, outputs, run.keep_s)
@@ -238,7 +242,7 @@ class Results:
                 self._forget(run.request_id)
 
     def _forget(self, request_id: str) -> None:
-        """Takes the sign away of an id that stands for nothing. The caller holds the lock."""
+        """Removes the sign of an id that has neither a run nor a result. The caller holds the lock."""
         if request_id not in self._running and self.kept.get(request_id) is None:
             self._signs.forget(request_id)
             self._signed.discard(request_id)

@@ -17,15 +17,20 @@ from stepvideo_serve.errors import WorkerFailed
 
 Outputs = Mapping[str, NDArray[Any]]
 
-_TEXT: Final = "bytes:"  # begins the name of a BYTES tensor of shape [1] in a file, which holds its bytes
+_TEXT: Final = "bytes:"  # prefix, in a file, of the names of BYTES tensors of shape [1]
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A result: the `mark` of its request, when it is too old, whether somebody was promised that it is kept, and where
-    it is."""
+    """A kept result.
+
+    mark       fingerprint of the inputs of its request
+    expires_s  when the result is too old, on the clock of KeptResults
+    promised   a caller was promised that the result is kept (KEEP_S)
+    where      the tensors, or the file that holds them
+    """
 
     mark: bytes
     size_bytes: int
@@ -43,9 +48,9 @@ class KeptResults:
     """Results by REQUEST_ID. Any thread may call any method.
 
     ttl_s           how long every result is kept
-    max_bytes       of all results in memory together; the oldest that nobody was promised go first
-    folder          where promised results go that memory has no room for; None: nowhere
-    max_file_bytes  of all results there together
+    max_bytes       of all results in memory together; beyond that the oldest results without a promise are forgotten
+    folder          holds promised results for which memory has no room; None: those are lost
+    max_file_bytes  of all results in `folder` together
     """
 
     def __init__(
@@ -65,23 +70,23 @@ class KeptResults:
 
     @property
     def size_bytes(self) -> int:
-        """Of all results in memory."""
+        """Bytes of all results in memory."""
         return self._in_memory
 
     @property
     def file_bytes(self) -> int:
-        """Of all results in files, and of those that are being written."""
+        """Bytes of all results in files, and of those that are being written."""
         return self._in_files
 
     def get(self, request_id: str) -> Kept | None:
-        """The result of that id, if there is one that is not too old."""
+        """The result of that id; None without one, or where the result is too old."""
         with self._lock:
             self._drop_old()
             return self._kept.get(request_id)
 
     def put(self, request_id: str, mark: bytes, outputs: Outputs, keep_s: float) -> bool:
         """Keeps a result for the longer of `ttl_s` and `keep_s` (seconds that its callers were promised; 0: none).
-        Whether there was room; a result that was promised and is not kept is logged."""
+        Returns whether there was room; a promised result without room is logged."""
         seconds, size_bytes = max(self._ttl_s, keep_s), size_of(outputs)
         if seconds == 0:
             return False
@@ -108,10 +113,10 @@ class KeptResults:
         with self._lock:
             return self._drop(request_id)
 
-    # The caller of what follows holds the lock, but for _write.
+    # The methods below are called with the lock held, but for _write.
 
     def _make_room(self, size_bytes: int) -> bool:
-        """Whether memory has room, after the oldest results that nobody was promised have gone."""
+        """Forgets the oldest results without a promise until memory has room; whether it has."""
         spared = sum(kept.size_bytes for kept in self._kept.values() if kept.promised and _is_in_memory(kept))
         if spared + size_bytes > self._max_bytes:
             return False
@@ -139,7 +144,7 @@ class KeptResults:
         return True
 
     def _new_file(self, size_bytes: int) -> Path | None:
-        """A path with room for so many bytes, which are taken from now on."""
+        """A path for a file of that many bytes, which count from now on; None without room."""
         if self._folder is None or self._in_files + size_bytes > self._max_file_bytes:
             return None
         self._in_files += size_bytes

@@ -1,4 +1,4 @@
-"""Jobs that know their own progress, so that they can go on where they were left.
+"""Jobs that know their own progress, so that they can go on from there after a failure.
 
 A job is given to the ranks as parameters (JSON) and tensors (numpy), and reports by StepEvents (parallel/job.py).
 """
@@ -23,7 +23,7 @@ class Resumable(Protocol):
 
     @property
     def tensors(self) -> Arrays:
-        """What the job works on, from where it stands."""
+        """The tensors to go on with."""
         ...
 
     @property
@@ -32,7 +32,7 @@ class Resumable(Protocol):
         ...
 
     def begin(self) -> tuple[dict[str, Any], Arrays]:
-        """Parameters and tensors of the job from where it stands."""
+        """Parameters and tensors of a job for the ranks that goes on from here."""
         ...
 
     def take(self, event: StepEvent) -> bool:
@@ -40,12 +40,12 @@ class Resumable(Protocol):
         ...
 
     def result(self) -> ResultEvent | None:
-        """The result, where nothing is left to be computed."""
+        """The result, where nothing is left to be computed; else None."""
         ...
 
 
 class ResumableDenoise:
-    """Stands after the last step whose latents were reported.
+    """A denoising job that goes on after the last step whose latents were reported.
 
     params: JSON, whatever the ranks need. tensors["latents"] is fp32 [F, C, h, w]. steps: of the whole job.
     evaluations, guided_evaluations: steps so far that evaluated the DiT, and those of them with guidance. A loop that
@@ -92,7 +92,7 @@ class ResumableDenoise:
 
 
 class Repeated:
-    """A job that begins anew, and drops the reports that its consumer has: decoding, or encoding text."""
+    """A job that begins anew after a failure, and drops the reports that its consumer has already: decoding, text."""
 
     steps_left = 0
 

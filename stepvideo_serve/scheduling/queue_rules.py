@@ -18,8 +18,8 @@ class QueueRules:
 
 
 class UrgentShare:
-    """Keeps URGENT runs from having the ranks for themselves: what they took while others waited is a debt, which the
-    turns of others pay back. The caller holds the queue's lock."""
+    """Keeps URGENT runs from having the ranks for themselves: their seconds while other runs waited are a debt, which
+    the turns of other runs pay back. The caller holds the queue's lock."""
 
     def __init__(self, credit_s: float) -> None:
         self._credit_s = credit_s
@@ -38,7 +38,7 @@ class UrgentShare:
 
     @property
     def exhausted(self) -> bool:
-        """Whether it is the turn of others, if any wait."""
+        """Whether the debt is above the credit, so that other runs go first."""
         return self._now_s() > self._credit_s
 
     def _now_s(self) -> float:

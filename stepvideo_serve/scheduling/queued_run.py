@@ -54,9 +54,9 @@ class QueueState:
     """What the queue knows of a run; only the queue writes it. Times are those of time.monotonic().
 
     arrival        the run's place among all that ever came
-    asked_s        when the caller last showed that it is there
+    asked_s        when the caller last fetched a response
     parks          how often the run has given way to runs that were not URGENT
-    waits_since_s  when the wait began that is under way or was the last
+    waits_since_s  when the latest wait began
     waited_s       all waits so far
     turns          how often the run has begun
     """

@@ -12,8 +12,8 @@ CANCELLED = ".cancelled"
 
 
 class RequestSigns:
-    """The signs of one model. A `folder` of None, in a server that something else than the launcher started, holds
-    none: nothing can be cancelled there. Any thread may call any method."""
+    """The signs of one model. With a `folder` of None, in a server that something else than the launcher started, there
+    are no signs, and nothing can be cancelled by its id. Any thread may call any method."""
 
     def __init__(self, folder: Path | None, model: str) -> None:
         self._folder, self._model = folder, model
@@ -27,18 +27,18 @@ class RequestSigns:
             left.unlink(missing_ok=True)
 
     def know(self, request_id: str) -> None:
-        """The model has a run or a result of that id."""
+        """Puts the sign: the model has a run or a result of that id."""
         if self._folder is not None:
             self._path(request_id).touch(mode=0o600)
 
     def forget(self, request_id: str) -> None:
-        """The model has neither any more."""
+        """Removes the sign: the model has neither a run nor a result of that id any more."""
         if self._folder is not None:
             self._path(request_id).unlink(missing_ok=True)
             self._cancelled(request_id).unlink(missing_ok=True)
 
     def take_cancelled(self, request_id: str) -> bool:
-        """Whether somebody has cancelled the id since this was asked last."""
+        """Whether the id was cancelled since the last call of this method."""
         if self._folder is None:
             return False
         try:
@@ -57,7 +57,7 @@ class RequestSigns:
 
 
 def cancel(folder: Path, request_id: str) -> list[str]:
-    """Tells every model that knows the id; their names."""
+    """Marks the id as cancelled for every model that knows it; returns the names of these models."""
     models = []
     for path in sorted(folder.glob(f"{digest_of(request_id)}.*")):
         if not path.name.endswith(CANCELLED):

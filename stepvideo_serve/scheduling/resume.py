@@ -1,4 +1,4 @@
-"""Jobs that outlive the ranks: begun again where they were left, on the ranks that were started anew."""
+"""Jobs that outlive the ranks: when the ranks were started anew, a job goes on from its last reported step."""
 
 import logging
 from collections.abc import Callable, Generator

@@ -1,8 +1,8 @@
-"""A bounded queue of runs in front of something that does one at a time.
+"""A bounded queue of runs in front of the ranks, or of a decoder, which do one run at a time.
 
 Order: runs that others depend on (URGENT), then by priority, then by arrival. A run that waits moves up one priority
-every `aging_s`, so that none starves. A run that comes in with a higher priority than the one under way has that one
-parked at its next step; it takes its old place in the queue and goes on later where it was.
+every `aging_s`, so that none starves. A new run of a higher priority than the run under way has the latter parked at
+its next step: the parked run takes its old place in the queue, and goes on later from that step.
 """
 
 import threading
@@ -52,13 +52,14 @@ __all__ = [
 
 
 class QueueListener:
-    """Told what happens in a queue, while its lock is held: to be quick, and not to call the queue. Does nothing."""
+    """Told what happens in a queue, while its lock is held: a listener must be quick and must not call the queue.
+    This one does nothing."""
 
     def waiting(self, counts: Mapping[int, int]) -> None:
-        """How many wait now, by priority; priorities without any are left out."""
+        """How many runs wait now, by priority; priorities without a run are left out."""
 
     def began(self, run: QueuedRun, waited_s: float) -> None:
-        """A run has its turn, its first where `state.turns` is 1, after a wait of `waited_s`."""
+        """A run begins a turn after a wait of `waited_s`; `state.turns` is 1 in its first turn."""
 
     def parked(self, run: QueuedRun) -> None:
         """A run has given way and waits again."""
@@ -95,14 +96,15 @@ class RunQueue:
         self._running: QueuedRun | None = None
         self._arrivals = 0
         self._changed = threading.Condition()
-        self._closed: RequestError | None = None  # what who comes now is refused with
+        self._closed: RequestError | None = None  # why new runs are refused; None while they are not
         self._share = UrgentShare(rules.urgent_credit_s)
         self._thread = threading.Thread(target=self._loop, name="runs")
         self._thread.start()
 
     def put(self, run: QueuedRun) -> None:
-        """Raises, at once, QueueFull when as many runs wait as may, DeadlineExceeded when the run has no time left or
-        too little for what is ahead of it, InvalidRequest when another run has its id, ServiceUnavailable once closed.
+        """Adds a run. Raises QueueFull when the most runs wait that may, DeadlineExceeded when the run has no time left
+        or too little for the work ahead of it, InvalidRequest when another run has its id, ServiceUnavailable once
+        closed.
         """
         run.remaining_s()
         with self._changed:
@@ -132,17 +134,17 @@ class RunQueue:
             waiting.answer.fail(_cancelled())
 
     def renew(self, run_id: str) -> bool:
-        """The run's caller is there; whether the run waits or is under way."""
+        """The run's caller has fetched; returns whether the run waits or is under way."""
         with self._changed:
             found = next((run for run in self._all() if run.run_id == run_id), None)
             if found is not None:
                 found.state.asked_s = time.monotonic()
                 if found.terms.priority == URGENT:
-                    self._make_way(found)  # its share may have been used up when it came
+                    self._make_way(found)  # the share of URGENT runs may have been used up when the run came
             return found is not None
 
     def end_abandoned(self, lease_s: float) -> None:
-        """Ends the runs whose callers have not shown themselves for so long."""
+        """Ends the runs whose callers have not fetched for `lease_s`."""
         now_s = time.monotonic()
         with self._changed:
             abandoned = [run.run_id for run in self._all() if now_s - run.state.asked_s > lease_s]
@@ -150,7 +152,7 @@ class RunQueue:
             self.cancel(run_id)
 
     def forecast(self, priority: int) -> tuple[int, float | None]:
-        """How many runs wait now, and in how many seconds a run of this priority would begin, None if not known."""
+        """How many runs wait now, and seconds until a new run of this priority would begin; None if not known."""
         with self._changed:
             newcomer = Claim(priority, self._arrivals + 1, time.monotonic())
             return len(self._waiting), self._wait_s(newcomer)
@@ -171,7 +173,7 @@ class RunQueue:
         self._thread.join()
 
     def _in_order(self) -> list[QueuedRun]:
-        """Those that wait, the next one first."""
+        """The runs that wait, the next one first."""
         return sorted(self._waiting.values(), key=lambda run: self._order(Claim.of(run)))
 
     def _all(self) -> list[QueuedRun]:
@@ -200,7 +202,7 @@ class RunQueue:
             )
 
     def _wait_s(self, claim: Claim) -> float | None:
-        """Until a run with this claim begins, as far as is known now."""
+        """Seconds until a run with this claim begins; None where a run ahead of it has no estimate."""
         running = self._running
         ahead = [other for other in self._waiting.values() if self._order(Claim.of(other)) < self._order(claim)]
         seconds = [self._seconds_of(other) for other in ahead]
@@ -211,7 +213,7 @@ class RunQueue:
         return sum(known) if len(known) == len(seconds) else None
 
     def _order(self, claim: Claim) -> tuple[int, int]:
-        """Sorts by who is next."""
+        """The sort key: the lowest is next."""
         if claim.priority == URGENT:
             return URGENT, claim.arrival
         raised = int((time.monotonic() - claim.accepted_s) / self._rules.aging_s)
@@ -224,7 +226,7 @@ class RunQueue:
         return not self._share.exhausted if claim.priority == URGENT else may_park
 
     def _make_way(self, run: QueuedRun) -> None:
-        """Has the run under way parked, if this one must go first."""
+        """Has the run under way parked, where `run` must go first."""
         running = self._running
         if running is None or running.parked.is_set() or not self._must_give_way(running, Claim.of(run)):
             return
@@ -234,7 +236,7 @@ class RunQueue:
         self._interrupt()
 
     def _add(self, run: QueuedRun) -> None:
-        """Among those that wait; the caller holds the lock, and so on below."""
+        """Adds a run to those that wait. Here and below the caller holds the lock."""
         self._waiting[run.run_id] = run
         run.state.waits_since_s = time.monotonic()
         if run.terms.timeout_s is not None:
@@ -245,7 +247,7 @@ class RunQueue:
         self._tell_positions()
 
     def _take(self, run_id: str) -> QueuedRun | None:
-        """Takes a run out of the queue; None when it is not there (any more)."""
+        """Takes a run out of those that wait; None where it does not wait (any more)."""
         run = self._waiting.pop(run_id, None)
         expiry = self._expiries.pop(run_id, None)
         if expiry is not None:
@@ -256,7 +258,7 @@ class RunQueue:
         """Every run that waits and can be parked hears its place and its estimated start."""
         self._listener.waiting(Counter(run.terms.priority for run in self._waiting.values()))
         if self._running is None:
-            return  # the first of them is about to begin
+            return  # the first run in the queue is about to begin
         for place, run in enumerate(self._in_order(), start=1):
             if run.terms.parkable:
                 run.answer.waiting(Waiting(place, self._wait_s(Claim.of(run))))
@@ -272,7 +274,7 @@ class RunQueue:
         run.answer.fail(waited_too_long())
 
     def _end_running(self) -> None:
-        """The mark comes first: whoever starts the run looks at it once the run can be interrupted."""
+        """Sets `cancelled` before the interrupt: `serve` looks at it as soon as the run can be interrupted."""
         if self._running is not None:
             self._running.cancelled.set()
             self._interrupt()
@@ -284,10 +286,10 @@ class RunQueue:
                     self._park(run)
         except BaseException as error:
             self._fail_all(type(error).__name__)
-            raise  # to whoever watches the threads of this process
+            raise  # ThreadDeaths hears of the exception
 
     def _fail_all(self, reason: str) -> None:
-        """Nobody serves the runs any more."""
+        """Fails every run: the thread that serves them has died."""
         with self._changed:
             self._closed = WorkerFailed(f"The queue of runs has failed ({reason}): load the model anew.")
             left = self._all()
@@ -320,13 +322,13 @@ class RunQueue:
             return run
 
     def _first(self) -> QueuedRun:
-        """Whose turn is next; others than URGENT runs, once these have had more than their share."""
+        """The run whose turn is next; no URGENT one, while those have had more than their share and others wait."""
         runs = self._in_order()
         others = [run for run in runs if run.terms.priority != URGENT]
         return others[0] if others and self._share.exhausted else runs[0]
 
     def _park(self, run: QueuedRun) -> None:
-        """Back into the queue, unless it was ended meanwhile."""
+        """Puts the run back into the queue, unless it was cancelled or the queue closed meanwhile."""
         with self._changed:
             ended = self._closed or (_cancelled() if run.cancelled.is_set() else None)
             self._running = None
