@@ -57,13 +57,13 @@ class Channel:
         self._socket = sock
         self._received = bytearray()
         self._send_lock = threading.RLock()  # reentrant: a Run may be finalised, and cancel, at any point
-        if send_timeout_s is not None:  # the kernel's limit: Python's own would apply to receiving, too
+        if send_timeout_s is not None:  # the kernel's limit for sending; Python's would apply to receiving, too
             seconds, part = divmod(send_timeout_s, 1)
             timeval = struct.pack("ll", int(seconds), int(part * 1e6))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
     def fileno(self) -> int:
-        """For poll(); readable means: a message, a part of one, or the end."""
+        """The descriptor for poll(): readable with a message, with a part of one, or at the end of the stream."""
         return self._socket.fileno()
 
     def send(self, wire: bytes) -> None:
@@ -73,7 +73,7 @@ class Channel:
                 # Without MSG_NOSIGNAL a dead rank could kill an embedding process that does not ignore SIGPIPE.
                 self._socket.sendall(wire, socket.MSG_NOSIGNAL)
             except OSError as error:
-                # Half a message may be out: end the stream, so that both sides notice.
+                # Half of the message may have been sent: end the stream, so that both sides notice.
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
                 raise ChannelClosedError(f"a message could not be sent ({error})") from error
@@ -86,8 +86,8 @@ class Channel:
         return message
 
     def drain(self) -> list[JsonObject]:
-        """The messages that are there, without waiting; ChannelClosedError at the end of the stream, once they have
-        been taken. The beginning of a message stays until its rest has come."""
+        """The complete messages, without waiting; ChannelClosedError at the end of the stream, once all of them were
+        taken. The beginning of a message stays until its rest has come."""
         messages = []
         open_ = True
         while open_:
@@ -107,7 +107,7 @@ class Channel:
             self._socket.close()
 
     def _read(self, flags: int) -> bool:
-        """Take in what has come; False at the end of the stream."""
+        """Read the bytes that have come; False at the end of the stream."""
         try:
             part = self._socket.recv(READ_BYTES, flags)
         except BlockingIOError:
@@ -137,14 +137,14 @@ class Channel:
 
 
 def error_to_json(error: BaseException) -> JsonObject:
-    """What travels of an exception: its nearest class in errors.py (or null), its own type, and one line of text."""
+    """An exception as JSON: its nearest class in errors.py (or null), its own type, and one line of text."""
     known = (base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
     text = str(error) if isinstance(error, StepVideoError) else " ".join(str(error).split())
     return {"class": next(known, None), "type": type(error).__name__, "message": text[:SENTENCE_LIMIT]}
 
 
 def error_from_json(description: Mapping[str, Any], where: str) -> RequestError:
-    """The RequestError that a rank raised; anything else becomes WorkerFailed, said to have happened `where`."""
+    """The RequestError that a rank raised; any other exception becomes WorkerFailed, with `where` in its sentence."""
     for known in _subclasses(RequestError):
         if known.__name__ == description["class"]:
             return known(description["message"])

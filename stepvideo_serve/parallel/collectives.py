@@ -29,8 +29,8 @@ LEADER = 0
 
 
 class WaitClock:
-    """Seconds in which this rank's computation waited for tensors of others: on CPUs by the host's clock, on GPUs by
-    events on the current stream, which wait for nothing until they are read."""
+    """Seconds in which this rank's computation waited for tensors of other ranks: by the host's clock on CPUs, on GPUs
+    by events on the current stream, where nothing waits until the events are read."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -38,7 +38,7 @@ class WaitClock:
 
     @contextmanager
     def waiting(self, payload: Tensor) -> Iterator[None]:
-        """Around a call that waits, or has the stream of `payload` wait."""
+        """Measures a block that waits, or that has the stream of `payload` wait."""
         if not payload.is_cuda:
             began_s = time.perf_counter()
             yield
@@ -51,7 +51,7 @@ class WaitClock:
         self._pairs.append((began, ended))
 
     def settle(self) -> None:
-        """Reads the events that the GPU has passed, so that they do not pile up; waits for none."""
+        """Reads the events that the GPU has passed, without waiting, so that events do not pile up."""
         while self._pairs and self._pairs[0][1].query():
             self._read_first()
 
@@ -70,8 +70,8 @@ class WaitClock:
 
 @contextmanager
 def communicator_errors() -> Iterator[None]:
-    """Around everything that exchanges tensors: NCCL's communicators are of no use after an error, so that leaves as
-    DeviceLost."""
+    """For every exchange of tensors: an error of NCCL becomes DeviceLost, since its communicators are of no use after
+    one."""
     try:
         yield
     except dist.DistBackendError as error:
@@ -81,7 +81,7 @@ def communicator_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A collective under way. What is sent stays as it is until then."""
+    """A collective under way. The tensor that is sent must not change before `wait` has returned."""
 
     work: dist.Work
     result: Tensor
@@ -89,7 +89,7 @@ class Exchange:
     sent: Tensor
 
     def wait(self) -> Tensor:
-        """Raises RuntimeError when a rank of the group is gone, or its part does not come within the timeout."""
+        """The result. Raises RuntimeError when a rank of the group is gone, or its part does not come in time."""
         with self.clock.waiting(self.result):
             self.work.wait()
         return self.result
@@ -118,8 +118,8 @@ class Collectives:
         return Exchange(work, partial, self.clock, partial)
 
     def to_heads(self, qkv: Tensor, counts: list[int]) -> Tensor:
-        """See Communicator. To each rank go its heads of our tokens: q, k and v one after the other, since the heads of
-        one rank lie together in each, ready to be sent."""
+        """See Communicator. Each rank is sent its heads of this rank's tokens: q, k and v one after the other, since
+        the heads of one rank lie together in each of them."""
         heads, own, head_dim = qkv.shape[1] // self.sp, qkv.shape[2], qkv.shape[3]
         exchanged = qkv.new_empty(3, heads, sum(counts), head_dim)
         sent, received = [heads * own * head_dim] * self.sp, [heads * n * head_dim for n in counts]
@@ -130,14 +130,14 @@ class Collectives:
         return exchanged
 
     def to_tokens(self, out: Tensor, counts: list[int]) -> Tensor:
-        """See Communicator. To each rank go its tokens of our heads."""
+        """See Communicator. Each rank is sent its tokens of this rank's heads."""
         own, channels = counts[self.sp_index], out.shape[1]
         sent, received = [n * channels for n in counts], [own * channels] * self.sp
         exchange = self._all_to_all("to_tokens", out.flatten(), sent, received)
         return torch.cat(list(exchange.wait().view(self.sp, own, channels)), dim=1)
 
     def gather_tokens(self, own: Tensor, counts: list[int]) -> Tensor:
-        """See Communicator. An all-to-all in which everyone gets the same, since counts may differ."""
+        """See Communicator. An all-to-all in which every rank gets the same: an all-gather needs equal counts."""
         sent, received = [own.numel()] * self.sp, [n * own.shape[1] for n in counts]
         exchange = self._all_to_all("gather_tokens", own.flatten().repeat(self.sp), sent, received)
         return exchange.wait().view(-1, own.shape[1])
@@ -152,14 +152,14 @@ class Collectives:
         return both[0], both[1]
 
     def agree(self, value: int) -> int:
-        """The leader's value, on every rank: how all ranks take the same decision at a step boundary."""
+        """The leader's value, on every rank, so that all ranks decide alike between two steps."""
         decision = torch.tensor([value])
         dist.broadcast(decision, src=LEADER)
         self.clock.settle()
         return int(decision)
 
     def from_all(self, values: Sequence[float]) -> list[list[float]]:
-        """Every rank's values, by rank, on every rank; all give as many."""
+        """The values of every rank, by rank, on every rank; each rank gives equally many."""
         own = torch.tensor(values, dtype=torch.float64)
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, own)
@@ -183,8 +183,8 @@ class Collectives:
         return received
 
     def _all_to_all(self, kind: str, outgoing: Tensor, sent: list[int], received: list[int]) -> Exchange:
-        """Starts it. The tensor, of one dimension, is sent as it lies: `sent` elements for each rank, in their order;
-        `received` come from each."""
+        """Starts an all-to-all. The tensor has one dimension: `sent` elements of it go to each rank, in the order of
+        the ranks; `received` elements come from each."""
         incoming = outgoing.new_empty(sum(received))
         self._count(kind, outgoing)
         group = self._groups["sp"]
@@ -198,7 +198,7 @@ class Collectives:
 
 
 def _make_groups(layout: Layout, axis: str, rank: int) -> dist.ProcessGroup:
-    """Every rank must create every group, in the same order; returns the one that `rank` is in."""
+    """The group of `rank` among these. Every rank must create every group, in the same order."""
     mine = None
     for ranks in sorted({layout.group(axis, r) for r in range(layout.world_size)}):
         group = dist.new_group(list(ranks))
@@ -218,7 +218,7 @@ def init_process_group(settings: Mapping[str, Any], backend: str, timeout_s: flo
 
     Raises torch.distributed.DistError when the others do not come.
     """
-    import torch.distributed as dist  # here, so that the parent can do without torch
+    import torch.distributed as dist  # imported here, because the parent has no torch
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(

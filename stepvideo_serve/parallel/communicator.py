@@ -1,4 +1,5 @@
-"""What the model's code asks of the other ranks: over torch.distributed in collectives.py, of nobody in OneRank."""
+"""The exchanges between ranks that the network and the loop need: by torch.distributed in collectives.py, by none in
+OneRank."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ class Pending(Protocol):
     """A collective under way."""
 
     def wait(self) -> Tensor:
-        """The result, once it is there."""
+        """Waits for the result."""
         ...
 
 
@@ -29,7 +30,7 @@ class Communicator(Protocol):
     sp_index: int
 
     def sum_tp(self, partial: Tensor) -> Pending:
-        """Sum over the tensor-parallel group; `partial` is given away. Starts at once, and may overlap computation."""
+        """Sum over the tensor-parallel group, which starts at once, beside computation; may overwrite `partial`."""
         ...
 
     def to_heads(self, qkv: Tensor, counts: list[int]) -> Tensor:

@@ -2,8 +2,8 @@
 values that every rank can work out by itself.
 
 Communicators connect at their first collective. Where GPUs cannot reach each other (an IOMMU in the way, a driver that
-does not fit) that one gives wrong values, or never ends without failing; here it ends the start with a sentence, and
-not the first request.
+does not fit), that collective gives wrong values, or neither ends nor fails. Here it ends the start with a sentence;
+otherwise the first request would meet it.
 """
 
 import threading
@@ -27,7 +27,7 @@ LARGEST_VALUE = 250  # whole numbers up to 256 are exact in bf16 and fp16, and s
 
 @dataclass(frozen=True)
 class Check:
-    """One collective: what it is called in a sentence, which ranks take part, and what it gives and must give."""
+    """One collective: its name in a sentence, the ranks that take part, its result and the right result."""
 
     what: str
     members: tuple[int, ...]
@@ -41,8 +41,8 @@ def connect(
     """Runs the checks on tensors on `device`; all ranks of the layout call this at about the same time.
 
     Raises SetupError, which names rank, group, expected and received, for wrong values and for a collective that has
-    not ended `deadline_s` after the call. What a collective raises itself is raised here a moment later: where its
-    cause is another rank that has ended, the parent has seen that by then, and ends this one.
+    not ended `deadline_s` after the call. An exception of a collective is raised here a moment later: where the cause
+    is another rank that has ended, the parent notices meanwhile, and ends this rank.
     """
     state = _State()
     worker = threading.Thread(target=state.run, args=(ranks, layout, rank, device), name="first contact", daemon=True)
@@ -61,7 +61,7 @@ def connect(
 
 
 class _State:
-    """How far the checks are; written by the thread that runs them, which may never come back from one."""
+    """How far the checks are; written by the thread that runs them, which may never return from one."""
 
     def __init__(self) -> None:
         self.under_way = "first collective"
@@ -82,7 +82,7 @@ class _State:
 
 
 def checks(ranks: Collectives, layout: Layout, rank: int, device: torch.device) -> Iterator[Check]:
-    """In the same order on every rank; a check must have been called before the next one is asked for."""
+    """The checks, in the same order on every rank; a check must be called before the next one is taken."""
     yield from _in_the_whole_group(ranks, layout, rank, device)
     if ranks.tp > 1:
         members = layout.group("tp", rank)
@@ -136,7 +136,7 @@ def pattern(*shape: int) -> Tensor:
 
 
 def difference(received: Tensor, expected: Tensor) -> str | None:
-    """Where the two differ first, as "36 at [0, 2], it gave 28"; None where they do not."""
+    """The first difference, as "36 at [0, 2], it gave 28"; None where the two tensors are equal."""
     if received.shape != expected.shape:
         return f"a shape of {list(expected.shape)}, it gave {list(received.shape)}"
     differ = (received != expected.double()).nonzero()

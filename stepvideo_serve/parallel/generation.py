@@ -21,7 +21,7 @@ from stepvideo_serve.parallel.channel import Channel, ChannelClosedError, JsonOb
 from stepvideo_serve.parallel.shared_memory import Arena, Array, TensorEntry
 from stepvideo_serve.parallel.watchdog import DEAD_BEATS, Heartbeats, StepClock
 
-POLL_S = 0.1  # how long one look at the ranks may take: the latency of a timeout, not of a message or a death
+POLL_S = 0.1  # between two looks at the clock, for timeouts; messages and deaths are noticed at once
 EXIT_STATUS_S = 1.0  # from the end of a rank's channel to its exit status
 TERMINATE_GRACE_S = 1.0
 REAP_TIMEOUT_S = 10.0  # after SIGKILL
@@ -38,7 +38,7 @@ class RanksLostError(Exception):
 
 @dataclass(frozen=True)
 class RanksSpec:
-    """What to start: see RankGroup, whose arguments these are."""
+    """The arguments of RankGroup that say what to start."""
 
     factory: str
     settings: Mapping[str, Any]
@@ -93,14 +93,14 @@ class RankProcess:
             on_failure.pop_all()
 
     def has_ended(self) -> bool:
-        """Whether it has, asked of the kernel: Popen.poll says no while another thread is about to reap the process."""
+        """Whether the process has ended, by the kernel: Popen.poll says no while another thread is about to reap it."""
         try:
             return os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:  # it has been reaped
             return True
 
     def end_sentence(self) -> str:
-        """How it ended: "rank 1 was killed by SIGKILL"; a process that is cut off but still runs is killed."""
+        """How the rank ended: "rank 1 was killed by SIGKILL". A rank without a channel that still runs is killed."""
         try:
             status = self.popen.wait(EXIT_STATUS_S)
         except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ class RankProcess:
         return f"rank {self.rank} was killed by {name}"
 
     def state(self) -> str:
-        """What the kernel says it does: "R (running)", "S (sleeping)", "T (stopped)", "core dump", ..."""
+        """The state of the process by the kernel: "R (running)", "S (sleeping)", "T (stopped)", "core dump", ..."""
         try:
             lines = Path(f"/proc/{self.popen.pid}/status").read_text().splitlines()
         except OSError:
@@ -124,7 +124,7 @@ class RankProcess:
 
 
 class Ranks:
-    """All processes of one generation, the two arenas they share with the parent, and the memory they meet in.
+    """All processes of one generation, the two arenas they share with the parent, and the store by which they meet.
 
     The thread that makes a Ranks must outlive it (the kernel kills a child that asked for PR_SET_PDEATHSIG when the
     *thread* that spawned it ends), and calls everything but `send`, `begin_job`, `alive` and `silence_s`, which any
@@ -136,7 +136,7 @@ class Ranks:
         self._spec = spec
         self._starting = True
         self._steps: StepClock | None = None
-        self._jobs_lock = threading.Lock()  # nobody writes to an arena that is being closed
+        self._jobs_lock = threading.Lock()  # so that no thread writes to an arena that is being closed
         self._closed = False
         self._poll = select.poll()
         with contextlib.ExitStack() as on_failure:
@@ -252,7 +252,7 @@ class Ranks:
         if self._closed:
             return
         if grace_s > 0:
-            with contextlib.suppress(RanksLostError):  # who is gone needs no request to go
+            with contextlib.suppress(RanksLostError):  # a rank that has ended needs no message
                 self.send({"kind": "shutdown"})
             self._await_ends(grace_s)
             for process in self.processes:
@@ -295,7 +295,7 @@ class Ranks:
             os.close(process.pidfd)
 
     def _is_news(self, rank: int, message: JsonObject) -> bool:
-        """Note what a message says about the rank's steps; whether it says more than that."""
+        """Take signs of life and marks of steps; returns whether the message is for the job."""
         kind = message["kind"]
         if self._steps is not None:
             if kind == "mark":

@@ -1,4 +1,4 @@
-"""What is looked at before a rank takes its GPU: are there enough, who may use it, do they reach each other."""
+"""The checks before a rank takes its GPU: are there enough GPUs, who may use them, do they reach each other."""
 
 import ctypes
 import logging
@@ -9,7 +9,7 @@ import torch
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.parallel.layout import Layout
 
-# cuda.h: CUdevice_attribute and CUcomputemode
+# values of CUdevice_attribute and CUcomputemode in cuda.h
 COMPUTE_MODE = 20
 DEFAULT, PROHIBITED, EXCLUSIVE_PROCESS = 0, 2, 3
 MODES = {PROHIBITED: "PROHIBITED", EXCLUSIVE_PROCESS: "EXCLUSIVE_PROCESS"}

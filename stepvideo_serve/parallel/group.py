@@ -92,7 +92,7 @@ class RankGroup:
         self.generation = 0
         """How many times the ranks have been started."""
         self.last_loss: Loss | None = None
-        """The last generation that was given up, be it ready or not."""
+        """The last generation that was given up, whether it had been ready or not."""
         self._cancel_grace_s = cancel_grace_s
         self._spec = RanksSpec(
             factory=factory,
@@ -107,10 +107,10 @@ class RankGroup:
             python=python or default_python(),
             env=dict(env or {}),
         )
-        self._changed = threading.Condition()  # guards what follows
-        self._keeper: threading.Thread | None = None  # spawns the ranks and watches them
-        self._ranks: Ranks | None = None  # while all are ready
-        self._failure: RequestError | None = None  # why there are none, and will be none soon
+        self._changed = threading.Condition()  # guards the attributes below
+        self._keeper: threading.Thread | None = None  # the thread that spawns the ranks and watches them
+        self._ranks: Ranks | None = None  # None unless all ranks are ready
+        self._failure: RequestError | None = None  # why the group has failed; None while it has not
         self._info: JsonObject = {}
         self._job: Job | None = None
         self._job_id = 0
@@ -211,7 +211,7 @@ class RankGroup:
             raise ServiceUnavailable("The group of ranks is closed: start the model anew.")
 
     def _keep(self) -> None:
-        """The thread of the group. What is not foreseen ends the ranks and the job, and the thread by its exception."""
+        """The thread of the group. An exception that nobody foresaw ends the ranks, the job and this thread."""
         try:
             self._generations()
         except BaseException as error:
@@ -229,11 +229,11 @@ class RankGroup:
             raise
 
     def _generations(self) -> None:
-        """One after another."""
-        setbacks = 0  # generations in a row that came to nothing
+        """Starts and watches one generation after another."""
+        setbacks = 0  # generations in a row that were lost before they were of use
         was_ready = False
         while not self._closing.is_set():
-            job_id = self._job_id  # read before the ranks can be seen: a job may begin before `_begin` has returned
+            job_id = self._job_id  # read before there are ranks: a job may begin before `_begin` returns
             began = self._begin()
             if isinstance(began, Ranks):
                 was_ready = True
@@ -255,7 +255,7 @@ class RankGroup:
                 self._closing.wait(min(2.0 ** (setbacks - 1), LONGEST_PAUSE_S))
 
     def _begin(self) -> Ranks | RequestError:
-        """The next generation, ready; or why not, and nothing is left of it."""
+        """The next generation, once it is ready; otherwise why it is not, and no process of it is left."""
         self.generation += 1
         began_s = time.monotonic()
         try:
@@ -274,7 +274,7 @@ class RankGroup:
         return ranks
 
     def _watch(self, ranks: Ranks) -> str:
-        """Serve the ranks until they are lost or the group is closed, end them and the job; why, as a clause."""
+        """Pass messages on until the ranks are lost or the group is closed, then end both; returns why, as a clause."""
         clause = "the group was closed"
         try:
             while not self._closing.is_set():
@@ -323,7 +323,7 @@ class RankGroup:
             raise RanksLostError(overdue)
 
     def _fail(self, failure: RequestError, last: bool) -> None:
-        """There are no ranks and will be none soon; `last`: this thread gives up."""
+        """Refuse jobs from now on: ranks could not be started. `last`: this thread will not try again."""
         if not self._closing.is_set():
             _logger.error("%s", failure)
         with self._changed:

@@ -12,7 +12,7 @@ from stepvideo_serve.errors import RequestCancelled, RequestError, WorkerFailed
 from stepvideo_serve.parallel.channel import JsonObject
 from stepvideo_serve.parallel.shared_memory import Array
 
-ERROR_GRACE_S = 1.0  # from the exception of one rank to the end of the others: they may wait for it in a collective
+ERROR_GRACE_S = 1.0  # from one rank's exception to the end of the others, which may wait for that rank
 
 _logger = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ Event = StepEvent | ResultEvent
 
 
 class Job:
-    """What the group knows of a job. Its thread tells what the ranks say; any thread may cancel.
+    """What the group knows of a job. The group's thread calls it with the messages of the ranks; any thread may cancel.
 
-    `cancel_grace_s` is the least time that ranks have to obey a cancel; one that is still in the step under way has
-    until the end of that step. `tell_ranks` asks all ranks to end the job; it may be called on any thread and must not
-    fail. Ranks ignore what is about a job that they do not have: they are asked once the job has `begun`.
+    cancel_grace_s  the least time that ranks have to obey a cancel; a rank has until the end of its step under way
+    tell_ranks      asks all ranks to end the job; called on any thread, and must not fail. Ranks ignore messages about
+                    a job that they do not have, so they are asked once the job has `begun`
     """
 
     def __init__(self, job_id: int, size: int, cancel_grace_s: float, tell_ranks: Callable[[], None]) -> None:
@@ -53,11 +53,11 @@ class Job:
         self._cancel_grace_s = cancel_grace_s
         self._tell_ranks = tell_ranks
         self._lock = threading.RLock()  # reentrant: a Run may be finalised, and cancel, at any point
-        self._stopping = False  # the ranks are to end the job
-        self._begun = False  # they have it
-        self._told = False  # they have been asked to end it
-        self._cancel_heeded_by_s = float("inf")  # time.monotonic() by which a cancel must be obeyed, but for a step
-        self._follow_by_s = float("inf")  # and by which the others must have followed a rank that raised
+        self._stopping = False  # whether the ranks are to end the job
+        self._begun = False  # whether the ranks have the job
+        self._told = False  # whether the ranks were asked to end the job
+        self._cancel_heeded_by_s = float("inf")  # time.monotonic() by which ranks not in a step obey a cancel
+        self._follow_by_s = float("inf")  # time.monotonic() by which ranks follow one that raised
         self._result: ResultEvent | None = None
         self._error: RequestError | None = None
 
@@ -76,7 +76,7 @@ class Job:
             self._tell()
 
     def reported(self, event: StepEvent) -> None:
-        """The leader reports; what comes after a stop is not news any more."""
+        """The leader has reported; does nothing after a stop."""
         if not self._stopping:
             self.events.put(event)
 
@@ -99,8 +99,8 @@ class Job:
         return not self._running
 
     def overdue(self, now_s: float, stopping: bool = False) -> str | None:
-        """Who has not ended the job in time after a stop, as a clause; None when all is well. `stopping`: the ranks may
-        still be in the step in which they were told, so that a cancel has time."""
+        """Which ranks have not ended the job in time after a stop, as a clause; None when all is well. `stopping`:
+        ranks may still be in the step in which they were told, so that a cancel has more time."""
         if now_s <= self._follow_by_s and (stopping or now_s <= self._cancel_heeded_by_s):
             return None
         who = ", ".join(map(str, sorted(self._running)))
@@ -117,8 +117,8 @@ class Job:
     def outcome_of_loss(self, clause: str) -> RequestError:
         """The last event, once the ranks are lost because of `clause`.
 
-        What a rank raised says more than that the others did not follow it, but a failure (a broken connection, say)
-        may itself come from the death of another rank.
+        The exception of a rank is a better reason than that other ranks did not follow; but such a failure (a broken
+        connection, say) may come from the death of another rank.
         """
         if self.cancelled:
             return RequestCancelled("The request was cancelled.")

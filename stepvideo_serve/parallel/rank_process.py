@@ -3,7 +3,7 @@
 The main thread builds the worker and runs the jobs; a second thread reads the channel all the time, so that a cancel
 reaches a running job and the end of the parent ends the rank. The rank cannot outlive its parent: the kernel kills it
 (PR_SET_PDEATHSIG), and the end of the channel is a second reason to go. A third thread sends a heartbeat, from the
-beginning on; a rank that cannot for long (it is stopped, or a call keeps the interpreter for itself) is lost.
+beginning on; a rank that cannot send for long (it is stopped, or a call keeps the interpreter for itself) is lost.
 
 The leader (rank 0) may write its tensors into shared memory only when the parent has acknowledged that it has copied
 the previous ones out. One slot is therefore enough, and no report can be torn: the leader computes on while the parent
@@ -39,11 +39,10 @@ from stepvideo_serve.parallel.shared_memory import Arena, Array
 
 LEADER = 0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# All ranks are on this machine: NCCL meets over loopback, as gloo does (collectives.py), and looks for no InfiniBand.
-# Tensors go from GPU to GPU without any of that.
+# All ranks are on this machine: NCCL connects over loopback, as gloo does (collectives.py), without InfiniBand. Tensors
+# go from GPU to GPU directly.
 ONE_MACHINE = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"}
-# What an operator may set otherwise: NCCL says in the log what is wrong; requests of many sizes do not fragment the
-# GPU's memory.
+# An operator may set these otherwise: NCCL logs warnings; requests of many sizes do not fragment the GPU's memory.
 UNLESS_SET = {"NCCL_DEBUG": "WARN", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 BEAT = encode({"kind": "beat"})
 MARK = encode({"kind": "mark"})
@@ -54,7 +53,7 @@ class Worker(Protocol):
     rendezvous (see collectives.py)."""
 
     def info(self) -> JsonObject:
-        """What the parent may want to know once the worker is ready; JSON."""
+        """Sent to the parent once the worker is ready; JSON."""
 
     def run(
         self, params: JsonObject, tensors: dict[str, Array], context: "JobContext"
@@ -69,7 +68,7 @@ class Worker(Protocol):
 
 
 class JobContext:
-    """What a running job may ask of its surroundings.
+    """What a running job may ask of the rank process.
 
     A cancel does not reach all ranks between the same two steps: where they work in lock-step, the leader alone asks
     `cancelled` and tells the others.
@@ -126,7 +125,7 @@ class JobContext:
             self._state.notify_all()
 
     def _post(self, slot: Arena, kind: str, params: Mapping[str, object], tensors: Mapping[str, Array]) -> bool:
-        """Whether the message was sent: not after a cancel, when the slot may still be in use."""
+        """Sends a message with tensors; False after a cancel, when the arena may still be in use."""
         with self._state:
             # No time limit: the caller may be slow, and if the parent dies this process ends.
             self._state.wait_for(lambda: self._slot_free or self._cancelled)
@@ -180,17 +179,17 @@ class RankLoop:
                 self._channel.send(BEAT)
                 time.sleep(heartbeat_s)
         except ChannelClosedError:
-            return  # the reading thread sees it, too, and acts
+            return  # the reading thread notices that, too, and acts
         except BaseException:
             traceback.print_exc()
-            os._exit(1)  # the parent starts the ranks anew at once, and not when it misses the beats
+            os._exit(1)  # ends the process, so that the parent starts the ranks anew at once
 
     def _read(self) -> None:
         try:
             while self._handle(self._channel.receive()):
                 continue
         except ChannelClosedError:
-            os._exit(1)  # the parent is gone, or cannot be understood: nobody is left to work for
+            os._exit(1)  # the parent is gone, or does not follow the protocol
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -231,7 +230,7 @@ def build_worker(factory: str, settings: JsonObject) -> Worker:
 
 
 def prepare_environment() -> None:
-    """For NCCL and torch, which read it later. torch knows an older name of PYTORCH_ALLOC_CONF, too."""
+    """Sets environment variables before NCCL and torch read them. An old name, PYTORCH_CUDA_ALLOC_CONF, counts too."""
     os.environ.update(ONE_MACHINE)
     for name, value in UNLESS_SET.items():
         if name != "PYTORCH_ALLOC_CONF" or "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -299,4 +298,4 @@ if __name__ == "__main__":
     code = exit_status(this_module.main)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # taking the interpreter and torch apart needs seconds of CPU time, for nothing
+    os._exit(code)  # an orderly end of interpreter and torch takes seconds of CPU time, for nothing

@@ -5,7 +5,7 @@ either) and is gone with the last process that maps it, however that one dies. I
 that were never written cost nothing, so the size may be generous.
 
 An arena holds one message's tensors at a time, written by one side and read by the other. It does no locking: the
-channel's messages say whose turn it is (see group.py and rank_process.py).
+channel's messages say which side may write (see group.py and rank_process.py).
 """
 
 import mmap
@@ -39,7 +39,7 @@ class TensorEntry(TypedDict):
 
 
 class Arena:
-    """One region of shared memory of `size_bytes`. It takes the file descriptor over."""
+    """One region of shared memory of `size_bytes`. The arena owns the file descriptor."""
 
     def __init__(self, fd: int, size_bytes: int) -> None:
         self.fd = fd

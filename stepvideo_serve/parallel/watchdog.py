@@ -1,11 +1,11 @@
-"""Whether the ranks are well, told from the times of their signs alone.
+"""Whether the ranks are well, judged by the times of their messages alone.
 
 Times are those of time.monotonic() in the parent. When the parent itself was held up (a paused virtual machine, a
 debugger), the ranks are excused for as long.
 """
 
-MISSED_BEATS = 1.5  # a rank is silent after this many heartbeats without a sign: lost, if the kernel says it is stopped
-DEAD_BEATS = 10  # a rank is lost after this many, whatever the kernel says; it may only have been kept from sending
+MISSED_BEATS = 1.5  # heartbeats without a message: the rank is silent, and lost if the kernel says that it is stopped
+DEAD_BEATS = 10  # heartbeats without a message: the rank is lost, whatever the kernel says
 
 
 class Heartbeats:
@@ -36,13 +36,13 @@ class StepClock:
 
     first_step_timeout_s  how long the first step may take; None: no limit
     step_slack_s          how much longer than the longest so far a later step may take
-    Ranks that work in lock-step wait for each other, so the one that is stuck is behind the others, or all are.
+    Ranks in lock-step wait for each other: a stuck rank has marked fewer steps than the others, or all are stuck.
     """
 
     def __init__(self, size: int, first_step_timeout_s: float | None, step_slack_s: float, now_s: float) -> None:
         self._first_step_timeout_s = first_step_timeout_s
         self._step_slack_s = step_slack_s
-        self._marked_s = dict.fromkeys(range(size), now_s)  # of the ranks that still run
+        self._marked_s = dict.fromkeys(range(size), now_s)  # of the ranks that have not ended the job
         self._steps = [0] * size
         self._longest_s = 0.0
         self._steps_when_told: list[int] | None = None
@@ -74,7 +74,7 @@ class StepClock:
         return running == list(self._marked_s) and all(self._steps[rank] <= told[rank] + 1 for rank in running)
 
     def stuck(self, now_s: float) -> str | None:
-        """Who is stuck, as a clause; None when all is well."""
+        """Which ranks are stuck, as a clause; None when all is well."""
         if not any(self._is_late(rank, now_s) for rank in self._marked_s):
             return None
         step = min(self._steps[rank] for rank in self._marked_s)
