@@ -39,7 +39,7 @@ def read_inputs(request: Any) -> dict[str, NDArray[Any]]:
 
 
 def parameters_of(request: Any) -> dict[str, Any]:
-    """The request's parameters. What a caller gives need not make sense: then there are none."""
+    """The request's parameters; empty where the caller sent something else than a JSON object."""
     try:
         parameters = json.loads(request.parameters() or "{}")
     except ValueError:  # no UTF-8, or no JSON
@@ -61,7 +61,7 @@ def is_probe(request: Any) -> bool:
 def own_timeout_s(request: Any) -> float | None:
     """Triton's request parameter `timeout`, which comes in microseconds; None without one.
 
-    The server hands the parameter on and does nothing itself. Its parameter `priority` it keeps to itself.
+    Triton passes the parameter to the model and does nothing about the time. It does not pass `priority`.
     """
     timeout_us: int = request.timeout()
     return timeout_us / 1e6 if timeout_us > 0 else None
@@ -80,7 +80,7 @@ def error_response(error: BaseException) -> Any:
 
 
 def coded_sentence(error: BaseException) -> str:
-    """The text "CODE: sentence". What is not ours is INTERNAL, and logged whole."""
+    """The text "CODE: sentence". An exception that is no StepVideoError is logged whole and becomes INTERNAL."""
     if not isinstance(error, StepVideoError):
         log_traceback(error)
         error = StepVideoError(f"The server failed to answer the request: {type(error).__name__}; see its log.")
@@ -126,11 +126,11 @@ def waiting_outputs(waiting: Waiting) -> dict[str, NDArray[Any]]:
 
 
 class Sender:
-    """The responses of one request. Any thread may send; the first error or result is the last word.
+    """The responses of one request. Any thread may send; nothing is sent after the first error or result.
 
-    decoupled  the model streams: progress is sent too. Otherwise the one response is all there is.
-    ended      hears of the last word before the caller does: None, or the error
-    most_bytes of the result's response; a larger one becomes an error. None: no bound
+    decoupled   the model streams: progress is sent too. Otherwise the result or the error is the only response
+    ended       called with the error, or None for a result, before that is sent
+    most_bytes  of the result's response; a larger result becomes an error. None: no bound
     """
 
     most_bytes: int | None = None
@@ -144,13 +144,13 @@ class Sender:
         self._open = True
 
     def send(self, outputs: Arrays) -> None:
-        """Sends progress, where the model streams; does nothing after the last word."""
+        """Sends progress, where the model streams; does nothing after an error or a result."""
         with self._lock:
             if self._open and self._decoupled:
                 self._sender.send(response(outputs))
 
     def finish(self, outputs: Arrays) -> None:
-        """Sends the result, or the error that it is larger than the caller can take."""
+        """Sends the result; in its place an error, where the result has more than `most_bytes`."""
         if self.most_bytes is not None and (size := response_bytes(outputs)) > self.most_bytes:
             self.fail(too_large(self.most_bytes, size))
             return
@@ -162,7 +162,7 @@ class Sender:
         self.finish(waiting_outputs(waiting))
 
     def fail(self, error: BaseException) -> None:
-        """Sends the error. A process whose GPU is lost ends then: whoever looks after the server has it replaced."""
+        """Sends the error. A process that has lost its GPU then exits, and the supervisor has the model loaded anew."""
         self._ended(error)
         if isinstance(error, DeviceLost):
             log_traceback(error)
@@ -175,7 +175,7 @@ class Sender:
         return bool(self._sender.is_cancelled())
 
     def dismiss_gone(self) -> None:
-        """Does nothing: the one caller hears of the end."""
+        """Does nothing: a Sender has one caller, who is answered when the run ends. See scheduling/idempotency.py."""
 
     def _finish(self, last: Any) -> None:
         with self._lock:

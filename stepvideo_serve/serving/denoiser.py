@@ -52,7 +52,7 @@ class DenoiserModel(QueuedModel):
     """Owns the queue and the ranks. The ranks are child processes: what kills one never kills this model."""
 
     rank_factory = RANK_FACTORY
-    """How a rank makes what it runs; a benchmark has another one."""
+    """What builds a rank's worker, as "package.module:function"; a benchmark sets another one."""
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
@@ -80,7 +80,7 @@ class DenoiserModel(QueuedModel):
         dit = DiTConfig.load(config.model.dir / "transformer" / "config.json")  # without torch
         self._pace = Pace(dit, skips_branches=layout.cfg == 1)
         self._run_pace = RunPace(self._pace, config.presets)
-        self._turn_pace: TurnPace | None = None  # of the run that is or was the last under way
+        self._turn_pace: TurnPace | None = None  # of the latest run that had a turn
         rules = QueueRules(
             config.denoiser.max_queued,
             config.denoiser.max_parks,
@@ -150,7 +150,7 @@ class DenoiserModel(QueuedModel):
         super().finalize()
 
     def _state(self, inputs: Arrays) -> dict[str, Any]:
-        """What `ti2v_quote` and whoever looks after the server's health ask for."""
+        """What `ti2v_quote` and health checks ask for."""
         waiting, wait_s = self.queue.forecast(_priority(inputs))
         group = self._group
         return {
@@ -190,7 +190,7 @@ class DenoiserModel(QueuedModel):
             return True
 
     def _note(self, turn: Turn, pace: TurnPace, job: Resumable, event: StepEvent | ResultEvent) -> None:
-        """What is learned from an event."""
+        """Tells the pace and the metrics what an event of a denoising run says."""
         if not isinstance(job, ResumableDenoise):
             return
         if isinstance(event, StepEvent):
@@ -203,19 +203,19 @@ class DenoiserModel(QueuedModel):
             self._ranks_watch.used(event.params["rank_seconds"])
 
     def _seconds_of(self, run: QueuedRun) -> float | None:
-        """Of the steps that are left; decoding and text are short beside them."""
+        """Seconds of the denoising steps that are left; 0 for decoding and text, which are short beside those."""
         job = run.terms.job
         return self._run_pace.seconds_left(job) if isinstance(job, ResumableDenoise) else 0.0
 
     def _stop_seconds(self, run: QueuedRun) -> float | None:
-        """Until the step under way has ended, at which a run that was cancelled or must give way stops."""
+        """Seconds until the step under way ends: there a run stops that was cancelled or must give way."""
         pace = self._turn_pace
         if run.terms.job.kind != "denoise":
             return 0.0
         return None if pace is None else pace.step_left_s()
 
     def _outputs(self, kind: str, event: StepEvent | ResultEvent) -> dict[str, Any]:
-        """What the caller gets to see of an event."""
+        """The part of an event that the caller gets."""
         if kind == "decode":
             return {"frames": event.tensors["frames"]} if "frames" in event.tensors else {}
         if kind == "text":

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from stepvideo_serve.errors import WorkerFailed
 from stepvideo_serve.scheduling.run_queue import Waiting
 
-HOLD_S = 0.25  # how long a fetch waits for something; each holds one of the server's 32 threads for the caller's calls
-UNFETCHED_S = 120.0  # how long the end of a run waits for its caller
+HOLD_S = 0.25  # how long a fetch waits for a letter; each holds one of 32 threads that the server has for calls
+UNFETCHED_S = 120.0  # how long the letters of a run that has ended wait for a fetch
 ENDED = "ENDED"
 
 Outputs = dict[str, NDArray[Any]]
@@ -35,7 +35,7 @@ Letter = Outputs | Waiting | BaseException
 
 
 class Backlog:
-    """How many bytes of outputs may lie in all mailboxes of a model together. Any thread may call."""
+    """Bounds the bytes of outputs that wait in all mailboxes of a model together. Any thread may call."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -44,11 +44,11 @@ class Backlog:
 
     @property
     def held_bytes(self) -> int:
-        """So many lie there now."""
+        """The bytes that wait now."""
         return self._bytes
 
     def take(self, letter: "Letter") -> bool:
-        """Whether there is room for the letter; if so, it counts until it is given back."""
+        """Whether there is room for the letter. If so, its bytes count until `give_back`."""
         size = _size(letter)
         with self._lock:
             if size and self._bytes + size > self.max_bytes:
@@ -57,7 +57,7 @@ class Backlog:
             return True
 
     def give_back(self, letters: Iterable["Letter"]) -> None:
-        """They were fetched, or thrown away."""
+        """Letters were fetched or thrown away: their bytes count no more."""
         with self._lock:
             self._bytes -= sum(map(_size, letters))
 
@@ -75,11 +75,11 @@ class Fetch:
 
 
 class Mailbox:
-    """What a run answers, in order: outputs and waits, then an error or the output ENDED, which is the last.
+    """The letters of a run, in order: outputs and places in the queue, and last an error or the output ENDED.
 
-    Any thread may call. A thread of its own replies: a reply to a caller whose process has died never returns.
-    `gone()` is called, once started, when nothing will be replied any more. Outputs for which the backlog of the model
-    has no room end the run with an error, and those that were not fetched are thrown away.
+    Any thread may call. A thread of the mailbox replies to fetches, because a reply to a caller whose process has died
+    never returns. Once started, the mailbox calls `gone()` when it will not reply any more. Outputs for which `backlog`
+    has no room are replaced by an error, the last letter; letters that wait are then thrown away.
     """
 
     def __init__(self, gone: Callable[[], None], backlog: Backlog) -> None:
@@ -91,33 +91,33 @@ class Mailbox:
         self._thread = threading.Thread(target=self._deliver, name="mailbox", daemon=True)
 
     def start(self) -> None:
-        """Once the run has been accepted: from now on there are replies."""
+        """Begins to reply; to be called once the run has been accepted."""
         self._thread.start()
 
     def send(self, outputs: Outputs) -> None:
-        """Does nothing after the last letter."""
+        """Adds outputs; does nothing after the last letter."""
         self._put(outputs, last=False)
 
     def waiting(self, waiting: Waiting) -> None:
-        """The run waits; does nothing after the last letter."""
+        """Adds the place of a run that waits; does nothing after the last letter."""
         self._put(waiting, last=False)
 
     def fail(self, error: BaseException) -> None:
-        """The last letter is an error."""
+        """Adds an error, as the last letter."""
         self._put(error, last=True)
 
     def close(self) -> None:
-        """The last letter is ENDED, if there was no error."""
+        """Adds ENDED, as the last letter; does nothing after an error."""
         self._put({ENDED: np.array([True])}, last=True)
 
     def fetch(self, reply: Reply) -> None:
-        """Replies with the next of the run's answers, or with nothing after HOLD_S."""
+        """Replies with the next letter, as soon as there is one, or with no outputs after HOLD_S."""
         with self._changed:
             self._fetches.append(Fetch(reply, time.monotonic() + HOLD_S))
             self._changed.notify()
 
     def join(self, timeout_s: float) -> None:
-        """Until all has been fetched; at once if never started."""
+        """Waits until all letters were fetched, `timeout_s` at most; returns at once where `start` was not called."""
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
@@ -135,7 +135,7 @@ class Mailbox:
             self._changed.notify()
 
     def _throw_away(self) -> None:
-        """The caller holds the lock."""
+        """Forgets the letters that wait. The caller holds the lock."""
         self._backlog.give_back(self._letters)
         self._letters.clear()
 
@@ -150,7 +150,7 @@ class Mailbox:
                         reply.waiting(letter)
                     else:
                         reply.finish(letter)
-                except Exception:  # the caller will ask why nothing came
+                except Exception:  # the caller notices that no reply came, and asks (model_calls.py)
                     _logger.exception("an answer could not be sent")
         finally:
             with self._changed:
@@ -165,7 +165,7 @@ class Mailbox:
                 fetch.reply.fail(WorkerFailed("The run has ended, there is nothing to fetch: see the server's log."))
 
     def _next(self) -> tuple[Reply, Letter] | None:
-        """Waits for a fetch and for something to reply; None after the last, or when nobody comes for it."""
+        """Waits for a fetch and a letter; None after the last letter, or UNFETCHED_S without a fetch after the end."""
         with self._changed:
             while True:
                 if self._complete and not self._letters:

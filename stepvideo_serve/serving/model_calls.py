@@ -113,7 +113,7 @@ class _Reader:
                 self._heard_s = time.monotonic()
                 if outputs:
                     self._inbox.put(outputs)
-        except Exception as error:  # belongs to whoever reads
+        except Exception as error:  # raised by `responses`
             self._inbox.put(error)
         self._inbox.put(None)
 
@@ -153,11 +153,11 @@ def _cancelling(model: str, run_id: np.ndarray[Any, Any], cancelled: Callable[[]
             while not left.wait(pause_s):
                 if cancelled():
                     cancel_run()
-                    pause_s = CANCEL_AGAIN_S  # in case it was there before the run
+                    pause_s = CANCEL_AGAIN_S  # the run may have begun after the cancel
         except BaseException as error:
             failures.append(error)
             cancel_run()
-            raise  # to whoever watches the threads of this process
+            raise  # ThreadDeaths hears of the exception
 
     watcher = threading.Thread(target=watch, name="cancel-watch")
     watcher.start()

@@ -149,7 +149,7 @@ class PublicModel:
         return standard_size(*size) if self._config.video.crop else size
 
     def _answer_probe(self, sender: Sender) -> None:
-        self._results.forget_cancelled()  # in time, though nobody sends requests
+        self._results.forget_cancelled()  # a server without requests still has probes
         try:
             self.deaths.check(self._name)
         except WorkerFailed as error:
@@ -171,8 +171,8 @@ class PublicModel:
             self._accepted -= 1
 
     def _state(self) -> dict[str, Any]:
-        """What the launcher and whoever looks after the server's health ask for. `unanswered` counts a request for
-        longer than `accepted` does: until its result is sent."""
+        """What the launcher and health checks ask for. `accepted` counts requests until their result is known,
+        `unanswered` until it is sent."""
         config = self._config
         offer = {"defaults": asdict(config.defaults), "limits": asdict(config.limits), "presets": list(config.presets)}
         fixed = {"stopping": self.stop_sign.raised(), **offer}
@@ -184,9 +184,9 @@ class PublicModel:
             try:
                 result = self._result(parsed, answer, watch)
             finally:
-                self._release()  # before the answer: whoever has it may send the next request
+                self._release()  # before the answer: a caller who has the answer may send the next request
             answer.finish(result_outputs(result))
-        except Exception as error:  # as above
+        except Exception as error:  # every error becomes this request's response
             answer.fail(error)
         finally:
             with self._lock:
@@ -236,8 +236,8 @@ class PublicModel:
 
 
 def _log_what_was_lost(run: Future[Any]) -> None:
-    """A request whose answer, error or not, could not be sent: the pool of threads keeps such an exception to itself.
-    Its thread goes on to the next request."""
+    """Logs that the answer of a request could not be sent: the pool of threads does not raise the exception, and its
+    thread goes on to the next request."""
     if (error := run.exception()) is not None:
         _logger.error("request_unanswered: %s", type(error).__name__, exc_info=error)
 
@@ -284,7 +284,7 @@ class Heartbeat:
         self._latest = Progress(0, total_steps, 0.0, None)
         self._changed = threading.Condition()  # also keeps the responses in order
         self._sent = self._ended = False
-        self._died: str | None = None  # by which exception
+        self._died: str | None = None  # the name of the exception that ended the thread
         self._thread = threading.Thread(target=self._watched, name="heartbeat")
 
     def send(self, progress: Progress) -> None:
@@ -317,7 +317,7 @@ class Heartbeat:
             self._repeat()
         except BaseException as error:
             self._died = type(error).__name__
-            raise  # to whoever watches the threads of this process
+            raise  # ThreadDeaths hears of the exception
 
     def _repeat(self) -> None:
         with self._changed:

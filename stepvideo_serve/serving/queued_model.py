@@ -43,7 +43,7 @@ class QueuedModel(ABC):
 
     def __init__(self) -> None:
         self._mailboxes: dict[str, Mailbox] = {}
-        self._lock = threading.Lock()  # guards them
+        self._lock = threading.Lock()  # guards _mailboxes
 
     def prepare(self, model: str, config: ServeConfig) -> None:
         """Raises SetupError where the launcher gave no token, or the checkpoint does not say what its tensors are."""
@@ -89,7 +89,7 @@ class QueuedModel(ABC):
             return
         self._boundary.check(self._name, parameters_of(request))
         inputs = read_inputs(request)
-        self.queue.end_abandoned(LEASE_S)  # in time: who would wait for them comes by here
+        self.queue.end_abandoned(LEASE_S)  # at every call: no run then waits behind one whose caller has died
         if "CANCEL_RUN" in inputs:
             self.queue.cancel(_identity(inputs, "CANCEL_RUN"))
             sender.finish({})

@@ -23,7 +23,7 @@ from stepvideo_serve.serving.model_calls import Outputs, call, call_until, in_ti
 from stepvideo_serve.serving.observe.traces import UNKNOWN, Origin
 from stepvideo_serve.text.states import TextStates
 
-NOTE_S = 1.0  # what a finished request waits for the ledger: its process may have died meanwhile
+NOTE_S = 1.0  # how long a finished request waits for `dit_denoiser`, whose process may have died meanwhile
 
 _logger = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class BlsStages:
         self._cancelled = cancelled
         self._ranks_decode = ranks_decode
         self._priority = priority
-        # Not for REPORT: callers must not learn from there whether somebody else has used their prompt or image.
+        # REPORT must not have these: callers would learn whether somebody else has used their prompt or image.
         self.image_is_new = True
         """Whether the image's latent was computed."""
         self.new_tokens = 0
-        """Of the prompts that were not in the cache."""
+        """Tokens of the prompts that were not in the cache."""
 
     def encode_text(self, prompt: str) -> TextStates:
         """Raises RequestCancelled, also while the ranks that encode are started anew."""
@@ -67,7 +67,7 @@ class BlsStages:
         return torch.from_numpy(out["LATENT"])
 
     def denoise(self, job: DenoiseJob, cancelled: Cancelled) -> Iterator[StepDone | Waiting]:
-        """The last step is held back until its latents are there."""
+        """The steps of the job; the last one comes together with its latents."""
         last: StepDone | None = None
         latents: Tensor | None = None
         evaluations = 0
@@ -124,13 +124,13 @@ class RanksLLM:
 
 
 def report_pace(request: GenerationRequest, seconds: Mapping[str, float], stages: BlsStages, decoders: int) -> None:
-    """Tells the ledger how long the stages of a finished request took; it hears of the steps without that."""
+    """Tells `dit_denoiser` how long the stages of a finished request took. It measures denoising steps itself."""
     work = stage_work(request, stages.new_tokens, stages.image_is_new, decoders)
     note = {stage: (amount, seconds[stage]) for stage, amount in work.items() if stage in seconds}
     inputs = {"KIND": bytes_array(b"note"), "NOTE": bytes_array(json.dumps(note).encode())}
     try:
         in_time(lambda: call("dit_denoiser", inputs, ()), NOTE_S)
-    except (TimeoutError, RequestError) as error:  # the video is there all the same
+    except (TimeoutError, RequestError) as error:  # the video is made all the same
         _logger.warning("the pace of a request was not noted: %s", str(error) or type(error).__name__)
 
 

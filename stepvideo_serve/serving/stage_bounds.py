@@ -26,8 +26,8 @@ Arrays = Mapping[str, NDArray[Any]]
 
 MAX_RUN_ID_BYTES = 128
 MAX_NOTE_BYTES = 4096
-PUBLIC_MODELS = 2  # that have runs at one time, each as many as it accepts requests
-ANSWERS_KEPT = 4  # of the largest: one is made while others are fetched
+PUBLIC_MODELS = 2  # ti2v and ti2v_unary: each has as many runs as it accepts requests
+ANSWERS_KEPT = 4  # of the largest size: one is made while others are fetched
 CLIP_TOKENS = 77  # as in text/states.py, which needs torch
 LARGEST_STATE = 1e15  # of the values of text states: the squares of a state's values must sum up in fp32
 
@@ -46,7 +46,7 @@ class StageBounds:
 
     @property
     def max_unfetched_bytes(self) -> int:
-        """Of all answers of a model together."""
+        """Bound of the answers of one model that wait to be fetched, together."""
         pixels = self.limits.max_tokens * PIXELS_PER_LATENT**2 * FRAMES_PER_CHUNK // LATENTS_PER_CHUNK
         return ANSWERS_KEPT * 3 * pixels
 

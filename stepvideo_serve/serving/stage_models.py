@@ -132,7 +132,7 @@ class VaeDecoderModel(QueuedModel):
             self.prepare(args["model_name"], config)
             self._decoder = FrameDecoder(config)
         self._beats = Heartbeats(Metrics(), args["model_name"])
-        # Callers never meet this bound: who comes here has been let in by the queue of the denoiser.
+        # No caller meets this bound: a request decodes only after `dit_denoiser` has accepted its run.
         self.queue = RunQueue(QueueRules(self.bounds.max_runs), self._serve, lambda: None, lambda _: None)
 
     def finalize(self) -> None:

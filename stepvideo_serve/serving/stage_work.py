@@ -21,7 +21,7 @@ from stepvideo_serve.launch.health import LOST_THREAD
 
 CALL_ID = "call_id"
 CANCEL_CALL = "cancel_call"
-STUCK_S = 120.0  # of work in this process, not counting what is waited for elsewhere: no stage takes so long
+STUCK_S = 120.0  # the longest that a task may work in this process, waits for other processes aside
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -50,18 +50,18 @@ class StageWork:
         self._answer, self._stuck_s = answer, stuck_s
         self._tasks: deque[Task] = deque()  # the first is under way
         self._changed = threading.Condition()
-        self._since_s: float | None = None  # of the work in this process
+        self._since_s: float | None = None  # time.monotonic() since which a task works in this process
         threading.Thread(target=self._work, name="stage-work", daemon=True).start()
 
     def put(self, task: Task) -> None:
-        """It is answered when those before are."""
+        """Adds the task behind those that were put before."""
         with self._changed:
             self._tasks.append(task)
             self._changed.notify()
 
     def cancel(self, call_id: str) -> None:
-        """The task of that name, where there is one, is wanted by nobody any more: one that waits is answered now, the
-        one under way when it asks."""
+        """Gives the task of that name up, where there is one. A task that waits is answered now; the task under way
+        finds out by `cancelled`."""
         with self._changed:
             given_up = [task for task in self._tasks if task.call_id == call_id]
             for task in given_up:
@@ -73,12 +73,12 @@ class StageWork:
             task.reply.fail(_cancelled())
 
     def cancelled(self) -> bool:
-        """Asked by what answers: whether its task is wanted by nobody any more."""
+        """For `answer`: whether the task under way was given up."""
         return self._tasks[0].cancelled.is_set()
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """In what answers, around a wait for another process, whose health is its own matter."""
+        """For `answer`, around a wait for another process: that time does not count for `stuck_s`."""
         self._since_s = None
         try:
             yield

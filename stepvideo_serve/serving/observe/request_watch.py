@@ -14,7 +14,7 @@ from stepvideo_serve.serving.observe.metric_families import OK, STAGES, codes
 from stepvideo_serve.serving.observe.metrics import Heartbeats, Metrics
 from stepvideo_serve.serving.observe.traces import Origin, Tracer, origin_of
 
-MEASURED_BY_DENOISER = frozenset({"queue", "denoise"})  # which tells waiting and computing apart
+MEASURED_BY_DENOISER = frozenset({"queue", "denoise"})  # which knows how long a run waited and computed
 
 _logger = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class RequestWatches:
             self.metrics.show("stepvideo_stage_seconds", stage=stage)
 
     def begin(self, request: Any) -> "RequestWatch":
-        """For a request of Triton's that has just come in."""
+        """The watch of a request that has just come in."""
         return RequestWatch(self, origin_of(request))
 
     def close(self) -> None:
-        """Sends the spans that are left; the last that may be called."""
+        """Sends the spans that are left; no other method may be called afterwards."""
         self._beats.close()
         self.tracer.close()
 
@@ -56,18 +56,18 @@ class RequestWatch:
 
     @property
     def origin(self) -> Origin:
-        """For what the stage under way asks of other models."""
+        """The origin of calls that the stage under way makes to other models."""
         return Origin(self._request_id, self._stage_span.traceparent)
 
     def identify(self, request_id: str | None) -> None:
-        """The request's inputs are valid; the id among them, if there is one."""
+        """The request's inputs are valid; `request_id` is REQUEST_ID, None without one."""
         if request_id is not None and not self._named:
             self._request_id = request_id
         self._log("request_accepted", logging.INFO)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """While the request is in a stage; one that is entered several times adds up."""
+        """Measures the block as a stage of the request; blocks of the same stage add up."""
         began_s = time.monotonic()
         self._stage_span = span = self._watches.tracer.span(name, self._span.traceparent)
         try:
@@ -82,7 +82,7 @@ class RequestWatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began_s
 
     def end(self, error: BaseException | None = None) -> None:
-        """The answer; only the first one counts."""
+        """The request is answered, with an error or with its result (None); more calls do nothing."""
         if self._ended:
             return
         self._ended = True

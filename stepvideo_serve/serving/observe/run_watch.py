@@ -78,7 +78,7 @@ class RunWatch(QueueListener):
         self._waited(run, "run_left_queue")
 
     def served(self, run: QueuedRun, seconds: float, outcome: str) -> float:
-        """A turn has ended after so many seconds; the seconds of all turns of the run so far."""
+        """A turn of the run has ended after `seconds`; returns the seconds of all its turns so far."""
         total_s = self._served_s.pop(run.run_id, 0.0) + seconds
         if outcome == PARKED:
             self._served_s[run.run_id] = total_s
@@ -98,7 +98,7 @@ class Turn:
         self._watch, self._run = watch, run
         self._began_s = self._step_ended_s = time.monotonic()
         self._span: Span | None = None
-        self._steps: list[int] = []  # of the span
+        self._steps: list[int] = []  # that the open span covers
         self.outcome = PARKED
         """OK, the code of an error, or PARKED."""
 
@@ -122,12 +122,12 @@ class Turn:
             self._end_span()
 
     def resumed(self, failures: int) -> None:
-        """It goes on after the ranks failed for the n-th time."""
+        """The run goes on after failure number `failures` of the ranks."""
         self._watch.metrics.add("stepvideo_resumes_total", after="rank_failure")
         log_event(_logger, "run_resumed", logging.WARNING, **_named(self._run), failures=failures)
 
     def failed(self, error: BaseException) -> None:
-        """It ends the run."""
+        """The error ends the run."""
         self.outcome = error.code if isinstance(error, StepVideoError) else StepVideoError.code
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
-"""A thread that ends by an exception takes what it did for the model with it, while the process lives on and answers.
+"""A thread that ends by an exception no longer does its part for the model, while the process lives on and answers.
 
-So the process remembers the first one: probes are refused from then on, and whoever looks after the server's health
-has the model loaded anew.
+So the process remembers the first such thread and refuses probes from then on; the supervisor or the liveness probe
+then has the model loaded anew.
 """
 
 import logging
