@@ -1,4 +1,4 @@
-"""How many cores this process may use: the one answer for ranks, encoders, ffmpeg, export, builds and benchmarks."""
+"""How many cores this process may use; asked by ranks, encoders, ffmpeg, export, builds and benchmarks."""
 
 import os
 import re

@@ -1,5 +1,5 @@
-"""Free memory of a GPU. What a process held is given back a while after its end: ranks and servers that are started
-anew meet memory that still seems taken."""
+"""Free memory of a GPU. The driver frees the memory of a process a while after its end: ranks and servers that are
+started anew therefore wait for it."""
 
 import logging
 import time
@@ -13,14 +13,14 @@ _logger = logging.getLogger(__name__)
 
 
 def free_memory(device: torch.device, needed_bytes: int, patience_s: float = PATIENCE_S) -> int:
-    """Free bytes, once they are `needed_bytes`; after patience_s as many as there are then."""
+    """Waits until `needed_bytes` are free, `patience_s` at most; returns the free bytes."""
     deadline_s = time.monotonic() + patience_s
     free, told = torch.cuda.mem_get_info(device)[0], False
     while free < needed_bytes and time.monotonic() < deadline_s:
         if not told:
             _logger.warning(
-                "%.1f GiB of GPU memory are needed, %.1f are free: waiting for those that processes which have ended "
-                "give back, %g s at most",
+                "%.1f GiB of GPU memory are needed, %.1f are free: waiting %g s at most for memory of processes "
+                "that have ended",
                 needed_bytes / 2**30,
                 free / 2**30,
                 patience_s,

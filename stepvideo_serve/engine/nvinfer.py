@@ -74,11 +74,11 @@ class ActivationMemory:
 
     @property
     def pointer(self) -> int:
-        """Where it begins, aligned as TensorRT asks."""
+        """The address of the memory, aligned as TensorRT asks."""
         return -(-self._buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
 
     def reserve(self, size_bytes: int) -> None:
-        """Makes room for an engine that needs this much. Raises MemoryShortage when the GPU has too little."""
+        """Grows to the bytes that an engine needs. Raises MemoryShortage when the GPU has too little."""
         if size_bytes <= self.size_bytes:
             return
         self.stream.synchronize()
@@ -104,7 +104,7 @@ class Toolkit:
 
 @cache
 def toolkit_of(trt: Any) -> Toolkit:
-    """The one of this process: a Runtime for each of some 290 engines would only cost memory."""
+    """The toolkit that all engines of this process share: a Runtime for each of some 290 would only cost memory."""
     logger = make_logger(trt)
     return Toolkit(logger, trt.Runtime(logger))
 
@@ -172,7 +172,7 @@ class NvInferRunner(EngineRunner):
             raise self._refused(shapes)
 
     def _refused(self, shapes: Mapping[str, list[int]]) -> EngineError:
-        """Raises DeviceLost instead where an earlier kernel has cost the process its GPU: TensorRT tells of it so."""
+        """The error of a refused call. Raises DeviceLost where the cause is an earlier kernel that lost the GPU."""
         require_context(f"TensorRT refused to run {self.spec.name} ({self._logger.last_error})")
         profile = {name: [list(shape) for shape in bounds] for name, bounds in self.spec.profile().items()}
         return EngineError(

@@ -73,7 +73,7 @@ class OrtRunner(EngineRunner):
         self._errors = _failures(ort)
         options = _session_options(ort, threads)
         graph: str | bytes = str(path) if content is None else _in_memory(content, options)
-        self._weights: list[Any] = []  # kept alive: the session reads what it does not pack
+        self._weights: list[Any] = []  # kept alive: the session reads weights that it does not pack
         if spec.weights:
             graph = with_initializers(graph if isinstance(graph, bytes) else path.read_bytes(), spec)
             self._weights = add_weights(ort, options, spec, weights or {})

@@ -14,7 +14,7 @@ import torch
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError
 
-_LOCATION = "given"  # of the data: a file that is not there, and not looked for
+_LOCATION = "given"  # named as the file of the data; ONNX Runtime does not look for it
 _FP8 = "float8_e4m3fn"
 _ONNX_TYPES: Mapping[str, str] = {
     "float32": "FLOAT",
@@ -27,7 +27,7 @@ _ONNX_TYPES: Mapping[str, str] = {
 def with_initializers(graph: bytes, spec: EngineSpec) -> bytes:
     """The graph with the weights of `spec` as initializers without data instead of inputs. EngineError where it lacks
     one."""
-    import onnx  # takes a moment, and only graphs of this form need it
+    import onnx  # the import takes a moment, and only graphs with weight inputs need it
 
     model = onnx.load_model_from_string(graph)
     wanted = {weight.name: weight.tensor for weight in spec.weights}

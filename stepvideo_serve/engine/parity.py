@@ -1,4 +1,4 @@
-"""What an engine must show of its numbers before it serves."""
+"""The parity reports that engines must have, and pass, before they serve."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def require_parity(manifest: Manifest, names: Iterable[str], weights: Mapping[st
 
 
 def _rows_of(manifest: Manifest, name: str, weights: str | None) -> list[Mapping[str, Any]]:
-    """Of a parity report those of one layer and of these weights. EngineError where it is of other weights."""
+    """The rows of a parity report for one layer and these weights. EngineError where all are for other weights."""
     layer = split_layer(name)[1]
     rows = [row for row in manifest.graph(name).extras.get("parity", ()) if row.get("layer", layer) == layer]
     found = [row for row in rows if weights is None or row.get(WEIGHTS, weights) == weights]

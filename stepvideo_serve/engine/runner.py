@@ -37,7 +37,7 @@ class EngineRunner(abc.ABC):
 
     @property
     def engine_id(self) -> str:
-        """Says what runs, for reports: backend and file, or the hash that the manifest gives it."""
+        """The name of the graph in reports: backend and file, or the hash in the manifest."""
         return self._engine_id
 
     @final
@@ -60,7 +60,7 @@ class EngineRunner(abc.ABC):
 
     @final
     def from_cpu(self, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same for inputs that lie on the CPU; the outputs are on `device`."""
+        """Calls the runner with inputs that lie on the CPU; the outputs are on `device`."""
         return self(**{name: tensor.to(self._device) for name, tensor in inputs.items()})
 
     @final
