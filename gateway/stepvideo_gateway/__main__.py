@@ -26,7 +26,7 @@ from stepvideo_gateway.logs import configure
 from stepvideo_gateway.pages import Example
 
 EXIT_CONFIG = 2
-STOP_S = 10  # that requests under way have when the gateway stops
+STOP_S = 10  # how long requests under way have to end when the gateway stops
 
 
 class AnnouncingServer(uvicorn.Server):

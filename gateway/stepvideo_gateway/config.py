@@ -37,7 +37,7 @@ class Servers:
     keep_s             how long a run goes on while no gateway follows it (KEEP_S; the server bounds it)
     attempts           how often a job is begun before it fails
     idle_timeout_s     silence of a server after which its run is given up
-    tls                to all of them; implied by the next three, which are PEM files
+    tls                calls to all servers are encrypted; implied by the next three, which are PEM files
     root_certificates  of the authorities that signed the servers' certificates; "": the system's
     private_key, certificate_chain  the gateway's own, for servers that ask for them (mutual TLS); "": none
     """
@@ -78,8 +78,8 @@ class Jobs:
 
     database      SQLAlchemy's URL: SQLite in a file, or postgresql+psycopg://... for several gateways
     folder        where pictures and videos lie
-    lease_s       after so long without a sign of life of its gateway, another one takes a job over
-    keep_days     so long a job that has ended is kept; 0: for ever
+    lease_s       how long a gateway may give no sign of life before another gateway takes its jobs over
+    keep_days     how long a job that has ended is kept; 0: for ever
     max_gib       of all videos together; the oldest go first; 0: any number
     max_queued    jobs that may wait; more are refused
     """
@@ -98,7 +98,7 @@ class Api:
 
     model             the name that this model has
     max_upload_mib    of a request's body
-    body_timeout_s    in which the body must arrive
+    body_timeout_s    how long the body may take to arrive
     require_key       callers need an API key (`python -m stepvideo_gateway keys add NAME`), and see their own jobs only
     fetch_references  a picture may be named by an http(s) address, which the gateway then fetches
     log_prompts       prompts may stand in the log
@@ -123,7 +123,7 @@ class Videos:
 class Webhooks:
     """Who hears that a video is completed or failed.
 
-    urls           every one hears of all jobs
+    urls           each of them is told of all jobs
     secret         whsec_..., the key of the signatures; "": the environment has it (STEPVIDEO_GATEWAY_WEBHOOK_SECRET)
     allow_private  addresses inside the own network may be asked (also by fetch_references)
     """
@@ -215,8 +215,8 @@ class GatewayConfig:
         return cls(**made)
 
     def in_environment(self, environment: Mapping[str, str]) -> "GatewayConfig":
-        """Complete, as a gateway uses it: with the database that STEPVIDEO_GATEWAY_DATABASE names and the secret in
-        STEPVIDEO_GATEWAY_WEBHOOK_SECRET, where these are set: passwords stand in a secret, not in a file. A relative
+        """The configuration as a gateway uses it, with the database in STEPVIDEO_GATEWAY_DATABASE and the secret in
+        STEPVIDEO_GATEWAY_WEBHOOK_SECRET, where these are set, so that no file need hold a password. A relative
         SQLite file is relative to the current folder. Raises ConfigError, without the values."""
         config = self
         if (url := environment.get(DATABASE_VARIABLE)) is not None:

@@ -12,7 +12,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-BUSY_TIMEOUT_MS = 10_000  # that SQLite waits for another writer
+BUSY_TIMEOUT_MS = 10_000  # how long SQLite waits for another writer
 # To PostgreSQL: a connection whose other end is gone without a word is noticed within half a minute.
 POSTGRESQL: Mapping[str, int] = {
     "connect_timeout": 5,
@@ -24,7 +24,7 @@ POSTGRESQL: Mapping[str, int] = {
 
 
 class Base(DeclarativeBase):
-    """Of all tables."""
+    """The base class of all tables."""
 
     type_annotation_map = {dict[str, Any]: sa.JSON, float: sa.Double}  # noqa: RUF012  # SQLAlchemy's way
 
@@ -32,16 +32,16 @@ class Base(DeclarativeBase):
 class Job(Base):
     """One request for a video. Times are unix seconds.
 
-    owner            whose it is; "" where no keys are asked for
+    owner            name of the key with which the job was made; "" where no keys are asked for
     status           queued, in_progress, completed or failed
     options          of the generation, as the client's options
     urgency          1 high, 2 normal, 3 low
-    server           the server that has it, or had it last
-    lease            the gateway that looks after it; `lease_until` None: nobody
-    not_before       when it may be tried again
-    cancelled        its caller has deleted it: the run is to end, and then the row goes
-    step ...         of the run, as the server told last
-    traceparent      of the request that made the job (traces.py); None: made before there were any
+    server           the server that has the job, or had it last
+    lease            the gateway that looks after the job; `lease_until` None: no gateway does
+    not_before       when the job may be tried again
+    cancelled        its caller has deleted the job: the run is to end, and then the row is removed
+    step ...         progress of the run, as the server told last
+    traceparent      of the request that made the job (traces.py); None for jobs of gateways that had no traces yet
     """
 
     __tablename__ = "jobs"
@@ -85,7 +85,7 @@ class Job(Base):
 
 
 class ApiKey(Base):
-    """Who may ask. The key itself is not kept, its SHA-256 is. Limits of 0, or an empty list, are none.
+    """A caller's key, of which only the SHA-256 is kept. A limit of 0, or an empty list, is no limit.
 
     max_active   jobs that may wait or run at the same time
     max_running  jobs that servers may have at the same time; others wait
@@ -107,10 +107,10 @@ class ApiKey(Base):
 
 
 class Delivery(Base):
-    """An event that a webhook is to hear of; times are unix seconds.
+    """An event that a webhook is to be told; times are unix seconds.
 
-    next_at       when it is tried next; None: delivered, or given up
-    lease_until   somebody tries it until then
+    next_at       when it is sent next; None: delivered, or given up
+    lease_until   until then a gateway is sending it
     """
 
     __tablename__ = "deliveries"
@@ -141,16 +141,16 @@ def engine_for(url: str) -> AsyncEngine:
     def _pragmas(connection: Any, _record: Any) -> None:
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")  # a job that was confirmed is on the disk
+        cursor.execute("PRAGMA synchronous=FULL")  # a job is on the disk before its caller is told so
         cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-        cursor.execute("PRAGMA secure_delete=ON")  # a prompt that was deleted is not left in free pages
+        cursor.execute("PRAGMA secure_delete=ON")  # deleted prompts do not stay in free pages
         cursor.close()
 
     return engine
 
 
 async def migrate(url: str) -> None:
-    """Brings the tables to the newest form; does nothing where they have it."""
+    """Brings the tables to the newest form, if they have an older one."""
     await asyncio.to_thread(command.upgrade, migrations(url), "head")
 
 

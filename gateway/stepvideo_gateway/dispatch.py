@@ -1,7 +1,7 @@
 """One worker per server: it claims jobs while the server has room, follows their runs, and keeps their leases.
 
 A run has its job's id as REQUEST_ID, and KEEP_S: a gateway that comes back, or another one, finds it. A server that
-answers nobody for `LOST_S` has lost its runs; its jobs then go to any server.
+does not answer for `LOST_S` has lost its runs; its jobs then go to any server.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ LOOK_S: Final = 0.5  # between two looks for work
 LOST_S: Final = 15.0
 PROGRESS_S: Final = 1.0  # between two writes of a job's progress
 FULL_WAIT_S: Final = 2.0
-FORGOTTEN_S: Final = 86_400.0  # after which a picture without a job goes
-RETRY_S: Final = 2.0  # after a failure; doubled with each
+FORGOTTEN_S: Final = 86_400.0  # age at which a picture without a job is removed
+RETRY_S: Final = 2.0  # pause after a first failure; doubled with each further one
 
 _logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ class Worker:
 
     @property
     def lost(self) -> bool:
-        """Whether the server has answered nobody for so long that its runs are gone."""
+        """Whether the server has not answered for LOST_S, so that its runs are gone."""
         return not self.ready and time.monotonic() - self.ready_at_s > LOST_S
 
     @property
     def running(self) -> int:
-        """How many jobs this gateway follows there."""
+        """How many jobs this gateway follows on the server."""
         return len(self._runs)
 
     async def run(self) -> None:
@@ -104,7 +104,7 @@ class Worker:
             _logger.warning("database_away: %s", error)
 
     def _note(self, reason: str | None) -> None:
-        """Whether the server is ready, or why not; the log has a line when that changes."""
+        """Notes whether the server is ready (None), or the reason why not, and logs a change."""
         self.ready = reason is None
         if self.ready is not self._noted:
             self._noted = self.ready
@@ -121,7 +121,7 @@ class Worker:
         self.wake.set()
 
     async def _follow(self, job: Job) -> None:
-        """A claimed job to its end, or until its lease is given up."""
+        """Follows a claimed job to its end, or gives its lease up."""
         try:
             image = await asyncio.to_thread(self._store.read, job.id, INPUT)
             if image is None:
@@ -131,16 +131,16 @@ class Worker:
             video = await asyncio.to_thread(self._finished, job, result)
             await self._jobs.complete(job.id, result.seed, result.report, len(video))
             _logger.info("job_completed: %s", told(job))
-        except asyncio.CancelledError:  # this gateway stops, or the job is deleted: the run is found again, or gone
+        except asyncio.CancelledError:  # this gateway stops, or the job was deleted
             with contextlib.suppress(Unavailable):
                 await self._jobs.put_back(job.id, 0.0, elsewhere=False, attempts=job.attempts)
             raise
-        except Unavailable as error:  # a full disk, a database that is away: the server keeps the result meanwhile
+        except Unavailable as error:  # disk full, database away: the server keeps the result
             _logger.warning("job_waits: %s: %s", told(job), error)
             await self._try_later(job, RETRY_S, elsewhere=False, attempts=job.attempts)
         except ClientError as error:
             await self._failed(job, error)
-        except Exception:  # a fault of the gateway; logged whole, and bounded like a server's
+        except Exception:  # a fault of the gateway; logged whole, and it counts as an attempt
             _logger.exception("fault: %s", told(job))
             await self._failed(job, StreamStalled("The gateway failed: see its log."))
 
@@ -167,7 +167,7 @@ class Worker:
         raise ServiceUnavailable("The server ended the run without a result.")
 
     def _finished(self, job: Job, result: Result) -> bytes:
-        """The mp4 as it is handed out, and in the store. Blocks."""
+        """Writes the mp4 as it is handed out into the store, and returns it. Blocks."""
         video = result.video or b""
         if self._config.videos.mark:
             settings = {"prompt": job.prompt, **settings_of(job.options), "seed": result.seed, "model": job.model}
@@ -176,7 +176,7 @@ class Worker:
         return video
 
     async def _progress(self, job_id: str, event: StepEvent) -> None:
-        with contextlib.suppress(Unavailable):  # the next one will tell
+        with contextlib.suppress(Unavailable):  # the next step is written instead
             await self._jobs.progress(
                 job_id,
                 status=QUEUED if event.queue_position is not None and event.step == 0 else IN_PROGRESS,
@@ -188,10 +188,10 @@ class Worker:
             )
 
     async def _failed(self, job: Job, error: ClientError) -> None:
-        """What the server, or the way to it, did not do."""
+        """Decides what follows when the server failed the job, or could not be reached."""
         attempts = job.attempts + 1
         _logger.warning("attempt_failed: %s: %s: %s", told(job), error.code, error)
-        if isinstance(error, QueueFull):  # no attempt: nothing was begun
+        if isinstance(error, QueueFull):  # does not count as an attempt: no run was begun
             await self._try_later(job, FULL_WAIT_S, elsewhere=True, attempts=job.attempts)
         elif isinstance(error, InvalidRequest | InvalidInput):
             await self._jobs.fail(job.id, "invalid_request", str(error))
@@ -200,17 +200,17 @@ class Worker:
         elif attempts >= self._config.servers.attempts:
             await self._jobs.fail(job.id, "server_error", f"{attempts} attempts failed, the last one so: {error}")
         else:
-            refused = isinstance(error, ServiceUnavailable)  # it runs nowhere; otherwise the run may be there still
+            refused = isinstance(error, ServiceUnavailable)  # no server runs the job; after other errors one may
             await self._try_later(job, RETRY_S * 2**job.attempts, elsewhere=refused, attempts=attempts)
 
     async def _try_later(self, job: Job, wait_s: float, elsewhere: bool, attempts: int) -> None:
         try:
             await self._jobs.put_back(job.id, wait_s, elsewhere, attempts)
-        except Unavailable:  # the lease runs out by itself
+        except Unavailable:  # then the lease runs out
             _logger.warning("job_waits: %s: the database is away", told(job))
 
     async def _keep_leases(self) -> None:
-        """Renews them; ends the runs of jobs that were deleted, and lets go of those that another gateway has taken."""
+        """Renews the leases; ends runs of jobs that were deleted, and leaves jobs that another gateway has taken."""
         while True:
             await asyncio.sleep(min(1.0, self._config.jobs.lease_s / 4))
             followed = list(self._runs)
@@ -226,7 +226,7 @@ class Worker:
 
     async def end(self, job_id: str) -> None:
         """Ends the run of a job on the server, and stops following it."""
-        with contextlib.suppress(ClientError):  # a server that is away runs nothing that could be cancelled
+        with contextlib.suppress(ClientError):  # a server that is away has no run to cancel
             await self.client.cancel(job_id)
         if (task := self._runs.get(job_id)) is not None:
             task.cancel()
@@ -234,7 +234,7 @@ class Worker:
 
 
 class Dispatcher:
-    """All workers, and what is done from time to time: jobs of lost servers, deleted and expired jobs."""
+    """All workers, and the work from time to time: jobs of lost servers go to others, deleted and expired jobs go."""
 
     def __init__(
         self, config: GatewayConfig, jobs: Jobs, store: Store, clock: Callable[[], float] = time.monotonic
@@ -244,7 +244,7 @@ class Dispatcher:
         self.workers = [Worker(url, config, jobs, store) for url in config.servers.urls]
 
     def wake(self) -> None:
-        """There is a new job."""
+        """Wakes the workers: there is a new job."""
         for worker in self.workers:
             worker.wake.set()
 
@@ -282,13 +282,13 @@ class Dispatcher:
             await self._erase(job.id)
 
     async def _erase_forgotten(self) -> None:
-        """Pictures of jobs that never came to be: their gateway was killed, or the database refused them."""
+        """Removes pictures without a job: their gateway was killed, or the database refused the job."""
         found = await asyncio.to_thread(self._store.forgotten, time.time() - FORGOTTEN_S)
         for job_id in set(found) - await self._jobs.known(found):
             await self._erase(job_id)
 
     async def _erase(self, job_id: str) -> None:
-        """Files first: as long as some are left, the row is there, and somebody tries again."""
+        """Removes files, then the row: where a file cannot be removed the row stays, and a gateway tries again."""
         try:
             await asyncio.to_thread(self._store.remove, job_id)
         except Unavailable as error:

@@ -11,7 +11,7 @@ EVENTS: Final = {"completed": "video.completed", "failed": "video.failed"}
 
 
 def deliveries(job_id: str, status: str, urls: Sequence[str], now: float) -> list[Delivery]:
-    """One per webhook."""
+    """A delivery of the event for each webhook."""
     made = []
     for url in urls:
         event_id = f"evt_{secrets.token_hex(16)}"

@@ -76,7 +76,7 @@ class Asked:
 
     @property
     def fingerprint(self) -> str:
-        """Two requests that ask for the very same have the same one."""
+        """Equal for two requests that ask for the same video."""
         content = json.dumps([self.prompt, self.options, self.urgency, hashlib.sha256(self.image).hexdigest()])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -194,7 +194,7 @@ def _prompt(given: Mapping[str, Any]) -> str:
 
 
 def _previews(given: Mapping[str, Any]) -> dict[str, Any]:
-    """With every step, where previews are asked for; how many of them anybody sees is the gateway's."""
+    """Asks for a preview with every step, where previews are wanted; the gateway decides how many it shows."""
     value, formats = given.get(PREVIEW), INPUTS[PREVIEW].choices
     if value in (None, ""):
         return {}

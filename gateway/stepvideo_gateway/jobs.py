@@ -1,4 +1,4 @@
-"""Jobs in the database. Each method is one transaction; whoever has a lease on a job alone may end it."""
+"""Jobs in the database. Each method is one transaction; only the gateway that has the lease on a job may end it."""
 
 import secrets
 import time
@@ -28,7 +28,7 @@ Admit = Callable[[AsyncSession], Awaitable[None]]
 
 
 def new_id() -> str:
-    """Of a job; not to be guessed."""
+    """The id of a new job, which cannot be guessed."""
     return f"video_{secrets.token_hex(16)}"
 
 
@@ -41,7 +41,7 @@ class Page:
 
 
 class Jobs:
-    """All jobs. `gateway`: the name of this process in leases; `clock`: unix seconds; `webhooks`: who hears of ends.
+    """All jobs. `gateway`: the name of this process in leases; `clock`: unix seconds; `webhooks`: told of ends.
 
     Every method raises Unavailable while the database is away.
     """
@@ -138,7 +138,7 @@ class Jobs:
             return {job.id for job in jobs}, {job.id for job in jobs if job.cancelled}
 
     async def move_away(self, servers: Sequence[str]) -> int:
-        """Jobs whose servers are none of these, and that nobody looks after, may go to any; how many."""
+        """Lets jobs of other servers than these, which no gateway follows, go to any server; how many there were."""
         lost = sa.and_(Job.server.is_not(None), Job.server.not_in(servers), Job.status.in_(ACTIVE))
         free = sa.or_(Job.lease_until.is_(None), Job.lease_until < self._clock(), Job.lease == self.gateway)
         values = {"server": None, "status": QUEUED, "lease": None, "lease_until": None}
@@ -147,15 +147,15 @@ class Jobs:
             return int(getattr(result, "rowcount", 0))
 
     async def progress(self, job_id: str, **values: Any) -> None:
-        """How far the run is; the values are columns."""
+        """Writes how far the run is; the names of `values` are columns."""
         await self._change(job_id, **values)
 
     async def complete(self, job_id: str, seed: int, report: dict[str, Any], video_bytes: int) -> None:
-        """The video is in the store."""
+        """Ends the job: its video is in the store."""
         await self._end(job_id, status=COMPLETED, seed=seed, report=report, video_bytes=video_bytes)
 
     async def fail(self, job_id: str, code: str, message: str) -> None:
-        """The job will have no video."""
+        """Ends the job: it will have no video."""
         await self._end(job_id, status=FAILED, error_code=code, error_message=message)
 
     async def put_back(self, job_id: str, wait_s: float, elsewhere: bool, attempts: int) -> None:
@@ -166,7 +166,7 @@ class Jobs:
         await self._change(job_id, lease=None, lease_until=None, not_before=not_before, attempts=attempts, **server)
 
     async def cancel(self, job_id: str, owner: str) -> Job:
-        """Marks an owner's job as deleted; who has the lease ends the run, then removes the row. Raises NotFound."""
+        """Marks an owner's job as deleted; the gateway that has the lease ends the run. Raises NotFound."""
         job = await self.get(job_id, owner)
         async with self._transaction() as session:
             await session.execute(sa.update(Job).where(Job.id == job_id).values(cancelled=True))
@@ -178,7 +178,7 @@ class Jobs:
             await session.execute(sa.delete(Job).where(Job.id == job_id))
 
     async def leave_no_trace(self) -> bool:
-        """SQLite's log still has what was removed: moves the log into the file, and says whether that could be done."""
+        """Moves SQLite's log, which still has removed rows, into the file; returns whether that could be done."""
         if self._engine.dialect.name != "sqlite":
             return True
         try:
@@ -189,7 +189,7 @@ class Jobs:
             raise away(error) from error
 
     async def deleted(self) -> list[Job]:
-        """Jobs that were deleted, and that nobody has a lease on."""
+        """Jobs that were deleted, and on which no gateway has a lease."""
         now = self._clock()
         free = sa.or_(Job.lease_until.is_(None), Job.lease_until < now, Job.lease == self.gateway)
         async with self._transaction.reading() as session:
@@ -223,7 +223,7 @@ class Jobs:
             return int(await session.scalar(query) or 0)
 
     async def known(self, job_ids: Sequence[str]) -> set[str]:
-        """Those of the ids that are jobs."""
+        """Those of the ids that jobs have."""
         async with self._transaction.reading() as session:
             return set(await session.scalars(sa.select(Job.id).where(Job.id.in_(job_ids))))
 
@@ -237,12 +237,12 @@ class Jobs:
                 session.add_all(deliveries(job_id, values["status"], self._webhooks, now))
 
     async def _change(self, job_id: str, **values: Any) -> None:
-        """Of a job that this gateway has a lease on; another's are left alone."""
+        """Changes a job on which this gateway has the lease; does nothing to any other."""
         async with self._transaction() as session:
             await session.execute(sa.update(Job).where(Job.id == job_id, Job.lease == self.gateway).values(**values))
 
     async def _is_at_limit(self, session: AsyncSession, owner: str) -> bool:
-        """Looked at again, after the claims of other gateways for the same owner, which a query does not see while they
+        """Counts again, once claims of other gateways for the same owner have ended: a query does not see claims that
         are under way."""
         if self._engine.dialect.name == "sqlite":
             return False

@@ -20,7 +20,7 @@ MAX_NAME: Final = 64
 
 
 def digest_of(key: str) -> str:
-    """What is kept of a key. Keys are random and long, so a plain digest gives nothing away."""
+    """SHA-256 of a key, kept in its place. Keys are random and long, so a plain digest gives nothing away."""
     return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
@@ -31,7 +31,7 @@ class Keys:
         self._transaction, self._clock = Transactions(engine), clock
 
     async def add(self, name: str, **limits: object) -> str:
-        """A new key, which is told this once. Raises ConfigError for a name that is taken or none."""
+        """Makes a key, which can be read this once. Raises ConfigError for a name that is taken or empty."""
         if not (0 < len(name) <= MAX_NAME and name.isprintable()):
             raise ConfigError(f"A key's name must have 1 to {MAX_NAME} characters, got {name!r}.")
         key = PREFIX + secrets.token_urlsafe(32)
@@ -48,7 +48,7 @@ class Keys:
             return bool(getattr(result, "rowcount", 0))
 
     async def all(self) -> Sequence[ApiKey]:
-        """By name."""
+        """All keys, sorted by name."""
         async with self._transaction.reading() as session:
             return (await session.scalars(sa.select(ApiKey).order_by(ApiKey.name))).all()
 

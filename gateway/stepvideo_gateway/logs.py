@@ -35,11 +35,11 @@ class JsonLines(logging.Formatter):
             **({"trace_id": trace[1]} if trace is not None else {}),
             **({"exception": self.formatException(record.exc_info)} if record.exc_info else {}),
         }
-        return json.dumps(fields, ensure_ascii=True)  # control characters of a caller's stay escaped
+        return json.dumps(fields, ensure_ascii=True)  # control characters that a caller sent stay escaped
 
 
 class TextLines(logging.Formatter):
-    """The same, for people; what a caller sent cannot begin a line of its own."""
+    """Lines for people, with the same contents; text of a caller cannot begin a line of its own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         record.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message)
@@ -47,11 +47,11 @@ class TextLines(logging.Formatter):
 
 
 def configure(form: str) -> None:
-    """For the whole process. `form`: text or json."""
+    """Sets the log of the whole process up. `form`: text or json."""
     handler = logging.StreamHandler(sys.stderr)
     text = TextLines("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(JsonLines() if form == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.captureWarnings(True)  # the client's, of clear text
+    logging.captureWarnings(True)  # the client's warning about calls in clear text
     for noisy in ("alembic", "httpx2", "httpcore2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

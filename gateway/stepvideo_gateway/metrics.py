@@ -11,7 +11,7 @@ from stepvideo_gateway.service import Gateway
 
 
 class Metrics:
-    """One gateway process's."""
+    """The metrics of one gateway process."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -38,12 +38,12 @@ class Metrics:
         self._database = Gauge("stepvideo_gateway_database_up", "Whether the database answers", registry=registry)
 
     def note(self, method: str, route: str, status: int, seconds: float) -> None:
-        """One answer."""
+        """Counts one answer."""
         self._answers.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
 
     async def text(self) -> bytes:
-        """In Prometheus' format."""
+        """All metrics in the text format of Prometheus."""
         for worker in self._gateway.dispatcher.workers:
             self._ready.labels(worker.url).set(worker.ready)
             self._followed.labels(worker.url).set(worker.running)

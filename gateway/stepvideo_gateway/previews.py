@@ -1,6 +1,6 @@
-"""The last preview of a run, from whoever follows it to whoever watches it, be it on another gateway: a file.
+"""The last preview of a run, as a file: the gateway that follows the run writes it, any gateway reads it.
 
-The file is JSON, and what an event says of a preview: step, media_type, data (base64).
+The file is JSON, as an event has it: step, media_type, data (base64).
 """
 
 import asyncio
@@ -17,7 +17,7 @@ FILE: Final = "preview.json"
 
 
 async def keep(store: Store, job_id: str, event: StepEvent) -> None:
-    """The event's preview, if it has one, in place of the last. What cannot be kept is left out: the next one may be.
+    """Keeps the event's preview, if it has one, in place of the one before; one that cannot be written is left out.
 
     Cancelled, it returns when nothing is written any more, so that what is then removed stays removed.
     """
@@ -43,7 +43,7 @@ async def last(store: Store, job_id: str) -> dict[str, Any] | None:
 
 
 def forget(store: Store, job_id: str) -> None:
-    """The run has ended, or is followed no more."""
+    """Removes the preview: the run has ended, or this gateway does not follow it any more."""
     with contextlib.suppress(OSError):
         store.path(job_id, FILE).unlink()
 

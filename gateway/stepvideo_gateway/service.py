@@ -53,7 +53,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Tables and folder are there, workers run."""
+        """While the block runs, tables and folder exist and workers run."""
         self.store.prepare()
         await migrate(self.config.jobs.database)
         works = [asyncio.create_task(part.run(), name=type(part).__name__) for part in (self.dispatcher, self.postman)]
@@ -86,11 +86,11 @@ class Gateway:
         return {"database": database, "folder": folder}
 
     async def holder(self, authorization: str | None) -> ApiKey | None:
-        """Whose request it is; None where no keys are asked for. Raises Unauthorized."""
+        """The key that a request came with; None where no keys are asked for. Raises Unauthorized."""
         return await self.keys.holder(authorization) if self.config.api.require_key else None
 
     async def asked(self, given: dict[str, Any]) -> Asked:
-        """The request, in order as far as the gateway and a server can tell. Raises BadRequest and Unavailable."""
+        """The request, once the gateway and a server have checked it. Raises BadRequest and Unavailable."""
         if is_address(given.get(REFERENCE)):
             given = {**given, REFERENCE: await self._fetched(given[REFERENCE])}
         known = bool(given.get("size")) and bool(given.get("num_frames") or given.get("seconds"))
@@ -141,7 +141,7 @@ class Gateway:
                 quotes[worker.url] = {"seconds": answer.seconds, "wait_s": answer.queue_wait_s, "report": answer.report}
         if not quotes:
             raise Unavailable("No server can tell yet: servers must be ready, and have made a video before.", None, 10)
-        waiting = await self.jobs.unclaimed()  # a server's own wait has those that it was given
+        waiting = await self.jobs.unclaimed()  # the wait that a server tells includes the jobs that it has
         soonest = min(quotes.values(), key=lambda quote: float(quote["wait_s"]))
         rounds = waiting // len(quotes)
         return {
@@ -165,7 +165,7 @@ class Gateway:
         return found
 
     async def delete(self, job_id: str, owner: str) -> None:
-        """The run ends within a step, and nothing is left of the job. Raises NotFound."""
+        """Ends the run within a step, and removes all of the job. Raises NotFound."""
         job = await self.jobs.cancel(job_id, owner)
         deadline_s = time.monotonic() + ERASED_S
         while time.monotonic() < deadline_s and await self._is_left(job.id):
@@ -256,7 +256,7 @@ async def _admit(session: AsyncSession, key: ApiKey, now: float) -> None:
 
 
 def owner_of(key: ApiKey | None) -> str:
-    """Whose jobs a request may see."""
+    """The owner whose jobs the holder of a key may see."""
     return "" if key is None else key.name
 
 

@@ -76,7 +76,7 @@ class Store:
         Raises Unavailable while something is left."""
         folder = self.path(job_id, "")
         going = self.folder / f".{job_id}"
-        shutil.rmtree(going, ignore_errors=True)  # of an attempt before
+        shutil.rmtree(going, ignore_errors=True)  # left by an earlier attempt
         try:
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(going)
@@ -93,7 +93,7 @@ class Store:
             for folder in self.folder.iterdir():
                 if len(found) == FORGOTTEN_MOST:
                     break
-                with contextlib.suppress(OSError):  # this one goes just now
+                with contextlib.suppress(OSError):  # the folder is being removed
                     old = folder.name.startswith(FOLDERS) and folder.stat().st_mtime < before
                     if old and all(name == INPUT or name.startswith(f".{INPUT}.") for name in os.listdir(folder)):
                         found.append(folder.name)

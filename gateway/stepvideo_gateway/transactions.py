@@ -13,7 +13,7 @@ STATEMENT_MS: Final = 5000  # as SQLite's BUSY_TIMEOUT_MS: then the database is 
 
 
 class Transactions:
-    """Makes them: `async with transactions() as session`; `reading()` for one that writes nothing."""
+    """Makes transactions: `async with transactions() as session`; `reading()` makes one that writes nothing."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         sqlite = engine.dialect.name == "sqlite"
@@ -25,7 +25,7 @@ class Transactions:
         return Transaction(self._sessions(), self._writing)
 
     def reading(self) -> "Transaction":
-        """Writers do not hold it up, nor it them."""
+        """A transaction that writes nothing: it waits for no writer, and no writer waits for it."""
         return Transaction(self._sessions(), self._reading)
 
 
@@ -60,7 +60,7 @@ class Transaction:
 
 
 def away(error: BaseException) -> Unavailable:
-    """What a caller hears of an error of the database."""
+    """The error that a caller gets in the place of one of the database."""
     reason = str(error.orig) if isinstance(error, DBAPIError) else str(error)
     line = (reason.splitlines() or [type(error).__name__])[0][:200]
     return Unavailable(f"The database cannot be used ({line}): try again.", retry_after_s=5)

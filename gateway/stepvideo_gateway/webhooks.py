@@ -24,7 +24,7 @@ RETRIES_S: Final = (5.0, 30.0, 120.0, 600.0, 3600.0, 4 * 3600.0, 12 * 3600.0)  #
 LEASE_S: Final = 60.0
 LOOK_S: Final = 0.5
 SWEEP_S: Final = 3600.0
-KEPT_S: Final = 7 * 86_400.0  # what was delivered or given up, for whoever looks into the database
+KEPT_S: Final = 7 * 86_400.0  # deliveries that are over stay so long in the database, for operators
 
 _logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def signature(key: bytes, event_id: str, timestamp: int, body: bytes) -> str:
 
 
 class Postman:
-    """Sends what is due. Several gateways share the work."""
+    """Sends deliveries that are due. Several gateways share the work."""
 
     def __init__(self, engine: AsyncEngine, config: Webhooks, clock: Callable[[], float] = time.time) -> None:
         self._transaction, self._config, self._clock = Transactions(engine), config, clock
@@ -95,7 +95,7 @@ class Postman:
             await session.execute(sa.update(Delivery).where(Delivery.id == due.id).values(**values))
 
     async def forget_old(self) -> None:
-        """Removes what was delivered or given up, KEPT_S after its making."""
+        """Removes deliveries that are over, KEPT_S after they were made."""
         before = self._clock() - KEPT_S
         async with self._transaction() as session:
             await session.execute(sa.delete(Delivery).where(Delivery.next_at.is_(None), Delivery.created_at < before))
