@@ -70,7 +70,7 @@ class Connection:
         private_key: Pem,
         certificate_chain: Pem,
     ) -> Self:
-        """From what a caller of a client says. Raises InvalidInput."""
+        """The connection that the arguments of a client describe. Raises InvalidInput."""
         host, port = host_port(url)
         if idle_timeout_s is not None and not idle_timeout_s > 0:
             raise InvalidInput(f"The idle timeout must be more than 0 seconds, got {idle_timeout_s}.")
@@ -84,7 +84,7 @@ class Connection:
         return cls(host, joined(host, port), idle_timeout_s, metadata, credentials)
 
     def metadata_with(self, traceparent: str | None) -> tuple[tuple[str, str], ...]:
-        """What a call carries that belongs to a trace. Raises InvalidInput."""
+        """The metadata of a call that belongs to a trace. Raises InvalidInput."""
         if traceparent is None:
             return self.metadata
         if not _TRACEPARENT.fullmatch(traceparent):
@@ -103,7 +103,7 @@ class Connection:
         return maker.secure_channel(self.url, self.credentials, options=options)
 
     def warn_of_clear_text(self) -> None:
-        """ClearTextWarning, in the name of whoever makes the client, where others on the way could read along."""
+        """Warns with ClearTextWarning, at the line that makes the client, where other machines can read the calls."""
         names = tuple(name for name, _ in self.metadata)
         if (sentence := clear_text_warning(self.url, self.credentials is not None, names)) is not None:
             warnings.warn(sentence, ClearTextWarning, stacklevel=3)

@@ -26,7 +26,7 @@ def add_connection_arguments(parser: argparse.ArgumentParser, *, several: bool =
 
 
 def headers_of(args: argparse.Namespace) -> dict[str, str]:
-    """Those of --header, by name. Raises InvalidInput."""
+    """The headers given by --header, by name. Raises InvalidInput."""
     headers = {}
     for header in args.header:
         name, separator, value = header.partition("=")

@@ -90,7 +90,7 @@ def _settings(args: argparse.Namespace, stored: Mapping[str, Any] | None, connec
                 return Settings.resolve(given, {**endpoint.defaults(), "seeds": seeds})
         except (InvalidInput, InvalidRequest):
             raise
-        except ServiceUnavailable as error:  # it is there, and takes clips
+        except ServiceUnavailable as error:  # the server is there, and takes clips
             if STATED.keys() <= given.keys():
                 return Settings.resolve(given, {"seeds": seeds})
             failure = failure or ServiceUnavailable(f"{error} Or state {', '.join(STATED.values())}.")
@@ -105,7 +105,7 @@ def _read(args: argparse.Namespace, settings: Settings) -> EvaluationSet:
 
 
 def _left(args: argparse.Namespace, clips: Sequence[PlannedClip]) -> list[PlannedClip]:
-    """Those that are not whole in the folder."""
+    """The clips that the folder does not have whole."""
     there = read_clips(args.out)
     return [clip for clip in clips if clip.key not in there or not is_whole(args.out, there[clip.key])]
 
@@ -126,7 +126,7 @@ def _unfit(whole_set: EvaluationSet, names: Names) -> dict[str, str]:
 
 
 def _tell(whole_set: EvaluationSet, clips: Sequence[PlannedClip], left: Sequence[PlannedClip], names: Names) -> None:
-    """What there is, before anything is made."""
+    """Prints what the folder has, before a clip is made."""
     sizes = Counter(clip.size for clip in clips)
     shown = ", ".join(f"{count} of {height}x{width}" for (height, width), count in sizes.most_common())
     say = partial(print, file=sys.stderr)

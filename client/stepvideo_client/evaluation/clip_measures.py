@@ -19,7 +19,7 @@ from stepvideo_client.evaluation.statistics import psnr_db
 from stepvideo_client.evaluation.video import Frame
 
 CHUNK_FRAMES: Final = 17  # the video decoder's: it makes each chunk of so many frames by itself
-SEAM_FLOOR: Final = 0.1  # levels; a change below that is none
+SEAM_FLOOR: Final = 0.1  # levels: a smaller change counts as none
 DARK_LEVEL: Final = 5
 BRIGHT_LEVEL: Final = 250
 BLACK_LEVEL: Final = 2.0  # as the server's gate: no frame is brighter on average
@@ -117,7 +117,7 @@ class ClipMeter:
             self._against_picture = psnr_db(squared_error(frame, expected)), similarity(frame, expected)
 
     def finish(self) -> MeasuredClip:
-        """After the last frame; there must have been one."""
+        """The figures, after the last frame; there must have been one."""
         assert self._first is not None, "a clip has frames"
         motion = self._motion.finish()
         brightness, dark, bright = (float(value) for value in np.mean(self._levels, axis=0))

@@ -11,7 +11,7 @@ from stepvideo_client.fields import Options, QuoteOptions
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one clip on one server: seconds, and seconds of all its GPUs together."""
+    """What one clip takes on one server: seconds, and seconds of all its GPUs together."""
 
     seconds: float
     gpu_seconds: float
@@ -38,10 +38,10 @@ class Endpoint(Protocol):
         """As Client.generate. options: with priority and request_id; the same request_id gets the same run."""
 
     def settle(self, result: Result) -> None:
-        """The result is in a folder: nobody need keep it for this caller. Does not raise."""
+        """Tells the other end that the result is stored and need not be kept for this caller. Does not raise."""
 
     def close(self) -> None:
-        """Any thread may; what runs is cancelled."""
+        """Cancels what runs, and closes the connection. Any thread may call."""
 
 
 class GrpcEndpoint:
@@ -56,7 +56,7 @@ class GrpcEndpoint:
         return self._url
 
     def servers(self) -> int:
-        """One."""
+        """Always 1."""
         return 1
 
     def defaults(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class GrpcEndpoint:
         return self._client.defaults()
 
     def costs(self, options: QuoteOptions) -> Mapping[str, Cost]:
-        """As the server quotes."""
+        """The cost in the server's quote."""
         quote = self._client.quote(**options)
         return {self._url: Cost(quote.seconds, quote.gpu_seconds)}
 

@@ -49,12 +49,12 @@ class Flight:
     servers: int = 0
 
     def cancel(self) -> None:
-        """Any thread may; the server is told."""
+        """Cancels the clip, also on the server. Any thread may call."""
         self.cancelled = True
         self.endpoint.close()
 
     def fly(self, folder: BatchFolder, settings: Settings, priority: int, changed: Callable[[], None]) -> None:
-        """To the end, without raising; `changed` is called when it begins, and when `servers` is known."""
+        """Makes the clip, without raising; `changed` is called when that begins, and when `servers` is known."""
         try:
             with closing(self.endpoint):
                 self.servers = self.endpoint.servers()

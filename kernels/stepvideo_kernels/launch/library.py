@@ -54,8 +54,8 @@ class KernelLibrary:
         tiling: str | None = None,
         described: Mapping[str, str] | None = None,
     ) -> None:
-        """Reads all descriptions; where `described` has hashes, those of these file names only, compared. Raises
-        EngineError when the folder has none for the architecture, or a bad or another one."""
+        """Reads all descriptions; with `described`, hashes by file name, these files only, and compares them. Raises
+        EngineError when the folder has no kernel for the architecture, or a description is bad or another one."""
         names = [path.name for path in folder.glob("*.json")] if described is None else list(described)
         ours = sorted(fnmatch.filter(names, f"*.sm{sm}.*.json"))
         binaries = [Binary.load(folder / name, None if described is None else described[name]) for name in ours]

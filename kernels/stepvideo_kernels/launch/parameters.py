@@ -69,7 +69,7 @@ class PackedParameters:
 
     @property
     def address(self) -> int:
-        """Of the array of pointers (`void*[]`)."""
+        """The address of the array of pointers (`void*[]`)."""
         return ctypes.addressof(self._pointers)
 
     def raw(self, index: int) -> bytes:
