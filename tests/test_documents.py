@@ -227,6 +227,21 @@ def test_the_index_has_every_guide(root: Path) -> None:
     assert guides == set(re.findall(r"\]\(([\w-]+\.md)(?:#[\w-]+)?\)", index))
 
 
+def test_the_summary_of_faults_is_that_of_its_cases(root: Path) -> None:
+    """Least and most seconds of every case of a fault but those of "preset", which came later."""
+    text = (root / "docs" / "faults.md").read_text(encoding="utf-8").replace("|---|", "| --- |")
+    head, _, below = text.partition("## Every case")
+    cases = [case for case in rows(below) if case[2] != "preset"]
+    summary = rows(head)
+    assert len(summary) == 6
+    for fault, *spans, _ in summary:
+        own = [case for case in cases if case[0] == fault]
+        assert len(own) == 12
+        for column, span in enumerate(spans, start=3):
+            seconds = [float(case[column].removesuffix(" s")) for case in own if case[column] != "not lost"]
+            assert span == f"{min(seconds)} to {max(seconds)} s", (fault, column)
+
+
 def test_the_table_of_support_stands_once_and_says_what_can_be_built(root: Path) -> None:
     """Each target of both TensorRTs has one row, and a cell is "impossible" where `check_target` refuses it."""
     head = "| GPU | backend |"
