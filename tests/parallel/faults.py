@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ HERE = Path(__file__)
 
 
 class Case(NamedTuple):
+    """A fault in a rank at a moment; `ranks` is the size of its group."""
+
     how: str
     rank: int
     moment: str
@@ -181,14 +183,14 @@ def run_case(bench: Bench, case: Case) -> Outcome:
     return Outcome(steps, latents, noticed_s, time.monotonic() - at_s)
 
 
+def cases(moments: Iterable[str], alone: Iterable[str]) -> Iterator[Case]:
+    """Each fault in either of two ranks at each of `moments`; the loss of a GPU also in a rank alone, at `alone`."""
+    yield from (Case(how, rank, moment) for how in FAULTS for rank in (0, 1) for moment in moments)
+    yield from (Case(how, 0, moment, ranks=1) for how in LOST_DEVICE for moment in alone)
+
+
 def matrix() -> Iterator[Case]:
-    for how in FAULTS:
-        for rank in (0, 1):
-            for moment in (IDLE, *MOMENTS, REBUILD):
-                yield Case(how, rank, moment)
-    for how in LOST_DEVICE:
-        for moment in (IDLE, *MOMENTS):
-            yield Case(how, 0, moment, ranks=1)
+    yield from cases((IDLE, *MOMENTS, REBUILD), (IDLE, *MOMENTS))
     for rank in (0, 1):  # that a rank may be mute or busy for long while it starts is no fault
         yield from (Case(MUTE, rank, moment) for moment in (IDLE, *MOMENTS))
         yield from (Case(STUCK, rank, moment) for moment in MOMENTS)

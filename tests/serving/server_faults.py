@@ -13,27 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import psutil
 
 from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from tests.parallel.failing import LOST_DEVICE, SIGNALS
-from tests.parallel.faults import rank_name
+from tests.parallel.faults import HEARTBEAT_S, IDLE, MOMENTS, REBUILD, STEP_SLACK_S, STEPS, Case, cases, rank_name
 from tests.server_deaths import WatchServer
 from tests.serving.calls import Answer, Outputs, Server, Stream, Values, cpu_s, report_of, until
 from tests.serving.launch import Engines, serving, unwatched
 
-FAULTS = ("SIGKILL", "SIGSEGV", "SIGSTOP", "exception", "out of memory", "late heartbeat", *LOST_DEVICE)
-MOMENTS = ("idle", "first step", "middle step", "last step", "decoding", "rebuild", "preset")
-ALONE = ("idle", "first step", "middle step", "last step", "preset")
+PRESET, DECODING = "preset", "decoding"  # in the middle of a request that forecasts some of its steps; after the steps
+ALONE = (IDLE, *MOMENTS, PRESET)
 """The moments of a rank alone: it decodes nothing, and is not rebuilt because of another one."""
-STEPS = 6
 PRESET_STEPS = 16  # below ten every step is evaluated
 LAYOUTS = {1: "single", 2: "cfg2"}
-HEARTBEAT_S = 0.5
-STEP_SLACK_S = 2.0
 BUSY_S = 0.03  # a rank that has used so much CPU time since it was idle has begun
 SITE = Path(__file__).parent / "fault_site"
 
@@ -56,20 +51,6 @@ dense_start = 0.01
 dense_end = 0.9
 longest_streak = 3
 """
-
-
-class Case(NamedTuple):
-    """A fault in a rank at a moment; "preset" is the middle of a request that forecasts some of its steps."""
-
-    how: str
-    rank: int
-    moment: str
-    ranks: int = 2
-
-    @property
-    def steps(self) -> int:
-        """Of the request that is struck."""
-        return PRESET_STEPS if self.moment == "preset" else STEPS
 
 
 @dataclass(frozen=True)
@@ -115,21 +96,21 @@ class FaultyServer:
         return found
 
     def request(self, moment: str) -> Values:
-        return {"decoding": self.decode, "preset": self.forecast}.get(moment, self.denoise)
+        return {DECODING: self.decode, PRESET: self.forecast}.get(moment, self.denoise)
 
     def run(self, case: Case) -> Outcome:
         """One case on a group that is ready and idle."""
         before = self.ranks()
         assert len(before) == self.size == case.ranks
         target = before[case.rank]
-        if case.moment == "idle":
+        if case.moment == IDLE:
             watch = Watch(before)
             strike(target, case.how)
             answer = self.server.stream(self.denoise)
         else:
             with self.server.open(self.request(case.moment)) as stream:
                 progress = wait_for(stream, case.moment, target)
-                if case.moment == "rebuild":
+                if case.moment == REBUILD:
                     strike(before[1 - case.rank], "SIGKILL")
                     until(lambda: self._reborn(case.rank, target), "the new rank")
                     target = self.ranks()[case.rank]
@@ -180,9 +161,7 @@ def strike(process: psutil.Process, how: str) -> None:
 def wait_for(stream: Stream, moment: str, rank: psutil.Process) -> list[Outputs]:
     """Returns when the moment has come; the progress responses until then."""
     idle_s = cpu_s(rank)
-    half = STEPS // 2
-    steps = {"first step": 0, "middle step": half, "last step": STEPS - 1, "rebuild": half, "preset": PRESET_STEPS // 2}
-    wanted = steps.get(moment, STEPS)
+    wanted = {**MOMENTS, REBUILD: MOMENTS["middle step"], PRESET: PRESET_STEPS // 2}.get(moment, STEPS)
     progress: list[Outputs] = []
     while len(progress) < wanted:
         outputs, final = stream.next()
@@ -196,13 +175,13 @@ def wait_for(stream: Stream, moment: str, rank: psutil.Process) -> list[Outputs]
     return progress
 
 
+def steps_of(moment: str) -> int:
+    """Of the request that is struck at this moment."""
+    return PRESET_STEPS if moment == PRESET else STEPS
+
+
 def matrix() -> Iterator[Case]:
-    for how in FAULTS:
-        for rank in range(2):
-            for moment in MOMENTS:
-                yield Case(how, rank, moment)
-        if how in LOST_DEVICE:
-            yield from (Case(how, 0, moment, ranks=1) for moment in ALONE)
+    yield from cases((IDLE, *MOMENTS, DECODING, REBUILD, PRESET), ALONE)
 
 
 @contextmanager
@@ -253,9 +232,9 @@ def verify(
 ) -> None:
     """The request ended right, the next one did, and nothing is left of the ranks that were lost."""
     steps = [int(step["STEP"][0]) for step in outcome.answer.progress]  # repeated whenever nothing new comes for 15 s
-    assert [step for step in dict.fromkeys(steps) if step > 0] == list(range(1, case.steps + 1))
-    for answer, request in ((outcome.answer, case.moment), (outcome.next_answer, "idle")):
-        for name, value in expected[request if request in expected else "idle"].items():
+    assert [step for step in dict.fromkeys(steps) if step > 0] == list(range(1, steps_of(case.moment) + 1))
+    for answer, request in ((outcome.answer, case.moment), (outcome.next_answer, IDLE)):
+        for name, value in expected[request if request in expected else IDLE].items():
             np.testing.assert_array_equal(answer.result[name], value)
     assert len(faulty.ranks()) == faulty.size
     assert shared_memory() <= at_start
@@ -269,11 +248,11 @@ def shared_memory() -> set[str]:
 def expected_results(faulty: FaultyServer) -> dict[str, Outputs]:
     """What every request must return, and the processes' warm-up."""
     results = {
-        "idle": faulty.server.stream_result(faulty.denoise),
-        "decoding": faulty.server.stream_result(faulty.decode),
-        "preset": faulty.server.stream_result(faulty.forecast),
+        IDLE: faulty.server.stream_result(faulty.denoise),
+        DECODING: faulty.server.stream_result(faulty.decode),
+        PRESET: faulty.server.stream_result(faulty.forecast),
     }
-    evaluations = report_of(results["preset"])["quality"]["evaluations"]
+    evaluations = report_of(results[PRESET])["quality"]["evaluations"]
     assert evaluations < PRESET_STEPS, "no step was forecast: the rows of the preset would show nothing"
     return {
         moment: {name: result[name] for name in ("LATENTS", "FRAMES") if name in result}
@@ -290,7 +269,7 @@ HEADER = (
 def row(case: Case, outcome: Outcome) -> str:
     lost = "not lost" if outcome.lost_s is None else f"{outcome.lost_s:.1f} s"
     request = "undisturbed" if outcome.lost_s is None else "resumed"
-    if case.moment == "idle" and outcome.lost_s is not None and case.how not in LOST_DEVICE:
+    if case.moment == IDLE and outcome.lost_s is not None and case.how not in LOST_DEVICE:
         request = "waited"
     rank = rank_name(case.rank, case.ranks)
     return (

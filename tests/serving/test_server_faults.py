@@ -7,14 +7,12 @@ import pytest
 
 from stepvideo_serve.parallel.job import ERROR_GRACE_S
 from tests.parallel.failing import LATE_S, LOST_DEVICE
+from tests.parallel.faults import FAULTS, HEARTBEAT_S, STEP_SLACK_S
 from tests.server_deaths import WatchServer
 from tests.serving.calls import Outputs
 from tests.serving.launch import Engines
 from tests.serving.server_faults import (
-    FAULTS,
     HEADER,
-    HEARTBEAT_S,
-    STEP_SLACK_S,
     FaultyServer,
     expected_results,
     faulty_server,
