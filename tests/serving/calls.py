@@ -8,7 +8,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +26,7 @@ from stepvideo_serve.launch.boundary import INTERNAL_MODELS, PARAMETER, VARIABLE
 
 Values = Mapping[str, NDArray[Any] | bytes]
 Outputs = dict[str, NDArray[Any]]
+Metadata = Sequence[tuple[str, str]]
 
 PATIENCE_S = 120.0  # the machine may be busy; nothing in these tests takes this long
 CODED = re.compile("(INVALID_ARGUMENT|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|INTERNAL): ")
@@ -57,21 +58,20 @@ class Answer:
 
 
 class Stream:
-    """One request on a stream of its own. Leaving the context cancels what has not ended.
+    """One request, a ModelInferRequest, on a stream of its own. Leaving the context cancels what has not ended.
 
     A stream that has ended is closed, not cancelled: Triton 24.10 keeps the requests of cancelled streams until others
     need their place, and cannot unload the model before.
     """
 
-    def __init__(self, url: str, model: str, values: Values, token: str | None = None) -> None:
+    def __init__(self, url: str, request: Any, metadata: Metadata = ()) -> None:
         self._channel = grpc.insecure_channel(url, options=CHANNEL_OPTIONS)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._done = threading.Event()
         self._ended = False
-        request = grpc_request(model, values, token)
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._call = stub.ModelStreamInfer(self._outgoing(request))
+        self._call = stub.ModelStreamInfer(self._outgoing(request), metadata=metadata)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -166,7 +166,7 @@ class Server:
         return token
 
     def open(self, values: Values, model: str = "ti2v") -> Stream:
-        return Stream(self.grpc_url, model, values, self._token_for(model))
+        return Stream(self.grpc_url, grpc_request(model, values, self._token_for(model)))
 
     def _token_for(self, model: str) -> str | None:
         return self.token if self.inside and model in INTERNAL_MODELS else None
@@ -235,6 +235,16 @@ class Server:
         with tritonclient.http.InferenceServerClient(self.http_url) as client:
             stats = client.get_inference_statistics(model)["model_stats"][0]
         return int(stats["execution_count"])
+
+
+def unary(url: str, request: Any, metadata: Metadata = ()) -> Outputs:
+    """The outputs that a ModelInferRequest is answered with. Raises Refused."""
+    with grpc.insecure_channel(url, options=CHANNEL_OPTIONS) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        try:
+            return outputs_of(stub.ModelInfer(request, metadata=metadata, timeout=PATIENCE_S))
+        except grpc.RpcError as error:
+            raise Refused(error.details(), error.code().name) from error
 
 
 def command(process: psutil.Process) -> str:

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
-from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from tests.serving.calls import CHANNEL_OPTIONS, PATIENCE_S, Refused, Server, Values, as_array, grpc_request, until
+from tests.serving.calls import PATIENCE_S, Refused, Server, Stream, Values, as_array, grpc_request, unary, until
 
 INFER = "/v2/models/ti2v_unary/infer"
 HEAD_LENGTH = "Inference-Header-Content-Length"
@@ -96,17 +94,11 @@ def ask_for(server: Server, model: str, values: Values, outputs: tuple[str, ...]
     request = grpc_request(model, values)
     for name in outputs:
         request.outputs.add(name=name)
-    with grpc.insecure_channel(server.grpc_url, options=CHANNEL_OPTIONS) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        try:
-            if model == "ti2v_unary":
-                stub.ModelInfer(request, timeout=PATIENCE_S)
-                return
-            message = next(stub.ModelStreamInfer(iter([request]), timeout=PATIENCE_S))
-        except grpc.RpcError as error:
-            raise Refused(error.details(), error.code().name) from error
-    if message.error_message:
-        raise Refused(message.error_message, None)
+    if model == "ti2v_unary":
+        unary(server.grpc_url, request)
+        return
+    with Stream(server.grpc_url, request) as stream:
+        stream.next()
 
 
 def test_who_asks_for_no_result_has_what_was_asked_for(server: Server, small: Values) -> None:

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import tritonclient.http
-from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from tests.serving.calls import CHANNEL_OPTIONS, PATIENCE_S, Outputs, Refused, Server, Values, grpc_request, outputs_of
+from tests.serving.calls import PATIENCE_S, Outputs, Refused, Server, Values, grpc_request, unary
 
 PARAMETER_OF = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
 
@@ -19,12 +17,7 @@ def call_with(server: Server, values: Values, model: str = "ti2v_unary", **param
     request = grpc_request(model, values)
     for name, value in parameters.items():
         setattr(request.parameters[name], PARAMETER_OF[type(value)], value)
-    with grpc.insecure_channel(server.grpc_url, options=CHANNEL_OPTIONS) as channel:
-        try:
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            return outputs_of(stub.ModelInfer(request, timeout=PATIENCE_S))
-        except grpc.RpcError as error:
-            raise Refused(error.details(), error.code().name) from error
+    return unary(server.grpc_url, request)
 
 
 def seconds(value: float) -> Values:

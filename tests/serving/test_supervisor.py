@@ -24,7 +24,7 @@ from stepvideo_serve.launch.health import check
 from stepvideo_serve.launch.leftovers import SHARED_MEMORY
 from stepvideo_serve.launch.supervise import Recent
 from tests.parallel.failing import SIGNALS
-from tests.serving.calls import Outputs, Refused, Server, Stream, Values
+from tests.serving.calls import Outputs, Refused, Server, Stream, Values, grpc_request
 
 PATIENCE_S = 600.0  # models are loaded anew, on a machine that may be busy
 IDLE_S = 20.0  # longer than the 15 s after which the server repeats itself
@@ -157,7 +157,7 @@ def test_a_request_whose_denoiser_is_killed_ends_with_an_error_and_the_next_one_
     supervised: Supervised, long: Values, small: Values
 ) -> None:
     since, rank = len(supervised.said), supervised.server.rank()
-    with Stream(supervised.grpc_url, "ti2v", long) as stream:
+    with Stream(supervised.grpc_url, grpc_request("ti2v", long)) as stream:
         stream.wait_for_step(1)
         supervised.stub("dit_denoiser").kill()
         with pytest.raises(Refused, match=r"INTERNAL: The process of dit_denoiser was lost during the request"):

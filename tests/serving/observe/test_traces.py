@@ -9,18 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from tritonclient.grpc import service_pb2_grpc
 
 from stepvideo_serve.config import TelemetryConfig
 from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.launch.server import TritonServer
 from stepvideo_serve.serving.observe.traces import Origin, Tracer, origin_of
 from tests.server_deaths import WatchServer
-from tests.serving.calls import CHANNEL_OPTIONS, PATIENCE_S, Values, grpc_request, until
+from tests.serving.calls import Refused, Stream, Values, grpc_request, unary, until
 from tests.serving.launch import CONFIG, Engines, serving
 
 CALLER = "b7ad6b7169203331"
@@ -103,28 +101,18 @@ def traceparent(trace_id: str, flags: str = "01") -> str:
 
 def ask(
     triton: TritonServer, model: str, values: Values, *, header: str = "", parameter: str = "", request_id: str = ""
-) -> Any:
-    """A request with a traceparent; the last response but the empty one, or the grpc.RpcError."""
+) -> None:
+    """A request with a traceparent, to its result. Raises Refused."""
     request = grpc_request(model, values)
     request.id = request_id
     if parameter:
         request.parameters["traceparent"].string_param = parameter
     metadata = [("traceparent", header)] if header else []
-    with grpc.insecure_channel(triton.grpc_url, options=CHANNEL_OPTIONS) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        if model == "ti2v_unary":
-            return stub.ModelInfer(request, metadata=metadata, timeout=PATIENCE_S)
-        ended = threading.Event()
-
-        def outgoing() -> Iterator[Any]:
-            yield request
-            ended.wait()
-
-        for message in stub.ModelStreamInfer(outgoing(), metadata=metadata, timeout=PATIENCE_S):
-            if message.error_message or any(out.name == "SEED" for out in message.infer_response.outputs):
-                ended.set()
-                return message
-        raise AssertionError("the stream ended without a result")
+    if model == "ti2v_unary":
+        unary(triton.grpc_url, request, metadata)
+        return
+    with Stream(triton.grpc_url, request, metadata) as stream:
+        assert "SEED" in stream.collect().result, "the stream ended without a result"
 
 
 @pytest.mark.parametrize("model", ["ti2v", "ti2v_unary"])
@@ -163,10 +151,10 @@ CLOCK_NS = 50_000_000  # wall clocks of two processes, and a thread that was not
 
 def test_an_error_is_in_its_span(traced: TritonServer, collector: Collector, small: Values) -> None:
     trace_id = "e" * 32
-    answer = ask(traced, "ti2v", {**small, "STEPS": np.array([0], np.int32)}, header=traceparent(trace_id))
-    assert answer.error_message.startswith("INVALID_ARGUMENT: ")
+    with pytest.raises(Refused, match=r"INVALID_ARGUMENT: ") as refusal:
+        ask(traced, "ti2v", {**small, "STEPS": np.array([0], np.int32)}, header=traceparent(trace_id))
     [request] = collector.wait(trace_id, "request")
-    assert (request.status.code, request.status.message) == (ERROR, answer.error_message)
+    assert (request.status.code, request.status.message) == (ERROR, refusal.value.text)
     assert attributes(request)["stepvideo.code"] == "INVALID_ARGUMENT"
 
 
