@@ -315,7 +315,8 @@ calibrate: $(INSTALLED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## FP8 ranges 
 		$(if $(STEPS),--steps '$(STEPS)')
 
 parity: $(INSTALLED) ## what the graphs in ENGINE_DIR lose against fp32, per graph and over a short loop
-	@$(RUN) export.parity --model-dir '$(MODEL_DIR)' --engines '$(ENGINE_DIR)'
+	@$(RUN) export.parity --model-dir '$(MODEL_DIR)' --engines '$(ENGINE_DIR)' \
+		$(if $(WEIGHT_SET),--weight-set '$(WEIGHT_SET)')
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 # These need more than the demo does, or much time: each has a target of its own.

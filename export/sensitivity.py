@@ -1,11 +1,12 @@
 """Which layers suffer from FP8: quantises one group at a time and ranks them by what that does to the latents.
 
     python -m export.sensitivity --model-dir DIR --calibration FILE [--by layer|block|kind] [--budget 2] [--out FILE]
-                                 [--precision fp8|nvfp4]
+                                 [--precision fp8|nvfp4] [--weights constant|input]
 
 Each group runs one short loop in torch, everything else in fp32, from prompt and image to latents. With --budget R the
 groups to keep in bf16 are printed as arguments of export.to_onnx: quantising the others is expected to lose at most R
-times what torch loses in bf16 (root mean square of the latents' error).
+times what torch loses in bf16 (root mean square of the latents' error). With --weights input the scales are those of
+graphs that take their weights as inputs (FP8 only).
 Exit status: 0 done; 2 wrong arguments or files.
 """
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from export.compare.denoising import sample_request
 from export.compare.graph_stages import read_requests
+from export.graphs.recipe import CONSTANT, INPUT, WEIGHTS, require_weights
 from export.quantize.calibration import Calibration, write_json
 from export.quantize.sensitivity import GROUPINGS, Sensitivity, globs, measure_sensitivity
 from stepvideo_serve.assembly.checkpoint import Checkpoint
@@ -39,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = _request(options, checkpoint)
         with tqdm(total=len(groups), desc="sensitivity", unit="group", disable=options.quiet, file=sys.stderr) as bar:
             found = measure_sensitivity(
-                checkpoint, calibration, request, groups, lambda: _advance(bar), options.precision
+                checkpoint,
+                calibration,
+                request,
+                groups,
+                lambda: _advance(bar),
+                options.precision,
+                weights_outside=_outside(options),
             )
         keep = None if options.budget is None else found.keep(options.budget)
         if options.out is not None:
@@ -64,6 +72,12 @@ def _request(options: argparse.Namespace, checkpoint: Checkpoint) -> GenerationR
     return next(iter(found.values()))
 
 
+def _outside(options: argparse.Namespace) -> bool:
+    """Raises ExportError for NVFP4, whose weights are in the graphs."""
+    require_weights(options.weights, options.precision)
+    return bool(options.weights == INPUT)
+
+
 def _advance(bar: "tqdm[object]") -> None:
     bar.update()
 
@@ -85,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=("fp8", "nvfp4"), default="fp8", help="of linear layers; default: %(default)s"
     )
+    parser.add_argument("--weights", choices=WEIGHTS, default=CONSTANT, help="in the graphs, or inputs of them")
     parser.add_argument("--by", choices=GROUPINGS, default="layer", help="what is quantised together")
     parser.add_argument("--budget", type=float, metavar="R", help="print what to keep in bf16 to lose R times as much")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the ranking here, as JSON")

@@ -39,7 +39,9 @@ from export.quantize.fp8 import Fp8, Linears, count_quantized
 from export.quantize.weights import check_weights
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import Component
-from stepvideo_serve.engine.manifest import GraphEntry, Manifest
+from stepvideo_serve.engine.manifest import LOOP, GraphEntry, Manifest
+from stepvideo_serve.engine.parity import WEIGHTS as WEIGHTS_OF_LOOP
+from stepvideo_serve.engine.parity import loops_of
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError, ExportError, SetupError
 from stepvideo_serve.fused.kernels_package import require_kernels
@@ -160,10 +162,20 @@ class _Exporter:
             raise ExportError(
                 f"{out} must hold graphs in {precision}, found {found.precision}: choose another --out, or delete it."
             )
-        extra = found.extra if found.checkpoint == identity else {}
+        extra = {key: value for key, value in found.extra.items() if key != LOOP and found.checkpoint == identity}
+        extra |= self._loops(found, identity)
         if self._recipe.weights != INPUT:  # entries of a kind would stand beside those of its layers
             found = replace(found, graphs={name: one for name, one in found.graphs.items() if not one.spec.weights})
         return replace(fresh, graphs=found.graphs, extra={**extra, **fresh.extra})
+
+    def _loops(self, found: Manifest, identity: str) -> dict[str, Any]:
+        """The reports on loops that still count: those through graphs with weights as inputs name these themselves, of
+        whatever checkpoint they are."""
+        shared = self._recipe.weights == INPUT
+        loops = [loop for loop in loops_of(found) if (WEIGHTS_OF_LOOP in loop) == shared]
+        if not loops or not (shared or found.checkpoint == identity):
+            return {}
+        return {LOOP: loops if shared else loops[0]}
 
     def _fp8_extra(self) -> dict[str, Any]:
         fp8 = self._recipe.fp8

@@ -1,4 +1,7 @@
-"""A short denoising loop on the graphs of an export, against torch in fp32 and against what torch loses in bf16."""
+"""A short denoising loop on the graphs of an export, against torch in fp32 and against what torch loses in bf16.
+
+Graphs that take their weights as inputs get those of a checkpoint or of its weight set, and the report names them.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,13 +17,16 @@ from torch import Tensor
 
 from export.compare.fp16_copy import twin_spec, write_fp16_twin
 from export.compare.graph_stages import GraphStages, Open, encode_prompts, make_request, prompts_of
-from export.compare.one_graph import error_row
+from export.compare.one_graph import error_row, weights_in
+from export.compare.shared_graphs import with_step_llm
 from export.graphs.preview_fit import smooth_images
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components
+from stepvideo_serve.assembly.layer_weights import LayerWeights
 from stepvideo_serve.config import VideoConfig
-from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.manifest import GraphEntry, Manifest
 from stepvideo_serve.engine.ort import OrtRunner
+from stepvideo_serve.engine.parity import WEIGHTS
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.engine.spec import TORCH_DTYPES
 from stepvideo_serve.errors import ExportError
@@ -70,55 +76,75 @@ def run_eager(checkpoint: Checkpoint, precision: str, request: GenerationRequest
 
 
 @contextmanager
-def graph_opener(directory: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Open, torch.dtype]]:
-    """Opens the ONNX graphs of a folder in ONNX Runtime, bf16 and FP8 ones as their fp16 twins; and their dtype.
+def graph_opener(
+    directory: Path, manifest: Manifest, checkpoint: Checkpoint, weights: LayerWeights, threads: int
+) -> Iterator[tuple[Open, torch.dtype]]:
+    """Opens the ONNX graphs of a folder in ONNX Runtime, bf16 and FP8 ones as their fp16 twins; and their dtype. Graphs
+    that take them as inputs get their `weights`; twins of FP8 ones are in fp32, whose range products without scales
+    need.
 
     Raises EngineError for a graph that is not there, ExportError for what is no ONNX graph or has plugins.
     """
+    kind = twin_dtype(manifest)
     with tempfile.TemporaryDirectory(prefix=".twins-", dir=directory) as twins:
 
         def open_graph(name: str) -> OrtRunner:
             entry = manifest.graph(name)
             path = directory / entry.file
-            chosen = entry.extras.get("ops", {}).values()
-            fp4 = entry.extras.get("fp8", {}).get("fp4_linears", 0) > 0
-            if path.suffix != ".onnx" or fp4 or any(choice["implementation"] == "plugin" for choice in chosen):
-                raise ExportError(
-                    f"{name} must be an ONNX graph of standard operators to run on a CPU, {path.name} is not: "
-                    "compare the graphs of an export without plugins and NVFP4."
-                )
-            if entry.spec.weights:
-                raise ExportError(
-                    f"{name} must have its weights inside for the loop, it takes them as inputs: compare the graphs of "
-                    "an export with --weights constant."
-                )
-            spec = twin_spec(entry.spec)
+            _require_standard(name, entry)
+            spec, given = twin_spec(entry.spec, kind), weights.of(name, entry.spec)
             if spec != entry.spec:
                 twin = Path(twins, path.name)
-                write_fp16_twin(path, twin)
+                if not twin.is_file():  # of a graph that layers share
+                    write_fp16_twin(path, twin, kind)
                 path = twin
-            return OrtRunner(spec, path, threads)
+            return OrtRunner(spec, path, threads, weights=weights_in(spec, given))
 
-        yield open_graph, torch.float32 if manifest.precision == "fp32" else torch.float16
+        yield with_step_llm(checkpoint, manifest, kind, open_graph), TORCH_DTYPES[kind]
+
+
+def twin_dtype(manifest: Manifest) -> str:
+    """In what the graphs of a folder run on a CPU."""
+    if manifest.precision == "fp32" or (manifest.precision == "fp8" and manifest.takes_weights):
+        return "float32"
+    return "float16"
+
+
+def _require_standard(name: str, entry: GraphEntry) -> None:
+    chosen = entry.extras.get("ops", {}).values()
+    fp4 = entry.extras.get("fp8", {}).get("fp4_linears", 0) > 0
+    if not entry.file.endswith(".onnx") or fp4 or any(choice["implementation"] == "plugin" for choice in chosen):
+        raise ExportError(
+            f"{name} must be an ONNX graph of standard operators to run on a CPU, {Path(entry.file).name} is not: "
+            "compare the graphs of an export without plugins and NVFP4."
+        )
 
 
 def loop_report(
-    directory: Path, manifest: Manifest, checkpoint: Checkpoint, request: GenerationRequest, threads: int = 0
+    directory: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    weights: LayerWeights,
+    request: GenerationRequest,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Runs the loop three times and compares; JSON values for `Manifest.extra["loop_parity"]`.
 
     steps    per step, "graphs" and "bf16": error, rms, cosine (see compare.error_row)
+    weights  by graph that takes them as inputs, what its own report calls those of this loop
     value, allowed, passed, rule   the verdict, on the latents after the last step
     """
     reference = run_eager(checkpoint, "fp32", request)
     bf16 = run_eager(checkpoint, "bf16", request)
-    with graph_opener(directory, manifest, threads) as (open_graph, dtype):
+    with graph_opener(directory, manifest, checkpoint, weights, threads) as (open_graph, dtype):
         found = run_loop(checkpoint, open_graph, dtype, request)
     graphs, yardstick = ([error_row(x, wide) for x, wide in zip(run, reference, strict=True)] for run in (found, bf16))
+    given = {name: weights.identity(name) for name, entry in manifest.graphs.items() if entry.spec.weights}
     return {
         "request": _describe(request),
         "graphs": {name: entry.key for name, entry in manifest.graphs.items()},
         "steps": [{"graphs": ours, "bf16": theirs} for ours, theirs in zip(graphs, yardstick, strict=True)],
+        **({WEIGHTS: given} if given else {}),
         **verdict(manifest.precision, graphs[-1], yardstick[-1]),
     }
 

@@ -71,7 +71,7 @@ def compare_with_eager(
     with tempfile.TemporaryDirectory(prefix=".twin-", dir=path.parent) as folder:
         twin, kind = Path(folder, path.name), _twin_dtype(spec)
         write_fp16_twin(path, twin, kind)
-        runner = OrtRunner(twin_spec(spec, kind), twin, weights=_in_dtypes(twin_spec(spec, kind), weights))
+        runner = OrtRunner(twin_spec(spec, kind), twin, weights=weights_in(twin_spec(spec, kind), weights))
         found = _run_all(runner, [_as_fp32(values) if kind == "float32" else values for values in inputs])
         return _require(spec, _rows(spec, found, wide, low, "onnxruntime"))
 
@@ -80,8 +80,8 @@ def _twin_dtype(spec: EngineSpec) -> str:
     return "float32" if any(weight.form == CODES for weight in spec.weights) else "float16"
 
 
-def _in_dtypes(spec: EngineSpec, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The weights as the twin takes them."""
+def weights_in(spec: EngineSpec, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The weights as the twin with the signature `spec` takes them."""
     given = {weight.name: (weight.tensor, (weights or {})[weight.name]) for weight in spec.weights}
     return {
         name: in_fp16(value.float()) if tensor.dtype == "float16" else value.to(tensor.torch_dtype)

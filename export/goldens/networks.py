@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from export.compare.shared_graphs import with_step_llm
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components, dit_graph_names
+from stepvideo_serve.assembly.layer_weights import LayerWeights
 from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
@@ -53,7 +55,7 @@ def open_networks(folder: Path, backend: str, onnx: Path | None) -> Iterator[Net
         if backend == "eager":
             open_runner = _eager(checkpoint)
         elif onnx is not None:
-            open_runner = _exported(onnx)
+            open_runner = _exported(checkpoint, onnx)
         else:
             out = stack.enter_context(tempfile.TemporaryDirectory(prefix="stepvideo-onnx-"))
             open_runner = _exported_on_demand(checkpoint, Path(out))
@@ -70,22 +72,24 @@ def _eager(checkpoint: Checkpoint) -> OpenRunner:
     return open_runner
 
 
-def _exported(directory: Path) -> OpenRunner:
-    manifest = Manifest.load(directory)
+def _exported(checkpoint: Checkpoint, directory: Path) -> OpenRunner:
+    """The weights of the checkpoint go into graphs that take them as inputs."""
+    manifest, weights = Manifest.load(directory), LayerWeights(checkpoint)
     manifest.require(precision="fp32")
     manifest.verify(directory)
-    return lambda name: _open(manifest, directory, name)
+    return with_step_llm(checkpoint, manifest, "float32", lambda name: _open(manifest, directory, name, weights))
 
 
 def _exported_on_demand(checkpoint: Checkpoint, out: Path) -> OpenRunner:
     from export.to_onnx import export_graphs  # needs packages that only an export needs
 
     def open_runner(name: str) -> EngineRunner:
-        return _open(export_graphs(checkpoint, out, only=[name]), out, name)
+        return _open(export_graphs(checkpoint, out, only=[name]), out, name, LayerWeights(checkpoint))
 
     return open_runner
 
 
-def _open(manifest: Manifest, directory: Path, name: str) -> EngineRunner:
+def _open(manifest: Manifest, directory: Path, name: str, weights: LayerWeights) -> EngineRunner:
     entry = manifest.graph(name)
-    return OrtRunner(entry.spec, directory / entry.file, content=entry.read(directory))
+    given = weights.of(name, entry.spec)
+    return OrtRunner(entry.spec, directory / entry.file, content=entry.read(directory), weights=given)

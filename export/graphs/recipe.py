@@ -94,11 +94,7 @@ class Recipe:
             raise ExportError(
                 f"--calibration goes with --precision fp8 or nvfp4, got {got}: make it with python -m export.calibrate."
             )
-        if self.weights not in WEIGHTS or (self.weights == INPUT and self.precision == "nvfp4"):
-            raise ExportError(
-                "--weights must be constant or input, and constant with --precision nvfp4, whose block scales are "
-                f"constants for TensorRT; got {self.weights} with {self.precision}: correct it."
-            )
+        require_weights(self.weights, self.precision)
         if self.target is None and self.ops not in ("auto", "reference"):
             raise ExportError(f"--ops {self.ops} needs a target, got none: add --sm and --toolkit, such as --sm 89.")
         if self.fp8 is not None and self.target is not None and self.target.sm < LOWEST_SM[self.precision]:
@@ -216,6 +212,15 @@ class Recipe:
             return None
         scale = {name: torch.tensor(calibration.of(f"{core}.{name}")) for name in OPERANDS}
         return {f"attn1.{name}": scale_of(amax, torch.float32) for name, amax in scale.items()}
+
+
+def require_weights(weights: str, precision: str) -> None:
+    """Raises ExportError unless graphs in this precision may have their weights so."""
+    if weights not in WEIGHTS or (weights == INPUT and precision == "nvfp4"):
+        raise ExportError(
+            "--weights must be constant or input, and constant with --precision nvfp4, whose block scales are "
+            f"constants for TensorRT; got {weights} with {precision}: correct it."
+        )
 
 
 def _is_shared_core(component: Component) -> bool:

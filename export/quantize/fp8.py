@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from export.quantize.calibration import Calibration
 from stepvideo_serve.assembly.graphs import Component
-from stepvideo_serve.dit.blocks import SelfAttention
 from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.spec import TORCH_DTYPES
 from stepvideo_serve.errors import ExportError
@@ -73,9 +72,14 @@ def scale_module(component: Component, module: nn.Module, fp8: Fp8) -> list[str]
     done = []
     for layer in quantizable(component, module):
         if not is_kept(layer.name, fp8.keep):
-            layer.put(_scaled(layer, fp8.calibration, dtype))
+            layer.put(scaled(layer, fp8.calibration, dtype))
             done.append(layer.name)
     return done
+
+
+def norm_gains(attention: nn.Module) -> dict[str, Tensor]:
+    """Of the norms of an attention's queries and keys."""
+    return {norm: attention.get_parameter(f"{norm}.weight") for norm in ("q_norm", "k_norm")}
 
 
 def require_gains(name: str, gains: Mapping[str, Tensor]) -> None:
@@ -91,12 +95,12 @@ def require_gains(name: str, gains: Mapping[str, Tensor]) -> None:
             )
 
 
-def _scaled(layer: Layer, calibration: Calibration, dtype: torch.dtype) -> nn.Module:
+def scaled(layer: Layer, calibration: Calibration, dtype: torch.dtype) -> nn.Module:
+    """`quantized` for a graph whose weights are inputs. Raises ExportError for norm gains beyond the constant scale."""
     if isinstance(layer.module, nn.Linear):
         return ScaledLinear(layer.module, calibration.of(layer.name), dtype)
-    if isinstance(layer.parent, SelfAttention):
-        norms = ("q_norm", "k_norm")
-        require_gains(layer.name, {norm: layer.parent.get_parameter(f"{norm}.weight") for norm in norms})
+    if hasattr(layer.parent, "q_norm"):  # plain or with fused operators
+        require_gains(layer.name, norm_gains(layer.parent))
     of = calibration.largest if layer.name == SHARED_CORE else calibration.of
     return ScaledAttention(dtype, of(f"{layer.name}.v"))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from export.compare.denoising import run_eager, run_loop
 from export.compare.one_graph import error_row
 from export.quantize.calibration import Calibration
-from export.quantize.fp8 import Linears, quantized
+from export.quantize.fp8 import Linears, quantized, scaled
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
@@ -85,11 +85,13 @@ def measure_sensitivity(
     groups: Sequence[str],
     tick: Tick,
     linears: Linears = "fp8",
+    weights_outside: bool = False,
 ) -> Sensitivity:
     """Runs the loop once per group with that group quantised and everything else in fp32. All networks are in memory.
-    `tick` is called after each run. Raises ExportError, CheckpointError and RequestError."""
+    `tick` is called after each run; `weights_outside`: with the scales of graphs that take their weights as inputs.
+    Raises ExportError, CheckpointError and RequestError."""
     calibration.require(checkpoint)
-    network = _Network(checkpoint, calibration, linears)
+    network = _Network(checkpoint, lambda layer: _put_in(layer, calibration, linears, weights_outside))
     reference = network.run(request)
     bf16 = run_eager(checkpoint, "bf16", request)[-1]
     effects = []
@@ -101,11 +103,18 @@ def measure_sensitivity(
     return Sensitivity(tuple(ranked), error_row(bf16, reference)["rms"])
 
 
+def _put_in(layer: Layer, calibration: Calibration, linears: Linears, weights_outside: bool) -> nn.Module:
+    """What takes the place of a layer in the loop."""
+    if weights_outside:
+        return scaled(layer, calibration, torch.float32)
+    return quantized(layer, calibration, torch.float32, linears)
+
+
 class _Network:
     """The model in fp32, loaded once; a group of its layers is quantised for a run and put back."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, linears: Linears) -> None:
-        self._checkpoint, self._calibration, self._linears = checkpoint, calibration, linears
+    def __init__(self, checkpoint: Checkpoint, quantise: Callable[[Layer], nn.Module]) -> None:
+        self._checkpoint, self._quantise = checkpoint, quantise
         self._components = components(checkpoint, "fp32")
         self._modules: dict[str, nn.Module] = {}
         self._layers: list[Layer] = []
@@ -115,7 +124,7 @@ class _Network:
         group = [layer for layer in self._layers if glob is not None and fnmatchcase(layer.name, glob)]
         try:
             for layer in group:
-                layer.put(quantized(layer, self._calibration, torch.float32, self._linears))
+                layer.put(self._quantise(layer))
             return run_loop(self._checkpoint, self._open, torch.float32, request)[-1]
         finally:
             for layer in group:

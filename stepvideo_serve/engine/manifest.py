@@ -284,7 +284,8 @@ LAYERS = "layers"
 GRAPH = "graph_key"
 """Key in `GraphEntry.extras` of an engine: the key of the graph that it was built from."""
 LOOP = "loop_parity"
-"""Key in `Manifest.extra` of the report on a short loop through all graphs (export/parity.py)."""
+"""Key in `Manifest.extra` of the report on a short loop through all graphs (export/parity.py); where these take their
+weights as inputs, of a list of them, one for all weights that were compared together (engine/parity.py)."""
 KERNELS = "kernels"
 """Key in `Manifest.extra` of engines with plugins: file name -> SHA-256 of each kernel's description. A description has
 the hash of its machine code, so that the manifest alone decides what code the plugins run."""
