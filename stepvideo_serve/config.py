@@ -31,8 +31,9 @@ class ModelConfig:
     """Which weights and graphs are served, and what runs them.
 
     weight_set  the folder of python -m export.quantize, for FP8 graphs that take their weights as inputs; none: others
-    manifests  SHA-256 of each manifest.json that may be read, that of engines_dir and of its ranks' folders; none: any.
-               A manifest has the hashes of all else: who can write the engines, but not this file, changes nothing
+    manifests  SHA-256 of each manifest.json that may be read, that of engines_dir and of its ranks' folders, and of the
+               weights.json of a weight set; none: any. They have the hashes of all else: who can write the engines, but
+               not this file, changes nothing
     """
 
     dir: Path

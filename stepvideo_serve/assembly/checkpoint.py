@@ -188,14 +188,14 @@ class Checkpoint:
         """Tensors of "dit", "llm" or "clip" by their keys, of the first two those of a tensor-parallel rank; mapped in
         where they are stored in `dtype`. Raises CheckpointError for a key that is missing."""
         files = self._files(part)
-        if missing := [key for key in keys if key not in files.shapes]:
-            where = ", ".join(sorted({str(path) for path in files.file_of.values()}))
-            raise CheckpointError(f"{where} must hold {missing[0]}, which is missing ({len(missing)} keys are).")
+        _require_keys(files, keys)
         return dict(files.read(keys, dtype, self._cuts(part, keys, share)))
 
     def shape(self, part: str, key: str) -> Shape:
-        """Of one tensor, whole."""
-        return self._files(part).shapes[key]
+        """Of one tensor, whole. Raises CheckpointError where it is missing."""
+        files = self._files(part)
+        _require_keys(files, [key])
+        return files.shapes[key]
 
     def cut(self, part: str, key: str, share: TensorPart) -> Cut | None:
         """What a tensor-parallel rank holds of a tensor; None for all of it."""
@@ -352,6 +352,12 @@ def compare_keys(
                 f"{files.file_of[key]} must hold {key} with shape {list(shape)}, found {list(found)}: "
                 "the weights and the configuration belong to different models."
             )
+
+
+def _require_keys(files: WeightFiles, keys: Iterable[str]) -> None:
+    if missing := [key for key in keys if key not in files.shapes]:
+        where = ", ".join(sorted({str(path) for path in files.file_of.values()}))
+        raise CheckpointError(f"{where} must hold {missing[0]}, which is missing ({len(missing)} keys are).")
 
 
 def _vae_key(key: str) -> str:

@@ -17,6 +17,8 @@ from stepvideo_serve.engine.manifest import (
     EngineTarget,
     GraphEntry,
     Manifest,
+    Reads,
+    read_and_hash,
     require_profile,
     require_target,
 )
@@ -43,12 +45,14 @@ def load_engines(
     kernels: Path,
     part: str = "",
     weights: LayerWeights | None = None,
+    reads: Reads = read_and_hash,
 ) -> dict[str, EngineRunner]:
     """The named engines of [model] engines_dir on the current GPU.
 
     kernels  folder of the kernels that plugins look up, one for all engines of a process
     part     the folder of a tensor-parallel rank that the engine directory is
     weights  for engines that take them as inputs: such an engine is opened once for all its layers
+    reads    gives the content of an engine's file, and its SHA-256
     Raises ConfigError, SetupError or EngineError when they do not fit, before one is loaded where that can be said.
     """
     model = config.model
@@ -73,9 +77,8 @@ def load_engines(
     for name, entry in entries.items():
         file = entry.file
         if file not in opened:
-            opened[file] = NvInferRunner(
-                trt, entry.spec, model.engines_dir, entry.files[0], memory, engine_id=f"{name}@{entry.key[:12]}"
-            )
+            engine_id = f"{name}@{entry.key[:12]}"
+            opened[file] = NvInferRunner(trt, entry.spec, model.engines_dir, entry.files[0], memory, engine_id, reads)
     return _of_layers(entries, opened, weights)
 
 

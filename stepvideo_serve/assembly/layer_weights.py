@@ -15,7 +15,7 @@ from stepvideo_serve.engine.parity import require_parity
 from stepvideo_serve.engine.spec import PLAIN, SLOPES, EngineSpec, WeightSpec
 from stepvideo_serve.errors import CheckpointError, EngineError
 from stepvideo_serve.text.step_llm import alibi_slopes
-from stepvideo_serve.weights.cuts import WHOLE, TensorPart
+from stepvideo_serve.weights.cuts import WHOLE, Cut, Shape, TensorPart
 from stepvideo_serve.weights.weight_set import WeightSet, weights_identity
 
 _PARTS = (("dit_", "dit"), ("step_llm_", "llm"), ("hunyuan_clip", "clip"))
@@ -36,7 +36,7 @@ class LayerWeights:
         model. Raises CheckpointError where the weight set was made from another checkpoint."""
         part = part_of(name)
         digest = self._checkpoint.digest(part)
-        if self._set is None or part not in self._set.checkpoint:
+        if self._set is None or not self._is_in_set(name):
             return weights_identity(digest, None)
         if digest != self._set.checkpoint[part]:
             raise CheckpointError(
@@ -65,11 +65,24 @@ class LayerWeights:
             weight.check(name, found[weight.name])
         return found
 
+    def check(self, name: str, spec: EngineSpec) -> None:
+        """Raises as `of`, by the headers of the files: reads no weights."""
+        self._check_parts(name, spec)
+        for weight in spec.weights:
+            if weight.form != SLOPES:
+                shape = self._shape(name, weight)
+                weight.check(name, torch.empty(shape, dtype=weight.tensor.torch_dtype, device="meta"))
+
     @contextmanager
     def checked(self, manifest: Manifest, names: Iterable[str], digest_of: Callable[[Path], str]) -> Iterator[None]:
         """Hashes the weights of the named graphs while the caller loads them, and raises EngineError or CheckpointError
-        in the end unless the graphs' parity reports are of just these. `digest_of` gives the SHA-256 of a file."""
+        in the end unless the graphs' parity reports are of just these. Before the caller loads anything the headers of
+        the files are compared, and what the weight set says of itself. `digest_of` gives the SHA-256 of a file."""
         taking = [name for name in names if manifest.graph(name).spec.weights]
+        for name in taking:
+            self.check(name, manifest.graph(name).spec)
+        claimed = {name: self._set.identity(part_of(name)) for name in taking if self._set and self._is_in_set(name)}
+        require_parity(manifest, claimed, claimed)
         with ThreadPoolExecutor(1, thread_name_prefix="hash-weights") as pool:
             identities = pool.submit(self._identities, taking, digest_of)
             yield
@@ -89,16 +102,38 @@ class LayerWeights:
                 )
 
     def _quantised(self, name: str, weight: WeightSpec, layer: int | None) -> Tensor:
+        key, found = weight.key_of(layer).removesuffix(".weight"), self._require_set(name, weight)
+        tensor = found.read(f"{key}.{weight.form}", self._cut(name, weight))
+        return tensor.to(weight.tensor.torch_dtype)
+
+    def _shape(self, name: str, weight: WeightSpec) -> Shape:
+        """Of what `of` will give."""
+        key = weight.key_of(split_layer(name)[1])
+        if weight.form == PLAIN:
+            whole = self._checkpoint.shape(part_of(name), key)
+        else:
+            whole = self._require_set(name, weight).shape(f"{key.removesuffix('.weight')}.{weight.form}")
+        cut = self._cut(name, weight)
+        return whole if cut is None else cut.shape(whole)
+
+    def _cut(self, name: str, weight: WeightSpec) -> Cut | None:
+        if weight.axis is None:
+            return None
+        key = weight.key_of(split_layer(name)[1])
+        if weight.form != PLAIN:
+            key = f"{key.removesuffix('.weight')}.weight"
+        return self._checkpoint.cut(part_of(name), key, self._share)
+
+    def _require_set(self, name: str, weight: WeightSpec) -> WeightSet:
         if self._set is None:
             raise EngineError(
                 f"Engine {name} takes quantised weights ({weight.name}), [model] weight_set names none: make a set "
                 "with python -m export.quantize, and name its folder."
             )
-        key = weight.key_of(layer).removesuffix(".weight")
-        cut = None
-        if weight.axis is not None:
-            cut = self._checkpoint.cut(part_of(name), f"{key}.weight", self._share)
-        return self._set.read(f"{key}.{weight.form}", cut).to(weight.tensor.torch_dtype)
+        return self._set
+
+    def _is_in_set(self, name: str) -> bool:
+        return self._set is not None and part_of(name) in self._set.checkpoint
 
     def _slopes(self) -> Tensor:
         """Of this rank's heads, fp32."""

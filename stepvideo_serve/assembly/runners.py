@@ -19,7 +19,7 @@ from stepvideo_serve.assembly.graphs import (
 from stepvideo_serve.assembly.layer_weights import LayerWeights
 from stepvideo_serve.config import LINKS_VARIABLE, ServeConfig
 from stepvideo_serve.engine.cores import usable_cores
-from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.manifest import Manifest, Reads
 from stepvideo_serve.engine.ort import OrtRunner
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
@@ -57,16 +57,18 @@ def load_runners(
     manifest = open_manifest(local)
     if "step_llm" in names and "step_llm" not in manifest.graphs and manifest.takes_weights:
         return _in_layers(config, names, threads, share)
-    weight_set = WeightSet.load(model.weight_set[0]) if model.weight_set else None
+    weight_set = WeightSet.load(model.weight_set[0], model.manifests) if model.weight_set else None
     digests = _known_digests()
     weights = LayerWeights(Checkpoint(model.dir, digests), tensor_part, weight_set)
     with weights.checked(manifest, names, digests):
         if model.backend == "ort":
             manifest.verify(directory, names)
-            return _open_graphs(directory, manifest, names, threads or max(usable_cores() // share, 1), weights)
+            threads = threads or max(usable_cores() // share, 1)
+            return _open_graphs(directory, manifest, names, threads, weights, digests.read)
         from stepvideo_serve.assembly.engines import KERNELS_FOLDER, load_engines  # for GPUs only
 
-        return load_engines(local, manifest, names, model.engines_dir / KERNELS_FOLDER, part, weights)
+        kernels = model.engines_dir / KERNELS_FOLDER
+        return load_engines(local, manifest, names, kernels, part, weights, digests.read)
 
 
 def _known_digests() -> KnownDigests:
@@ -87,7 +89,7 @@ def _in_layers(config: ServeConfig, names: Collection[str], threads: int, share:
 
 
 def _open_graphs(
-    directory: Path, manifest: Manifest, names: Collection[str], threads: int, weights: LayerWeights
+    directory: Path, manifest: Manifest, names: Collection[str], threads: int, weights: LayerWeights, reads: Reads
 ) -> dict[str, EngineRunner]:
     """From the bytes that were compared with the manifest, not from the files, which may change; those of a graph that
     layers share are read once."""
@@ -96,8 +98,8 @@ def _open_graphs(
     for name in names:
         entry = manifest.graph(name)
         if entry.spec.weights and entry.file not in contents:
-            contents[entry.file] = entry.read(directory)
-        content = contents[entry.file] if entry.spec.weights else entry.read(directory)
+            contents[entry.file] = entry.read(directory, reads)
+        content = contents[entry.file] if entry.spec.weights else entry.read(directory, reads)
         given, engine_id = weights.of(name, entry.spec), f"{name}@{entry.key[:12]}"
         spec = replace(entry.spec, name=name)
         runners[name] = OrtRunner(spec, directory / entry.file, threads, engine_id, content, given)

@@ -10,16 +10,31 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from mmap import mmap
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import EngineError
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
+Content = TypeVar("Content", bytes, mmap)
+
+
+class Reads(Protocol):
+    """Gives what `read` makes of an open file, all of it, and the SHA-256 of that in hex, computed or remembered."""
+
+    def __call__(self, file: BinaryIO, read: Callable[[], Content]) -> tuple[Content, str]: ...
+
+
+def read_and_hash(file: BinaryIO, read: Callable[[], Content]) -> tuple[Content, str]:
+    """Remembers nothing."""
+    del file
+    content = read()
+    return content, hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -41,15 +56,16 @@ class GraphFile:
         file = directory / path
         return cls(path, _size_bytes(file), hash_file(file))
 
-    def read(self, graph: str, directory: Path) -> bytes:
+    def read(self, graph: str, directory: Path, reads: Reads = read_and_hash) -> bytes:
         """The file's bytes, read once and compared: a copy that stays what it is, whatever becomes of the file.
         EngineError, with the name of the `graph`, for a file that is absent or another one."""
         file = directory / self.path
         try:
-            content = file.read_bytes()
+            with file.open("rb") as opened:
+                content, digest = reads(opened, opened.read)
         except OSError as error:
             raise EngineError(f"Graph {graph}: {file} must be readable, {error.strerror}: export it again.") from error
-        if (digest := hashlib.sha256(content).hexdigest()) != self.sha256:
+        if digest != self.sha256:
             raise EngineError(_exchanged(graph, file, self.sha256, digest))
         return content
 
@@ -79,12 +95,12 @@ class GraphEntry:
         """The file to open, relative to the engine directory."""
         return self.files[0].path
 
-    def read(self, directory: Path) -> dict[str, bytes]:
+    def read(self, directory: Path, reads: Reads = read_and_hash) -> dict[str, bytes]:
         """The bytes of all files by their names in the folder of the first, the first first: compared with the hashes,
         and private, so that nobody changes them any more. EngineError for a file that is absent or another one."""
         folder = PurePosixPath(self.file).parent
         return {
-            str(PurePosixPath(record.path).relative_to(folder)): record.read(self.spec.name, directory)
+            str(PurePosixPath(record.path).relative_to(folder)): record.read(self.spec.name, directory, reads)
             for record in self.files
         }
 

@@ -6,7 +6,6 @@ block of the DiT needs gigabytes of it, and there are 48. They share one Runtime
 Source for the calls: the Python interface of TensorRT 11 (IExecutionContext, ICudaEngine).
 """
 
-import hashlib
 import mmap
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stepvideo_serve.engine.device_errors import require_context
-from stepvideo_serve.engine.manifest import GraphFile
+from stepvideo_serve.engine.manifest import GraphFile, Reads, read_and_hash
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.engine.spec import EngineSpec, TensorSpec
 from stepvideo_serve.errors import EngineError, MemoryShortage
@@ -114,6 +113,7 @@ class NvInferRunner(EngineRunner):
 
     trt            the imported module
     directory, file  where the engine lies; its SHA-256 is compared before anything reads it as an engine
+    reads          gives the file's content and its SHA-256
     Inputs are read and outputs are written in place, without a copy, where the inputs are contiguous and begin at an
     address that TensorRT takes.
     EngineError if the file is missing or another one, or was built for something else, or the GPU runs out of memory.
@@ -127,12 +127,13 @@ class NvInferRunner(EngineRunner):
         file: GraphFile,
         memory: ActivationMemory,
         engine_id: str,
+        reads: Reads = read_and_hash,
     ) -> None:
         super().__init__(spec, memory.device, engine_id)
         toolkit = toolkit_of(trt)
         self._memory = memory
         self._logger = toolkit.logger
-        with checked_file(spec.name, directory, file) as content:
+        with checked_file(spec.name, directory, file, reads) as content:
             self._engine = toolkit.runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise _not_loaded(spec.name, directory / file.path, trt, self._logger.last_error)
@@ -248,19 +249,20 @@ def empty_outputs(spec: EngineSpec, dims: Mapping[str, int], device: torch.devic
 
 
 @contextmanager
-def checked_file(name: str, directory: Path, file: GraphFile) -> Iterator[mmap.mmap]:
+def checked_file(name: str, directory: Path, file: GraphFile, reads: Reads = read_and_hash) -> Iterator[mmap.mmap]:
     """The file's bytes as a mapping that was compared with the manifest's hash: what is read later is what was
     compared. EngineError if it is missing or another one."""
     path = directory / file.path
     try:
-        with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            digest = hashlib.sha256(content).hexdigest()
-            if digest != file.sha256:
-                raise EngineError(
-                    f"Engine {name}: {path} must have SHA-256 {file.sha256}, found {digest}: it was damaged or "
-                    "replaced, build it again."
-                )
-            yield content
+        with path.open("rb") as opened:
+            mapped, digest = reads(opened, lambda: mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+            with mapped as content:
+                if digest != file.sha256:
+                    raise EngineError(
+                        f"Engine {name}: {path} must have SHA-256 {file.sha256}, found {digest}: it was damaged or "
+                        "replaced, build it again."
+                    )
+                yield content
     except (OSError, ValueError) as error:
         raise EngineError(f"Engine {name}: {path} must be a file of {file.size_bytes} bytes: {error}.") from error
 

@@ -12,16 +12,18 @@ python -m export.quantize.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from stepvideo_serve.errors import CheckpointError
-from stepvideo_serve.weights.cuts import Cut
+from stepvideo_serve.weights.cuts import Cut, Shape
 from stepvideo_serve.weights.files import open_safetensors
 
 FILE_NAME = "weights.json"
@@ -53,11 +55,14 @@ class WeightSet:
     shards: Mapping[str, Shard] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path) -> "WeightSet":
-        """Raises CheckpointError for a set that is missing or of another form, and for an absent or truncated shard."""
+    def load(cls, folder: Path, accepted: Collection[str] = ()) -> "WeightSet":
+        """Raises CheckpointError for a set that is missing or of another form, for an absent or truncated shard, and
+        where `accepted` names manifests by the SHA-256 of their bytes, and not this set's."""
         path = folder / FILE_NAME
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            _require_accepted(path, content, accepted)
+            data = json.loads(content.decode("utf-8"))
         except OSError as error:
             raise CheckpointError(f"A weight set needs {path}, {error.strerror}: {REMEDY}.") from None
         except ValueError as error:
@@ -98,15 +103,15 @@ class WeightSet:
             "shards": shards,
         }
 
+    def shape(self, name: str) -> Shape:
+        """Of one tensor, whole, by the header of its shard. Raises CheckpointError where the set lacks it."""
+        with self._opened(name) as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
         """One tensor, or the part of it that `cut` says; all of it stays mapped, and so do whole rows. Raises
         CheckpointError where the set lacks it."""
-        shard = next((file for file, shard in self.shards.items() if name in shard.tensors), None)
-        if shard is None:
-            raise CheckpointError(f"The weight set in {self.folder} must hold {name}, it does not: {REMEDY}.")
-        with open_safetensors(self.folder / shard) as file:
-            if name not in file.keys():  # noqa: SIM118  # not a mapping
-                raise CheckpointError(f"{self.folder / shard} must hold {name}, it does not: {REMEDY}.")
+        with self._opened(name) as file:
             if cut is None:
                 whole: Tensor = file.get_tensor(name)
                 return whole
@@ -119,10 +124,29 @@ class WeightSet:
         as_bytes = [part.contiguous().view(torch.uint8) if part.itemsize == 1 else part for part in parts]
         return torch.cat(as_bytes, cut.dim).view(parts[0].dtype)
 
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[safe_open]:
+        """The shard with this tensor."""
+        shard = next((file for file, shard in self.shards.items() if name in shard.tensors), None)
+        if shard is None:
+            raise CheckpointError(f"The weight set in {self.folder} must hold {name}, it does not: {REMEDY}.")
+        with open_safetensors(self.folder / shard) as file:
+            if name not in file.keys():  # noqa: SIM118  # not a mapping
+                raise CheckpointError(f"{self.folder / shard} must hold {name}, it does not: {REMEDY}.")
+            yield file
+
 
 def weights_identity(digest: str, calibration: str | None) -> str:
     """Of the weights of a part of the checkpoint with this digest, quantised with these ranges, or not at all."""
     return hashlib.sha256(f"{digest} {calibration}".encode()).hexdigest()[:16]
+
+
+def _require_accepted(path: Path, content: bytes, accepted: Collection[str]) -> None:
+    if accepted and (digest := hashlib.sha256(content).hexdigest()) not in accepted:
+        raise CheckpointError(
+            f"{path} must be a manifest that [model] manifests names, found one with SHA-256 {digest}: restore the "
+            "file, or add its hash if the set was made anew."
+        )
 
 
 def _check_size(path: Path, shard: Shard) -> None:

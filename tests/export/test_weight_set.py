@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from export.graphs.recipe import INPUT, Recipe
 from export.graphs.shared import plan_shared
@@ -16,11 +17,13 @@ from export.tiny_checkpoint import write_checkpoint
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.layer_weights import LayerWeights
 from stepvideo_serve.engine.manifest import GraphEntry, GraphFile, Manifest
-from stepvideo_serve.engine.parity import WEIGHTS, require_parity
+from stepvideo_serve.engine.parity import WEIGHTS
 from stepvideo_serve.engine.spec import EngineSpec
 from stepvideo_serve.errors import CheckpointError, EngineError
+from stepvideo_serve.fused.fp8 import FP8
 from stepvideo_serve.parallel.layout import SINGLE, Layout
 from stepvideo_serve.weights.cuts import TensorPart
+from stepvideo_serve.weights.files import file_digest
 from stepvideo_serve.weights.weight_set import FILE_NAME, WeightSet
 from tests.export.calibrated import calibrated
 from tests.mini import MINI
@@ -153,22 +156,97 @@ def test_a_set_of_another_checkpoint_is_refused(mini_checkpoint: Path, made: Pat
     assert LayerWeights(Checkpoint(mini_checkpoint), weight_set=WeightSet.load(made)).identity("dit_cross_00")
 
 
+def reported(spec: EngineSpec, *weights: str) -> Manifest:
+    """Of dit_cross, compared with these weights."""
+    rows = [{"layer": 0, "output": "cross_k", "error": 0.0, "allowed": 1.0, WEIGHTS: one} for one in weights]
+    entry = GraphEntry((GraphFile("x", 1, ""),), "", spec, {"layers": [0], "parity": rows})
+    return Manifest("", "fp8", {}, {"dit_cross": entry})
+
+
+def refused_before_loading(model: Path, folder: Path, manifest: Manifest) -> None:
+    """Asks for the weights as a server does; `checked` raises before its block begins, or in the end."""
+    weights = LayerWeights(Checkpoint(model), weight_set=WeightSet.load(folder))
+    with weights.checked(manifest, ["dit_cross_00"], file_digest):
+        pytest.fail("nothing may be loaded")
+
+
 def test_a_set_of_another_calibration_is_refused(mini_checkpoint: Path, made: Path, tmp_path: Path) -> None:
-    """By its parity report an engine knows which weights it may have."""
+    """By its parity report an engine knows which weights it may have, by its manifest a set which they are."""
     spec, _ = spec_and_values(mini_checkpoint, "dit_cross_00")
-    ours = LayerWeights(Checkpoint(mini_checkpoint), weight_set=WeightSet.load(made)).identity("dit_cross_00")
-    row = {"layer": 0, "output": "cross_k", "error": 0.0, "allowed": 1.0, WEIGHTS: ours}
-    entry = GraphEntry((GraphFile("x", 1, ""),), "", spec, {"layers": [0], "parity": [row]})
-    manifest = Manifest("", "fp8", {}, {"dit_cross": entry})
-    require_parity(manifest, ["dit_cross_00"], {"dit_cross_00": ours})
+    ours = LayerWeights(Checkpoint(mini_checkpoint), weight_set=WeightSet.load(made))
+    manifest = reported(spec, ours.identity("dit_cross_00"))
+    with ours.checked(manifest, ["dit_cross_00"], file_digest):
+        pass
     calibration = tmp_path / "calibration.json"
     calibrated(mini_checkpoint, amax=7.0).calibration.save(calibration)
     assert quantize(mini_checkpoint, calibration, tmp_path / "fp8") == 0
-    theirs = LayerWeights(Checkpoint(mini_checkpoint), weight_set=WeightSet.load(tmp_path / "fp8"))
     with pytest.raises(
         EngineError, match=r"must have a parity report for the weights \w+, found one for \w+: they are"
     ):
-        require_parity(manifest, ["dit_cross_00"], {"dit_cross_00": theirs.identity("dit_cross_00")})
+        refused_before_loading(mini_checkpoint, tmp_path / "fp8", manifest)
+
+
+def test_a_shard_that_was_exchanged_is_refused(mini_checkpoint: Path, made: Path, tmp_path: Path) -> None:
+    """Hashes are computed beside the loading: the server hears in the end, before it is ready."""
+    spec, _ = spec_and_values(mini_checkpoint, "dit_cross_00")
+    shutil.copytree(made, tmp_path / "fp8")
+    shard = tmp_path / "fp8" / "transformer_blocks.00.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    weights = LayerWeights(Checkpoint(mini_checkpoint), weight_set=WeightSet.load(tmp_path / "fp8"))
+    manifest, loaded = reported(spec, WeightSet.load(made).identity("dit")), []
+    with (
+        pytest.raises(CheckpointError, match=r"transformer_blocks\.00\.safetensors must have SHA-256 \w+, found"),
+        weights.checked(manifest, ["dit_cross_00"], file_digest),
+    ):
+        loaded.append("dit_cross_00")
+    assert loaded
+
+
+def exchanged(made: Path, out: Path, name: str, changed: torch.Tensor | None) -> Path:
+    """A copy of the set with one tensor changed or left out, whose manifest has the new shard's size and hash."""
+    shutil.copytree(made, out)
+    data = json.loads((out / FILE_NAME).read_text())
+    file, shard = next((file, one) for file, one in data["shards"].items() if name in one["tensors"])
+    tensors = load_file(out / file)
+    tensors = {key: value for key, value in tensors.items() if key != name}
+    save_file(tensors | ({} if changed is None else {name: changed}), out / file)
+    shard |= {"size_bytes": (out / file).stat().st_size, "sha256": file_digest(out / file)}
+    (out / FILE_NAME).write_text(json.dumps(data))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "sentence"),
+    [
+        (None, CheckpointError, r"transformer_blocks\.00\.safetensors must hold .*\.codes, it does not: make the set"),
+        (torch.zeros(4, 256), EngineError, r'weight "\S+" must be float8_e4m3fn \[512, 256\], got .* \[4, 256\]: the'),
+    ],
+    ids=["missing", "misshaped"],
+)
+def test_a_tensor_that_is_missing_or_misshaped_is_refused(
+    mini_checkpoint: Path,
+    made: Path,
+    tmp_path: Path,
+    changed: torch.Tensor | None,
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    spec, _ = spec_and_values(mini_checkpoint, "dit_cross_00")
+    name = "transformer_blocks.0.attn2.wkv.codes"
+    folder = exchanged(made, tmp_path / "fp8", name, None if changed is None else changed.to(FP8))
+    with pytest.raises(error, match=sentence):
+        refused_before_loading(mini_checkpoint, folder, reported(spec, WeightSet.load(folder).identity("dit")))
+
+
+def test_only_a_set_that_the_configuration_names_is_read(made: Path) -> None:
+    digest = file_digest(made / FILE_NAME)
+    assert WeightSet.load(made, (digest, "0" * 64)).shards
+    with pytest.raises(
+        CheckpointError, match=rf"weights\.json must be a manifest that \[model\] manifests names, found .* {digest}"
+    ):
+        WeightSet.load(made, ("0" * 64,))
 
 
 def test_a_calibration_of_another_checkpoint_is_refused(
