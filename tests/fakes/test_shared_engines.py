@@ -13,25 +13,33 @@ import torch
 from export import verify
 from export.compare.both_ways import time_both_ways
 from export.compare.engines import gpu_opener
+from export.graphs.example_inputs import sample_inputs
 from export.graphs.recipe import INPUT, Recipe
+from export.tiny_checkpoint import write_checkpoint
 from export.to_onnx import export_graphs
 from stepvideo_serve.assembly import engines
 from stepvideo_serve.assembly.checkpoint import Checkpoint
+from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.assembly.runners import load_runners
 from stepvideo_serve.assembly.stages import Denoiser
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.engine.gpu_memory import free_memory
-from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.manifest import KEY, EngineTarget, GraphEntry, Manifest
 from stepvideo_serve.engine.nvinfer import LayerRunner
-from stepvideo_serve.engine.spec import Dim
+from stepvideo_serve.engine.runner import EagerRunner
+from stepvideo_serve.engine.spec import Dim, WeightSpec
 from stepvideo_serve.errors import EngineError, ExportError
 from stepvideo_serve.memory.ledger import RESERVED_BYTES
+from stepvideo_serve.parallel.layout import Layout
 from tests.fakes.conftest import CONFIG
-from tests.fakes.engines import write_engines
+from tests.fakes.engines import SM, engine_entry, write_engines
 from tests.fakes.machine import Machine, machine
+from tests.fakes.tensorrt import VERSION
+from tests.mini import MINI
 from tests.parallel.sharded_ranks import make_job
 
 TOKENS = Dim(min=3, opt=48, max=128)
+RATIO = re.compile(r"\d ms with weights as inputs, +\d\S+ ms as constants, ratio \d+\.\d+$")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +123,10 @@ def test_verify_compares_every_layer(
 ) -> None:
     shutil.copytree(folder / "engines", tmp_path / "engines")
     given = ["--engines", str(tmp_path / "engines"), "--gpu", "--model-dir", str(mini_checkpoint)]
-    assert verify.main(given) == 0, capsys.readouterr()
+    assert verify.main([*given, "--constants", str(folder / "constants")]) == 0, capsys.readouterr()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if RATIO.search(line)] == ["dit_cross_00", "dit_block_00"]
+    assert {line.split()[2] for line in lines if line.startswith("dit_block ")} == {"onnxruntime", "engine"}
     for name in ("dit_block", "dit_cross"):
         rows = Manifest.load(tmp_path / "engines").graph(name).extras["parity"]
         assert {(row["backend"], row["layer"]) for row in rows} == {
@@ -123,14 +134,55 @@ def test_verify_compares_every_layer(
         }
 
 
-@pytest.mark.usefixtures("gpu_machine")
-def test_verify_times_both_ways(folder: Path, mini_checkpoint: Path) -> None:
-    """On the stub the figures mean nothing; that both engines of a kind run is what is shown."""
-    found = time_both_ways(folder / "engines", folder / "constants", mini_checkpoint, None, gpu_opener)
-    assert [row.name for row in found] == ["dit_cross_00", "dit_block_00"]
-    assert all(re.search(r"ms with weights as inputs, .* ms as constants, ratio \d+\.\d+", str(row)) for row in found)
-    with pytest.raises(ExportError, match=r"must hold engines with the weights of .* inside"):
-        time_both_ways(folder / "engines", folder / "engines", mini_checkpoint, None, gpu_opener)
+def test_both_ways_with_slices(mini_checkpoint: Path, tmp_path: Path) -> None:
+    """On the stub the figures mean nothing; that the engines of the first rank run both ways is what is shown."""
+    for name, recipe, only in (
+        ("shared", Recipe("fp32", compare=False, weights=INPUT), ["dit_ff"]),
+        ("constants", Recipe("fp32", compare=False), ["dit_ff_00"]),
+    ):
+        graphs, out = tmp_path / f"{name}.onnx", tmp_path / name
+        layout = Layout.parse("tp2")
+        export_graphs(Checkpoint(mini_checkpoint), graphs, only=only, show_progress=False, layout=layout, recipe=recipe)
+        for part in ("",) if name == "shared" else ("", "tp0of2"):
+            narrow(graphs / part)
+            write_engines(graphs / part, out / part, "single")
+            manifest = Manifest.load(out / part)
+            target = EngineTarget("tensorrt", VERSION, SM, "tp2", part).to_json()
+            replace(manifest, extra={**manifest.extra, KEY: target}).save(out / part)
+    shared, constants = tmp_path / "shared", tmp_path / "constants"
+    with machine():
+        [row] = time_both_ways(shared, constants, mini_checkpoint, None, gpu_opener)
+        with pytest.raises(ExportError, match=r"must hold engines with the weights of .* inside"):
+            time_both_ways(shared, shared, mini_checkpoint, None, gpu_opener)
+    assert row.name == "dit_ff_00"
+    assert RATIO.search(str(row))
+
+
+def test_one_directory_serves_two_checkpoints(
+    folder: Path, mini_checkpoint: Path, tmp_path: Path, gpu_machine: Machine
+) -> None:
+    """Two layers of each through one engine give what their networks give; a third checkpoint is refused."""
+    shutil.copytree(folder / "onnx", tmp_path / "onnx")
+    models = [mini_checkpoint, tmp_path / "second", tmp_path / "third"]
+    for seed, model in enumerate(models[1:], 9):
+        write_checkpoint(model, MINI, seed=seed)
+    recipe = Recipe("fp32", weights=INPUT)
+    only = ["dit_block"]
+    export_graphs(Checkpoint(models[1]), tmp_path / "onnx", only=only, show_progress=False, recipe=recipe)
+    write_engines(tmp_path / "onnx", tmp_path / "engines", "single")
+    names, seen = ["dit_block_00", "dit_block_01"], list[torch.Tensor]()
+    for model in models[:2]:
+        table, config = components(Checkpoint(model), "fp32"), configured(tmp_path, model, "tensorrt")
+        for name, runner in load_runners(config, names, 1).items():
+            inputs = sample_inputs(runner.spec, {"tokens": 40, "context_tokens": 90})
+            found = runner(**{key: value.to("cuda") for key, value in inputs.items()})["tokens_out"].cpu()
+            with EagerRunner(table[name].spec, table[name].load()) as eager:
+                torch.testing.assert_close(found, eager(**inputs)["tokens_out"], rtol=1e-4, atol=1e-4)
+            assert not any(torch.equal(found, other) for other in seen)
+            seen.append(found)
+    with pytest.raises(EngineError, match=r"a parity report for the weights \w+, found one for \w+, \w+: they are of"):
+        load_runners(configured(tmp_path, models[2], "tensorrt"), names, 1)
+    gpu_machine.gpu.check()
 
 
 def test_weights_count_among_what_the_gpu_must_hold(
@@ -143,21 +195,45 @@ def test_weights_count_among_what_the_gpu_must_hold(
         load_runners(config, ["dit_block_00", "dit_block_01"], 1)
 
 
-def test_an_engine_of_another_shape_is_refused(folder: Path, mini_checkpoint: Path, tmp_path: Path) -> None:
-    """Its manifest names the shapes of its weights."""
-    manifest = Manifest.load(folder / "engines")
-    entry = manifest.graph("dit_cross_00")
+@pytest.fixture
+def copied(folder: Path, mini_checkpoint: Path, tmp_path: Path) -> ServeConfig:
+    """A configuration with engines of its own, to be spoiled."""
+    shutil.copytree(folder / "engines", tmp_path / "engines")
+    return configured(tmp_path, mini_checkpoint, "tensorrt")
+
+
+def larger(entry: GraphEntry) -> tuple[GraphEntry, WeightSpec]:
+    """The entry with its first weight twice as long, and that weight as it was."""
     weight = entry.spec.weights[0]
-    larger = replace(weight, tensor=replace(weight.tensor, shape=tuple(2 * size for size in weight.tensor.shape)))
-    spec = replace(entry.spec, weights=(larger, *entry.spec.weights[1:]))
-    config = configured(folder, mini_checkpoint, "tensorrt")
-    (tmp_path / "engines").mkdir()
-    for path in (folder / "engines").glob("*.engine"):
-        (tmp_path / "engines" / path.name).write_bytes(path.read_bytes())
-    replace(manifest, graphs={**manifest.graphs, "dit_cross": replace(entry, spec=spec)}).save(tmp_path / "engines")
-    other = replace(config, model=replace(config.model, engines_dir=tmp_path / "engines"))
-    with (
-        machine(),
-        pytest.raises(EngineError, match=r'Engine dit_block_00: weight ".*" must be .*, found \[.*\]|must be'),
-    ):
-        load_runners(other, ["dit_cross_00"], 1)
+    other = replace(weight, tensor=replace(weight.tensor, shape=tuple(2 * size for size in weight.tensor.shape)))
+    return replace(entry, spec=replace(entry.spec, weights=(other, *entry.spec.weights[1:]))), weight
+
+
+def spoil(config: ServeConfig, name: str, entry: GraphEntry) -> None:
+    manifest = Manifest.load(config.model.engines_dir)
+    replace(manifest, graphs={**manifest.graphs, name: entry}).save(config.model.engines_dir)
+
+
+def test_an_engine_of_another_shape_is_refused(copied: ServeConfig, folder: Path, gpu_machine: Machine) -> None:
+    """By its manifest, which names the shapes of its weights; or by the engine itself, where the manifest does not tell
+    the truth."""
+    plain, free = Manifest.load(folder / "engines").graph("dit_cross"), gpu_machine.gpu.free_bytes
+    entry, weight = larger(plain)
+    shape, doubled = (re.escape(str(list(one.spec.weights[0].tensor.shape))) for one in (plain, entry))
+    spoil(copied, "dit_cross", entry)
+    told = rf'Engine dit_cross_00: weight "{re.escape(weight.name)}" must be float32 {doubled}, got float32 {shape}'
+    with pytest.raises(EngineError, match=told):
+        load_runners(copied, ["dit_cross_00"], 1)
+    assert gpu_machine.gpu.free_bytes == free, "nothing was on the GPU"
+    wrong = engine_entry(copied.model.engines_dir, folder / "onnx" / "dit_cross.onnx", entry)
+    spoil(copied, "dit_cross", replace(wrong, spec=plain.spec))
+    with pytest.raises(EngineError, match=rf'Engine dit_cross: weight ".*" must be float32 {shape}, found {doubled}'):
+        load_runners(copied, ["dit_cross_00"], 1)
+
+
+@pytest.mark.usefixtures("gpu_machine")
+def test_an_engine_of_another_kind_is_refused(copied: ServeConfig) -> None:
+    manifest = Manifest.load(copied.model.engines_dir)
+    spoil(copied, "dit_block", replace(manifest.graph("dit_block"), files=manifest.graph("dit_cross").files))
+    with pytest.raises(EngineError, match=r"Engine dit_block must have the tensors \[.*\], found \[.*\]"):
+        load_runners(copied, ["dit_block_00"], 1)
