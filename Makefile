@@ -297,7 +297,7 @@ engines: $(BUILDER) $(if $(filter build/tiny,$(MODEL_DIR)),build/tiny.made) ## M
 	@PYTHONPATH=kernels:. $(RUN) export.to_onnx --model-dir '$(MODEL_DIR)' --out '$(ENGINES_OUT)/onnx' \
 		--precision $(PRECISION) --layout $(LAYOUT) --sm $(SM) --toolkit $(ENGINES_BACKEND) \
 		$(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(KEEP_BF16),--keep-bf16 $(KEEP_BF16)) \
-		$(if $(SPLIT_LLM),--split-llm) --weights $(WEIGHTS) $(if $(filter input,$(WEIGHTS)),--ops native)
+		$(if $(SPLIT_LLM),--split-llm) --weights $(WEIGHTS)
 	$(SAY) "engines of $(ENGINES_BACKEND) for SM $(SM) in $(ENGINES_OUT), videos up to $(SHAPES)"
 	@PYTHONPATH=kernels:. $(RUN) export.build_engine --model-dir '$(MODEL_DIR)' --onnx '$(ENGINES_OUT)/onnx' \
 		--out '$(ENGINES_OUT)' --backend $(ENGINES_BACKEND) --sm $(SM) --layout $(LAYOUT) --shapes '$(SHAPES)' --jobs $(JOBS) --plan $(PLAN) \

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import onnx
 
@@ -29,7 +30,11 @@ from stepvideo_serve.engine.manifest import FILE_NAME, GRAPH, LOOP, EngineTarget
 from stepvideo_serve.engine.parity import WEIGHTS
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ExportError
+from stepvideo_serve.fused.kernels_package import require_kernels
 from stepvideo_serve.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from stepvideo_kernels.choice import Target
 
 Open = Callable[..., EngineRunner]
 """From the name of an engine, and the weights of a layer where it takes them, to what runs it."""
@@ -111,7 +116,7 @@ class _Comparison:
         graphs = [name for folder in _folders(directory) for name in Manifest.load(folder).graphs]
         split_llm = "step_llm_embed" in graphs and "step_llm_layer" not in graphs
         if manifest.takes_weights:
-            recipe = replace(recipe, weights=INPUT)
+            recipe = replace(recipe, weights=INPUT, target=_target(manifest, directory))
             plan = plan_shared(checkpoint, recipe, layout, split_llm)
             exporter = SharedExporter(checkpoint, recipe, plan)
             return cls(checkpoint, recipe, {directory: plan.tables[0]}, {directory: plan.tables[-1]}, exporter)
@@ -185,6 +190,18 @@ def _recipe(manifest: Manifest, calibration: Path | None) -> Recipe:
         )
     linears: Linears = "nvfp4" if manifest.precision == "nvfp4" else "fp8"
     return Recipe(manifest.precision, Fp8(found, tuple(made_with["keep_bf16"]), linears))
+
+
+def _target(manifest: Manifest, directory: Path) -> "Target | None":
+    """What the graphs of engines were exported for where they have plugins, whose weights have names of their own."""
+    choices = [choice for entry in manifest.graphs.values() for choice in entry.extras.get("ops", {}).values()]
+    if not any(choice["implementation"] == "plugin" for choice in choices):
+        return None
+    require_kernels("An engine with plugins")
+    from stepvideo_kernels.choice import Target
+
+    found = EngineTarget.of(manifest, directory)
+    return Target(found.sm, found.backend)
 
 
 def _folders(directory: Path) -> list[Path]:

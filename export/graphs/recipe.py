@@ -17,7 +17,7 @@ import stepvideo_serve
 from export.engines.toolkit import LOWEST_SM
 from export.graphs.kinds import WHOLE_GRAPHS, kept_in
 from export.graphs.translation import Table, translation_table
-from export.quantize.fp8 import Fp8, quantize_module, scale_module
+from export.quantize.fp8 import Fp8, norm_gains, quantize_module, require_gains, scale_module
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import DTYPES, Component
 from stepvideo_serve.engine.manifest import content_key
@@ -131,16 +131,18 @@ class Recipe:
         return Built(module, translation_table(kernels), ops)
 
     def build_shared(self, component: Component, checkpoint: Checkpoint) -> Built:
-        """`build` for a graph whose weights are inputs. Raises ExportError for plugins in FP8, whose scales are
-        constants of the layer."""
+        """`build` for a graph whose weights are inputs. Raises ExportError for norm gains beyond the constant scale of
+        FP8 attention."""
         module, kernels, ops = self._fused(component, checkpoint)
         if self.fp8 is not None:
             scale_module(component, module, self.fp8)
-            if plugins := [op for op, choice in ops.items() if choice["implementation"] == "plugin"]:
-                raise ExportError(
-                    f"--weights input in {self.precision} needs operators without plugins, {component.name} has "
-                    f"{', '.join(plugins)}: add --ops native, or leave the weights constant."
-                )
+            if kernels:
+                from stepvideo_serve.fused.shared_scales import SharedSelfAttentionFp8, share_scales
+
+                share_scales(module, self._value_range(component))
+                for part in module.modules():
+                    if isinstance(part, SharedSelfAttentionFp8):
+                        require_gains(f"{component.prefix}attn1.core", norm_gains(part))
         if isinstance(module, LlmAttention):
             module = SlopesOutside(module)
         return Built(module, translation_table(kernels), ops)
@@ -201,6 +203,14 @@ class Recipe:
         module, used = apply_ops(component.load(), component.name, choices, scales)
         return module, bool(used), {op: choice.to_json() for op, choice in choices.items()}
 
+    def _value_range(self, component: Component) -> float | None:
+        """amax of the values of a graph's FP8 attention, None without one."""
+        if self.fp8 is None or self._attention_scales(component) is None:
+            return None
+        if _is_shared_core(component):
+            return self.fp8.calibration.largest(f"{SHARED_CORE}.v")
+        return self.fp8.calibration.of(f"{component.prefix}attn1.core.v")
+
     def _attention_scales(self, component: Component) -> dict[str, torch.Tensor] | None:
         if self.fp8 is None or component.part != "dit" or not component.prefix:
             return None
@@ -218,8 +228,8 @@ def require_weights(weights: str, precision: str) -> None:
     """Raises ExportError unless graphs in this precision may have their weights so."""
     if weights not in WEIGHTS or (weights == INPUT and precision == "nvfp4"):
         raise ExportError(
-            "--weights must be constant or input, and constant with --precision nvfp4, whose block scales are "
-            f"constants for TensorRT; got {weights} with {precision}: correct it."
+            "--weights must be constant or input, and constant with --precision nvfp4, which has no weight sets; got "
+            f"{weights} with {precision}: correct it."
         )
 
 

@@ -18,6 +18,7 @@ from stepvideo_serve.engine.spec import (
     CODES,
     INPUT_INVERSE,
     LAYER,
+    OF_ONE_NUMBER,
     OUTPUT_SCALE,
     PLAIN,
     SLOPES,
@@ -96,6 +97,8 @@ def _sources(component: Component, module: nn.Module) -> Iterator[tuple[str, str
                 yield before + name, _key(component, module, before + name), PLAIN
             if "slopes" in dict(part.named_buffers(recurse=False)):
                 yield f"{before}slopes", SLOPES, SLOPES
+            for name, (layer, form) in getattr(part, "scale_inputs", {}).items():  # fused/shared_scales.py
+                yield before + name, _key(component, module, layer) + (".weight" if form == CODES else ""), form
 
 
 def _key(component: Component, module: nn.Module, path: str) -> str:
@@ -111,7 +114,7 @@ def _key(component: Component, module: nn.Module, path: str) -> str:
 
 
 def _axis(component: Component, checkpoint: Checkpoint, key: str, form: str, parts: int) -> int | None:
-    if parts == 1 or form in (INPUT_INVERSE, VALUE_SCALE, VALUE_INVERSE):
+    if parts == 1 or form in OF_ONE_NUMBER:
         return None
     if form == SLOPES:
         return 0

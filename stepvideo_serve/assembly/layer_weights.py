@@ -12,7 +12,15 @@ from torch import Tensor
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.engine.manifest import Manifest, split_layer
 from stepvideo_serve.engine.parity import require_parity
-from stepvideo_serve.engine.spec import PLAIN, SLOPES, EngineSpec, WeightSpec
+from stepvideo_serve.engine.spec import (
+    INPUT_INVERSE,
+    INPUT_SCALE,
+    OF_ONE_NUMBER,
+    PLAIN,
+    SLOPES,
+    EngineSpec,
+    WeightSpec,
+)
 from stepvideo_serve.errors import CheckpointError, EngineError
 from stepvideo_serve.text.step_llm import alibi_slopes
 from stepvideo_serve.weights.cuts import WHOLE, Cut, Shape, TensorPart
@@ -103,7 +111,12 @@ class LayerWeights:
 
     def _quantised(self, name: str, weight: WeightSpec, layer: int | None) -> Tensor:
         key, found = weight.key_of(layer).removesuffix(".weight"), self._require_set(name, weight)
-        tensor = found.read(f"{key}.{weight.form}", self._cut(name, weight))
+        if weight.form == INPUT_SCALE:
+            tensor = 1 / found.read(f"{key}.{INPUT_INVERSE}")  # a power of two, as all scales there
+        else:
+            tensor = found.read(f"{key}.{weight.form}", self._cut(name, weight))
+        if weight.form in OF_ONE_NUMBER:
+            tensor = tensor.expand(weight.tensor.resolve({})).contiguous()
         return tensor.to(weight.tensor.torch_dtype)
 
     def _shape(self, name: str, weight: WeightSpec) -> Shape:
@@ -111,6 +124,10 @@ class LayerWeights:
         key = weight.key_of(split_layer(name)[1])
         if weight.form == PLAIN:
             whole = self._checkpoint.shape(part_of(name), key)
+        elif weight.form in OF_ONE_NUMBER:
+            form = INPUT_INVERSE if weight.form == INPUT_SCALE else weight.form
+            found = self._require_set(name, weight).shape(f"{key}.{form}")
+            return weight.tensor.resolve({}) if found == (1,) else found
         else:
             whole = self._require_set(name, weight).shape(f"{key.removesuffix('.weight')}.{weight.form}")
         cut = self._cut(name, weight)

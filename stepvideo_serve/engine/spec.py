@@ -100,11 +100,19 @@ class TensorSpec:
         return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
 
 
-PLAIN, CODES, OUTPUT_SCALE, INPUT_INVERSE = "plain", "codes", "output_scale", "input_inverse"
+PLAIN, CODES, OUTPUT_SCALE, INPUT_INVERSE, INPUT_SCALE = (
+    "plain",
+    "codes",
+    "output_scale",
+    "input_inverse",
+    "input_scale",
+)
 VALUE_SCALE, VALUE_INVERSE, SLOPES = "value_scale", "value_inverse", "slopes"
-FORMS = (PLAIN, CODES, OUTPUT_SCALE, INPUT_INVERSE, VALUE_SCALE, VALUE_INVERSE, SLOPES)
-"""What a weight input holds: the checkpoint's tensor; in FP8 its codes, a scale for each output channel, the inverse
-scale of the layer's input, scale and inverse scale of an attention's values; or the slopes of this rank's heads."""
+OF_ONE_NUMBER = (INPUT_INVERSE, INPUT_SCALE, VALUE_SCALE, VALUE_INVERSE)
+FORMS = (PLAIN, CODES, OUTPUT_SCALE, SLOPES, *OF_ONE_NUMBER)
+"""What a weight input holds: the checkpoint's tensor; in FP8 its codes, a scale for each output channel, scale or
+inverse scale of the layer's input or of an attention's values, one number or the same for every head; or the slopes of
+this rank's heads."""
 LAYER = "{layer}"
 """Stands for the number of a layer in the key of a weight."""
 

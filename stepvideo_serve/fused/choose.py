@@ -77,7 +77,7 @@ _GRAPHS: Mapping[str, tuple[str, ...]] = {
     "vae_decoder": ("vae_attention",),
 }
 # The norm of a DiT block -> the linear layer that takes its result.
-_NORM_FEEDS: Mapping[str, str] = {"norm1": "attn1.wqkv", "norm2": "ff.net.0.proj"}
+NORM_FEEDS: Mapping[str, str] = {"norm1": "attn1.wqkv", "norm2": "ff.net.0.proj"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def fuse_quantization(module: nn.Module) -> list[str]:
     for path, block in list(module.named_modules()):
         if not isinstance(block, DiTBlock):
             continue
-        for norm_path, linear_path in _NORM_FEEDS.items():
+        for norm_path, linear_path in NORM_FEEDS.items():
             norm, linear = block.get_submodule(norm_path), block.get_submodule(linear_path)
             if isinstance(norm, FusedNorm) and isinstance(linear, QuantizedLinear):
                 block.set_submodule(norm_path, FusedNormFp8(norm, linear.input_scale))
