@@ -21,6 +21,7 @@ from stepvideo_serve.config import LINKS_VARIABLE, ServeConfig
 from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.engine.manifest import Manifest, Reads
 from stepvideo_serve.engine.ort import OrtRunner
+from stepvideo_serve.engine.parity import is_of_several
 from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
 from stepvideo_serve.parallel.collectives import Collectives
@@ -125,6 +126,15 @@ def open_manifest(config: ServeConfig) -> Manifest:
             f"{' and '.join(other)}: restore these files of the model, or export the graphs again."
         )
     return manifest
+
+
+def served_checkpoint(config: ServeConfig) -> str:
+    """The identity of all weights that are served, by the graphs' manifest. Where graphs take their weights as inputs
+    and serve several checkpoints, the files say which: they are hashed, once for all processes of a server."""
+    manifest = open_manifest(config)
+    if is_of_several(manifest):
+        return Checkpoint(config.model.dir, _known_digests()).identity
+    return manifest.checkpoint
 
 
 def latent_channels(config: ServeConfig) -> int:

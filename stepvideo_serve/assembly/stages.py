@@ -15,6 +15,7 @@ from stepvideo_serve.assembly.runners import (
     load_runners,
     load_sharded_runners,
     open_manifest,
+    served_checkpoint,
 )
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.dit.shape_check import check_shapes
@@ -168,7 +169,7 @@ def load_preview(config: ServeConfig, channels: int) -> LatentPreview:
 def describe(config: ServeConfig) -> dict[str, Any]:
     """The part of a report that the configuration alone decides. `checkpoint` is the identity of the weights, by the
     graphs' manifest; eager torch has none, and hashing the weights takes long. Raises SetupError."""
-    known = {} if config.model.backend == "eager" else {"checkpoint": open_manifest(config).checkpoint}
+    known = {} if config.model.backend == "eager" else {"checkpoint": served_checkpoint(config)}
     return {
         "backend": config.model.backend,
         "precision": config.model.precision,

@@ -17,6 +17,13 @@ def loops_of(manifest: Manifest) -> list[Mapping[str, Any]]:
     return list(found) if isinstance(found, list) else [found]
 
 
+def is_of_several(manifest: Manifest) -> bool:
+    """Whether graphs that take their weights as inputs were compared with those of several checkpoints or calibrations:
+    then the manifest's own checkpoint is the last of them."""
+    reports = [entry.extras.get("parity", ()) for entry in manifest.graphs.values() if entry.spec.weights]
+    return any(len({row.get(WEIGHTS) for row in rows}) > 1 for rows in reports)
+
+
 def require_parity(manifest: Manifest, names: Iterable[str], weights: Mapping[str, str] | None = None) -> None:
     """EngineError unless each graph has a parity report, and was within its limits in every row of it; or where the
     loop through all graphs was compared, with these weights, and failed. Slices of a layout have no loop of their own

@@ -1,7 +1,7 @@
 """Whether what a request's QUALITY costs is known for what is served: [pricing] of the configuration at work."""
 
 from stepvideo_serve.assembly.checkpoint import Checkpoint
-from stepvideo_serve.assembly.runners import open_manifest
+from stepvideo_serve.assembly.runners import served_checkpoint
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import InvalidRequest
 from stepvideo_serve.planning.evaluations import known_evaluations
@@ -24,7 +24,7 @@ class Pricing:
         checkpoint = ""
         if config.pricing.files:
             eager = config.model.backend == "eager"
-            checkpoint = Checkpoint(config.model.dir).identity if eager else open_manifest(config).checkpoint
+            checkpoint = Checkpoint(config.model.dir).identity if eager else served_checkpoint(config)
         return cls(book, checkpoint, config.model.precision, config.pricing.require)
 
     def warning(self, request: GenerationRequest, preset: Preset) -> str | None:

@@ -21,7 +21,7 @@ from stepvideo_serve.assembly import engines
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components
 from stepvideo_serve.assembly.runners import load_runners
-from stepvideo_serve.assembly.stages import Denoiser
+from stepvideo_serve.assembly.stages import Denoiser, describe
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.engine.gpu_memory import free_memory
 from stepvideo_serve.engine.manifest import KEY, EngineTarget, GraphEntry, Manifest
@@ -173,6 +173,7 @@ def test_one_directory_serves_two_checkpoints(
     names, seen = ["dit_block_00", "dit_block_01"], list[torch.Tensor]()
     for model in models[:2]:
         table, config = components(Checkpoint(model), "fp32"), configured(tmp_path, model, "tensorrt")
+        assert describe(config)["checkpoint"] == Checkpoint(model).identity
         for name, runner in load_runners(config, names, 1).items():
             inputs = sample_inputs(runner.spec, {"tokens": 40, "context_tokens": 90})
             found = runner(**{key: value.to("cuda") for key, value in inputs.items()})["tokens_out"].cpu()
