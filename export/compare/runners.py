@@ -6,8 +6,8 @@ tools (`polygraphy inspect data`, `polygraphy check accuracy`, `polygraphy run -
 numpy, which has no bf16 and no FP8: inputs go by their number, each runner has them in its own types, and outputs are
 fp32.
 
-An export compares its graphs without it (one_graph.py), and so does the loop (denoising.py): nothing of these is kept
-but rows of figures, and three runs that are subtracted need less than runners, threshold and results of Polygraphy's.
+An export compares its graphs without the Comparator (one_graph.py), and so does the loop (denoising.py): both keep rows
+of figures alone, and subtracting the outputs of three runs is less code than wrapping the runs for Polygraphy.
 """
 
 import gc

@@ -54,9 +54,7 @@ def _loses_device(error: BaseException) -> bool:
 
 def _lost(what: str, reason: str) -> DeviceLost:
     said = what if reason in what else f"{what}; CUDA says: {reason}"
-    return DeviceLost(
-        f"CUDA must work in this process, it never will again: {said.rstrip('.')}: send the request again."
-    )
+    return DeviceLost(f"This process has lost its GPU and ends ({said.rstrip('.')}): send the request again.")
 
 
 def _first_line(error: BaseException) -> str:

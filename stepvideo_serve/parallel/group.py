@@ -9,11 +9,11 @@ What goes wrong ends in bounded time:
     a rank dies                    WorkerFailed at once
     a rank is stopped              WorkerFailed after two heartbeats; one that is only silent, after ten
     a rank is stuck in a step      WorkerFailed step_slack_s after the longest step so far, or first_step_timeout_s
-    a cancel is not obeyed         RequestCancelled once a whole step has passed behind the one under way, if that is
-                                   later than cancel_grace_s; a step that was cancelled has the time of any other
+    a cancel is not obeyed         RequestCancelled: the ranks are killed once cancel_grace_s is over and they are past
+                                   the step in which the cancel came and the one after; the limits of a step still hold
     the parent dies                the kernel kills the ranks (rank_process.py)
-In all these cases but the first the processes of the generation are killed, unless all have ended the job, and the
-ranks are started anew at once, whether or not a job waits for them. When that fails REBUILD_ATTEMPTS times in a row
+Where every rank has ended the job, be it by an exception, the generation goes on. Otherwise its processes are killed,
+and the ranks are started anew at once, whether or not a job waits for them. When that fails REBUILD_ATTEMPTS times in a row
 the group has failed: jobs are refused at once, while it goes on trying, until it succeeds.
 """
 

@@ -1,4 +1,5 @@
-"""Whether what a request's QUALITY costs is known for what is served: [pricing] of the configuration at work."""
+"""Looks up a request's preset in the price files; where the preset has no price there, warns or refuses, as [pricing]
+says."""
 
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.runners import served_checkpoint

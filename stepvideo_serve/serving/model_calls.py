@@ -28,7 +28,7 @@ from stepvideo_serve.serving.stage_work import CALL_ID, CANCEL_CALL
 CANCEL_POLL_S = 0.05
 CANCEL_AGAIN_S = 1.0
 SILENCE_S = 5.0  # how long a fetch may take before the run's process is asked whether it lives
-DOUBTS = 2  # times in a row that it lives and yet the fetch is not answered, until the run is given up
+DOUBTS = 2  # a run is given up after so many checks in a row in which its process answers, but the fetch does not
 ANSWER_S = 60.0  # how long a process may take to answer
 SERVER_IS_ENDING = ("Server not ready", "Server is stopping")  # Triton's words for any call from then on
 

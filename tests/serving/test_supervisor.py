@@ -185,7 +185,7 @@ def test_a_model_that_loses_its_gpu_answers_ends_and_is_replaced(
     Image.new("RGB", (64, 64), tuple(uuid.uuid4().bytes[:3])).save(unseen, "PNG")
     words = {"PROMPT": uuid.uuid4().hex.encode(), "IMAGE": unseen.getvalue(), "OUTPUT": b"frames"}
     other: Values = {**small, **words, "SEED": np.array([8], np.int64)}
-    with pytest.raises(Refused, match=r"INTERNAL: CUDA must work in this process, .*illegal memory access"):
+    with pytest.raises(Refused, match=r"INTERNAL: This process has lost its GPU .*illegal memory access"):
         supervised.server.stream(other)
     supervised.wait_for(f"{model} is loaded anew: its process {old.pid} has died", since)
     supervised.wait_for(f"{model} answers again", since)
