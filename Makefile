@@ -229,8 +229,11 @@ soak: $(SERVED) ## many callers, right and wrong, while ranks are killed (SOAK_A
 
 GPU ?= H100
 GPUS ?= 8
-layouts: $(INSTALLED) ## predicted memory, traffic and seconds of every layout of GPUS x GPU
-	@$(RUN) stepvideo_serve layouts --gpu $(GPU) --gpus $(GPUS)
+BOTH ?=
+GPU_HOUR ?=
+layouts: $(INSTALLED) ## predicted memory, traffic and seconds of every layout of GPUS x GPU in PRECISION, cost per video (BOTH=1: engines for both orientations; GPU_HOUR=price)
+	@$(RUN) stepvideo_serve layouts --gpu $(GPU) --gpus $(GPUS) --precision $(PRECISION) \
+		$(if $(BOTH),--both-orientations) $(if $(GPU_HOUR),--gpu-hour '$(GPU_HOUR)')
 
 QUALITY_ARGS ?=
 PRICES_ARGS ?=

@@ -25,6 +25,9 @@ ENVIRONMENT_VARIABLE = "STEPVIDEO_CONFIG"
 LINKS_VARIABLE = "STEPVIDEO_LINKS"
 """Names a folder for links with names in ASCII; the launcher of a server sets the variable."""
 
+StageDevice = Literal["", "cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:5", "cuda:6", "cuda:7"]
+"""The GPU of a model that holds a stage; "": the first, or the CPU, as [model] device says."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -62,6 +65,7 @@ class TextConfig:
 
     cache_entries: int = 64
     on_ranks: bool = False
+    device: StageDevice = ""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "cache_entries")
@@ -72,6 +76,7 @@ class EncoderConfig:
     """The VAE encoder. `cache_entries`: images whose latents are kept; 0 keeps none."""
 
     cache_entries: int = 16
+    device: StageDevice = ""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "cache_entries")
@@ -119,6 +124,7 @@ class DecoderConfig:
     """The VAE decoder. `threads`: CPU threads; 0 = the cores that the process may use; ranks that decode share them."""
 
     threads: int = 0
+    device: StageDevice = ""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "threads")

@@ -62,7 +62,12 @@ def test_values(tmp_path: Path) -> None:
         pytest.param('[model]\ndir = "x"', r"\[model\] .* needs engines_dir, got \['dir'\]", id="no required key"),
         pytest.param(MODEL + "[modle]", "the file .* may have card, decoder, .*, got 'modle'", id="unknown section"),
         pytest.param(
-            MODEL + "[text]\ncache = 1", r"\[text\] .* may have cache_entries, on_ranks, got 'cache'", id="unknown key"
+            MODEL + "[text]\ncache = 1",
+            r"\[text\] .* may have cache_entries, device, on_ranks, got 'cache'",
+            id="unknown key",
+        ),
+        pytest.param(
+            MODEL + '[text]\ndevice = "cuda"', r"\[text\] device .* one of '', 'cuda:0', .* got 'cuda'", id="no GPU"
         ),
         pytest.param(
             MODEL + "[limits]\nmax_seed = 1", r"\[limits\] .* may have .*max_steps.*, got 'max_seed'", id="limit"

@@ -9,17 +9,26 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from export.engines.toolkit import SMS, check_target
 from stepvideo_serve.errors import ExportError, RequestError
+from stepvideo_serve.geometry import VideoGeometry
 from stepvideo_serve.launch.install import ADVISORIES, MINIMUM_NAME
 from stepvideo_serve.launch.options import GRPC_OPERATOR_HEADER, OPERATOR_HEADER, add_server_arguments
 from stepvideo_serve.launch.server import EXIT_MARGIN_S, TRITON_EXIT_S
+from stepvideo_serve.memory.predicted import predicted
+from stepvideo_serve.memory.sizes import ModelSize, Workload
+from stepvideo_serve.parallel.layout import Layout
+from stepvideo_serve.planning.cost import placements_of
 from stepvideo_serve.planning.layouts import main as plan_layout
+from stepvideo_serve.planning.model_size import PUBLISHED, model_size, workload
 
 
 @pytest.fixture
@@ -129,18 +138,64 @@ def sizing() -> list[list[str]]:
     return rows(section(path.read_text(encoding="utf-8"), "Sizing"))
 
 
-@pytest.mark.parametrize("row", sizing(), ids=lambda row: f"{row[0]} {row[1]}")
-def test_the_sizing_table_is_the_planners(row: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    gpus, precision, layout, step_llm, memory, step, request = row
-    count, gpu = gpus.split(" x ")
-    assert plan_layout(["--gpu", gpu, "--gpus", count, "--precision", precision, "--json"]) == 0
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `layouts --json` prints, and of it the layout that it recommends."""
+    assert plan_layout([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert layout == f"`{plan['recommended']}`"
     [chosen] = [entry for entry in plan["layouts"] if entry["layout"] == plan["recommended"]]
+    return plan, chosen
+
+
+@pytest.fixture(scope="module")
+def both_orientations() -> tuple[ModelSize, Workload]:
+    """What engines for 544x992 and 992x544 ask for."""
+    return model_size(PUBLISHED), workload(PUBLISHED, VideoGeometry(102, 544, 992), 50, both_orientations=True)
+
+
+def gib(entry: Mapping[str, Any], step_llm: str) -> str:
+    return f"{entry['memory_bytes']['fullest_gpu'][step_llm] / 2**30:.0f} GiB"
+
+
+@pytest.mark.parametrize("row", sizing(), ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_sizing_table_is_the_planners(
+    row: list[str], both_orientations: tuple[ModelSize, Workload], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so the ledger's, whose sums are those of the processes on a GPU."""
+    gpus, precision, layout, step_llm, memory, both, step, request = row
+    count, gpu = gpus.split(" x ")
+    arguments = ("--gpu", gpu, "--gpus", count, "--precision", precision)
+    plan, chosen = planned(capsys, *arguments)
+    assert layout == f"`{plan['recommended']}`"
     assert step_llm == chosen["step_llm"]
-    assert memory == f"{chosen['memory_bytes']['total'][step_llm] / 2**30:.0f} GiB"
+    assert memory == gib(chosen, step_llm)
     assert step == f"{chosen['step_s']['total']:.2f} s"
     assert request == f"{chosen['request_s']:.0f} s"
+    on_gpu: Counter[int] = Counter()
+    for holding in chosen["memory_bytes"]["holdings"]:
+        on_gpu[holding["gpu"]] += holding["total"]
+    assert max(on_gpu.values()) == chosen["memory_bytes"]["fullest_gpu"][step_llm]
+    assert max(on_gpu.values()) <= chosen["memory_bytes"]["available"]
+    size, turned = both_orientations
+    place = placements_of(Layout.parse(plan["recommended"]), size.llm_groups)[step_llm]
+    fullest = max(predicted(size, place, turned, precision).by_gpu.values())
+    assert both == (f"{fullest / 2**30:.0f} GiB" if fullest <= chosen["memory_bytes"]["available"] else "no")
+
+
+def test_the_table_of_groups_is_the_planners(operations: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--gpu", "H100", "--gpus", "8", "--precision", "fp8", "--gpu-hour", "2.5")
+    plan, _ = planned(capsys, *arguments)
+    found = [row for row in rows(section(operations, "Several groups on a node")) if len(row) == 6]
+    assert found == [
+        [
+            f"{group['groups']} x {group['gpus']}",
+            f"`{group['layout']}`",
+            f"{group['request_s']:.0f} s",
+            f"{group['videos_per_hour']:.1f}",
+            f"{group['gpu_s']:.0f} s",
+            f"{group['cost']:.2f}",
+        ]
+        for group in plan["groups"]
+    ]
 
 
 def test_keys_that_are_named_exist(root: Path, operations: str) -> None:

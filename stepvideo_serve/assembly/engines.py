@@ -28,7 +28,7 @@ from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import ConfigError, EngineError
 from stepvideo_serve.fused.kernels_package import register_plugins
 from stepvideo_serve.geometry import PIXELS_PER_LATENT
-from stepvideo_serve.memory.ledger import RESERVED_BYTES
+from stepvideo_serve.memory.ledger import Graphs
 from stepvideo_serve.parallel.layout import Layout
 
 WHOLE_TOKENS = "dit_core"  # the graphs that see all tokens where a layout divides them
@@ -46,13 +46,17 @@ def load_engines(
     part: str = "",
     weights: LayerWeights | None = None,
     reads: Reads = read_and_hash,
+    device: torch.device | None = None,
+    beside_bytes: int = 0,
 ) -> dict[str, EngineRunner]:
-    """The named engines of [model] engines_dir on the current GPU.
+    """The named engines of [model] engines_dir on a GPU.
 
     kernels  folder of the kernels that plugins look up, one for all engines of a process
     part     the folder of a tensor-parallel rank that the engine directory is
     weights  for engines that take them as inputs: such an engine is opened once for all its layers
     reads    gives the content of an engine's file, and its SHA-256
+    device   None: the current GPU
+    beside_bytes  what the process will hold there besides, when all is loaded: left free
     Raises ConfigError, SetupError or EngineError when they do not fit, before one is loaded where that can be said.
     """
     model = config.model
@@ -62,23 +66,27 @@ def load_engines(
     layout = str(Layout.parse(config.denoiser.layout).of_branch)
     target = EngineTarget(model.backend, trt.__version__, 0, layout, part)
     check_engines(config, manifest, names, target)
-    device = _current_gpu(model.backend)
+    current = _current_gpu(model.backend)
+    device = current if device is None or device.index is None else device
     require_target(manifest, model.engines_dir, replace(target, sm=_sm(device)))
     entries = {name: manifest.graph(name) for name in names}
     register_plugins(trt, kernels, entries, manifest)
     memory = activation_memory(device)
     sizes = _weight_bytes(entries)
-    activations = _activation_bytes(entries)
+    activations = engine_bytes(entries).activations
     torch.cuda.empty_cache()  # TensorRT does not see what torch keeps for itself
-    free_memory(device, RESERVED_BYTES + sum(sizes.values()) + max(0, activations - memory.size_bytes))
+    free_memory(device, beside_bytes + sum(sizes.values()) + max(0, activations - memory.size_bytes))
     memory.reserve(activations)
-    require_room(sizes, torch.cuda.mem_get_info(device)[0] - RESERVED_BYTES)
+    require_room(sizes, torch.cuda.mem_get_info(device)[0] - beside_bytes)
     opened: dict[str, NvInferRunner] = {}
-    for name, entry in entries.items():
-        file = entry.file
-        if file not in opened:
-            engine_id = f"{name}@{entry.key[:12]}"
-            opened[file] = NvInferRunner(trt, entry.spec, model.engines_dir, entry.files[0], memory, engine_id, reads)
+    with torch.cuda.device(device):
+        for name, entry in entries.items():
+            file = entry.file
+            if file not in opened:
+                engine_id = f"{name}@{entry.key[:12]}"
+                opened[file] = NvInferRunner(
+                    trt, entry.spec, model.engines_dir, entry.files[0], memory, engine_id, reads
+                )
     return _of_layers(entries, opened, weights)
 
 
@@ -105,6 +113,12 @@ def _of_layers(
         rate = moved / GIB / took_s
         _logger.info("%.2f GiB of weights went to the GPU in %.1f s, %.2f GiB/s", moved / GIB, took_s, rate)
     return runners
+
+
+def engine_bytes(entries: Mapping[str, GraphEntry]) -> Graphs:
+    """What a process holds that has opened these engines of one folder, by their plans."""
+    activations = max((int(entry.extras["plan"]["activation_bytes"]) for entry in entries.values()), default=0)
+    return Graphs(sum(_weight_bytes(entries).values()), activations)
 
 
 def _weight_bytes(entries: Mapping[str, GraphEntry]) -> dict[str, int]:
@@ -168,10 +182,6 @@ def largest_sizes(config: ServeConfig, name: str) -> dict[str, int]:
 def activation_memory(device: torch.device) -> ActivationMemory:
     """Of this process on this GPU, shared by all its engines."""
     return ActivationMemory(device)
-
-
-def _activation_bytes(entries: Mapping[str, GraphEntry]) -> int:
-    return max((int(entry.extras["plan"]["activation_bytes"]) for entry in entries.values()), default=0)
 
 
 def _current_gpu(backend: str) -> torch.device:

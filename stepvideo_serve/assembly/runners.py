@@ -17,6 +17,7 @@ from stepvideo_serve.assembly.graphs import (
     sharded_graph_names,
 )
 from stepvideo_serve.assembly.layer_weights import LayerWeights
+from stepvideo_serve.assembly.on_gpus import beside_graphs, stage_device
 from stepvideo_serve.config import LINKS_VARIABLE, ServeConfig
 from stepvideo_serve.engine.cores import usable_cores
 from stepvideo_serve.engine.manifest import Manifest, Reads
@@ -39,25 +40,27 @@ def load_runners(
     part: str = "",
     share: int = 1,
     tensor_part: TensorPart = WHOLE,
+    stage: str = "",
 ) -> dict[str, EngineRunner]:
     """The named graphs on the configured backend. Raises ConfigError or EngineError when the engine directory does not
-    fit.
+    fit, or there is no such GPU.
 
     threads  CPU threads of an operator; 0 = the cores that this process may use, divided by `share`
     part     the folder in the engine directory that holds them: that of a tensor-parallel rank
     tensor_part  the slice of the weights that graphs with weights as inputs get
+    stage        the model that runs them, a key of placement.SECTIONS, whose GPU serve.toml may name; "": a rank
     """
-    model = config.model
+    model, device = config.model, stage_device(config, stage)
     if model.backend == "eager":
         torch.set_num_threads(threads or max(usable_cores() // share, 1))
         torch.backends.cudnn.allow_tf32 = False  # torch's default on GPUs: convolutions with ten bits of mantissa
         table = components(Checkpoint(model.dir), model.precision)
-        return {name: EagerRunner(table[name].spec, table[name].load(), model.device) for name in names}
+        return {name: EagerRunner(table[name].spec, table[name].load(), device) for name in names}
     directory = model.engines_dir / part
     local = replace(config, model=replace(model, engines_dir=directory))
     manifest = open_manifest(local)
     if "step_llm" in names and "step_llm" not in manifest.graphs and manifest.takes_weights:
-        return _in_layers(config, names, threads, share)
+        return _in_layers(config, names, threads, share, stage)
     weight_set = WeightSet.load(model.weight_set[0], model.manifests) if model.weight_set else None
     digests = _known_digests()
     weights = LayerWeights(Checkpoint(model.dir, digests), tensor_part, weight_set)
@@ -68,8 +71,8 @@ def load_runners(
             return _open_graphs(directory, manifest, names, threads, weights, digests.read)
         from stepvideo_serve.assembly.engines import KERNELS_FOLDER, load_engines  # for GPUs only
 
-        kernels = model.engines_dir / KERNELS_FOLDER
-        return load_engines(local, manifest, names, kernels, part, weights, digests.read)
+        kernels, beside = model.engines_dir / KERNELS_FOLDER, beside_graphs(config, stage)
+        return load_engines(local, manifest, names, kernels, part, weights, digests.read, device, beside)
 
 
 def _known_digests() -> KnownDigests:
@@ -78,13 +81,16 @@ def _known_digests() -> KnownDigests:
     return KnownDigests(Path(folder, "digests") if folder else None)
 
 
-def _in_layers(config: ServeConfig, names: Collection[str], threads: int, share: int) -> dict[str, EngineRunner]:
+def _in_layers(
+    config: ServeConfig, names: Collection[str], threads: int, share: int, stage: str
+) -> dict[str, EngineRunner]:
     """The named graphs, with Step-LLM as one graph after the other."""
     from stepvideo_serve.text.graphs import step_llm_spec  # imports transformers, which takes long
 
     llm_config = Checkpoint(config.model.dir).llm_config
     layers, dtype = llm_layer_names(llm_config.num_layers), str(compute_dtype(config)).removeprefix("torch.")
-    runners = load_runners(config, [*(name for name in names if name != "step_llm"), *layers], threads, share=share)
+    names_now = [*(name for name in names if name != "step_llm"), *layers]
+    runners = load_runners(config, names_now, threads, share=share, stage=stage)
     whole = LayeredStepLLM(step_llm_spec(llm_config, dtype), runners, llm_config.num_layers)
     return {name: whole if name == "step_llm" else runners[name] for name in names}
 

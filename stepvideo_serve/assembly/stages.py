@@ -24,6 +24,7 @@ from stepvideo_serve.engine.manifest import content_key
 from stepvideo_serve.engine.runner import EngineRunner
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.geometry import LATENTS_PER_CHUNK
+from stepvideo_serve.memory.placement import DECODER, ENCODER, TEXT, Placement
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.communicator import Communicator, OneRank
 from stepvideo_serve.parallel.layout import SINGLE, Layout
@@ -44,7 +45,7 @@ def build_text_encoder(config: ServeConfig, step_llm: Graph | None = None) -> "T
 
     checkpoint = Checkpoint(config.model.dir)
     names = ("hunyuan_clip",) if step_llm else ("step_llm", "hunyuan_clip")
-    runners = load_runners(config, names, threads=0)
+    runners = load_runners(config, names, threads=0, stage=TEXT)
     return TextEncoder(
         step_llm or runners["step_llm"].from_cpu,
         runners["hunyuan_clip"].from_cpu,
@@ -62,7 +63,7 @@ class ImageEncoder:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        self._graph = load_runners(config, ("vae_encoder",), threads=0)["vae_encoder"]
+        self._graph = load_runners(config, ("vae_encoder",), threads=0, stage=ENCODER)["vae_encoder"]
         self._dtype = compute_dtype(config)
         self._cache_entries = config.encoder.cache_entries
         self._cache: OrderedDict[tuple[torch.Size, bytes], tuple[Tensor, Tensor]] = OrderedDict()
@@ -93,7 +94,8 @@ class FrameDecoder:
     """Latents -> frames, one chunk at a time."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._graph = load_runners(config, ("vae_decoder",), config.decoder.threads)["vae_decoder"]
+        runners = load_runners(config, ("vae_decoder",), config.decoder.threads, stage=DECODER)
+        self._graph = runners["vae_decoder"]
         self._dtype = compute_dtype(config)
 
     def decode(self, latents: Tensor) -> Iterator[Frames]:
@@ -103,6 +105,12 @@ class FrameDecoder:
             return self._graph(latents=part.to(self._graph.device, self._dtype))["frames"].float()
 
         return (to_uint8(frames) for frames in decode_chunks(latents, chunk))
+
+
+def build_frame_decoder(config: ServeConfig) -> FrameDecoder | None:
+    """What the model vae_decoder decodes with; None where several ranks do, each with a decoder of its own: one more
+    would only take 12 GiB of the first GPU from them."""
+    return None if Placement.of(config).ranks_decode else FrameDecoder(config)
 
 
 Watched = Callable[[str, Graph], Graph]

@@ -74,10 +74,12 @@ def examine(path: Path, options: ServerOptions, environ: Mapping[str, str]) -> l
 
 
 def _configuration(case: Case) -> Findings:
-    """The file, its layout, and its price files."""
+    """The file, its layout, the GPUs of its stages, and its price files."""
+    from stepvideo_serve.memory.placement import Placement
     from stepvideo_serve.planning.prices import PriceBook
 
     model, layout = case.config.model, case.layout
+    Placement.of(case.config)
     PriceBook.load(case.config.pricing.files)
     yield ok(f"{case.path}: {model.backend}, {model.precision}, {model.device}, layout {layout}.")
 

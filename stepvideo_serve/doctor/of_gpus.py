@@ -2,31 +2,31 @@
 
 import ctypes
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 import torch.distributed
 
+from stepvideo_serve.assembly.on_gpus import ledger_of_engines
 from stepvideo_serve.doctor.case import Case
 from stepvideo_serve.doctor.finding import Finding, Findings, fault, ok, unseen, warning
 from stepvideo_serve.doctor.of_engines import needed_graphs
-from stepvideo_serve.engine.manifest import Manifest
 from stepvideo_serve.engine.nvinfer import PACKAGES
 from stepvideo_serve.errors import SetupError
 from stepvideo_serve.geometry import VideoGeometry
-from stepvideo_serve.memory.ledger import RESERVED_BYTES, memory
+from stepvideo_serve.memory.ledger import Ledger
+from stepvideo_serve.memory.placement import SECTIONS, Placement, gpu_of
+from stepvideo_serve.memory.predicted import predicted, runs_on
 from stepvideo_serve.memory.sizes import GIB
-from stepvideo_serve.parallel.gpus import SHARED_GPU, DriverGpus, Gpus, apart, check_gpus
-from stepvideo_serve.parallel.layout import part_folder
+from stepvideo_serve.parallel.gpus import DriverGpus, Gpus, apart, check_gpus
 from stepvideo_serve.planning.model_size import ModelConfigs, model_size, workload
 
 KERNEL_MODULE: Final = Path("/proc/driver/nvidia/version")
 NEWEST: Final = 580  # the first driver of CUDA 13
 WITH_PACKAGE: Final = (535, 550, 570)  # those that CUDA 13's compatibility package helps, on data-centre GPUs
 FP8_SM: Final = (8, 9)
-LEDGER_PRECISION: Final = {"bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "nvfp4": "fp8"}
-"""Precision -> the row of the ledger; NVFP4 takes less than that of FP8."""
 SLOW_SETTINGS: Final = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
 NO_GPU: Final = "There is no GPU here to ask."
 NOT_ASKED_FOR: Final = '[model] device is "cpu".'
@@ -108,7 +108,7 @@ def judge_gpus(case: Case, machine: Gpus, capability: tuple[int, int], name: str
     layout, well = case.layout, True
     for rank in range(layout.world_size):
         try:
-            check_gpus(layout, rank, machine)
+            check_gpus(layout, rank, machine, Placement.of(case.config).shared)
         except SetupError as error:
             well = False
             yield fault(str(error), "do what the sentence says")
@@ -119,6 +119,14 @@ def judge_gpus(case: Case, machine: Gpus, capability: tuple[int, int], name: str
                 f"GPU {rank} cannot reach the memory of GPU {', '.join(map(str, others))} (P2P): what they exchange "
                 "goes through the host, slowly.",
                 "nvidia-smi topo -p2p r; switch the IOMMU or ACS off, or choose a layout of fewer GPUs",
+            )
+    for process, section in SECTIONS.items():
+        gpu = gpu_of(case.config, process)
+        if gpu is not None and gpu >= machine.count():
+            well = False
+            yield fault(
+                f"[{section}] device must be a GPU of this machine, got cuda:{gpu} of {machine.count()}.",
+                "name another one, or leave the key out",
             )
     if case.config.model.precision in ("fp8", "nvfp4") and capability < FP8_SM:
         well = False
@@ -131,78 +139,49 @@ def judge_gpus(case: Case, machine: Gpus, capability: tuple[int, int], name: str
 
 
 def gpu_memory(case: Case) -> Findings:
-    """Free memory of each rank's GPU against what its engines say, or the ledger predicts."""
+    """Free memory of each GPU against what the ledger says of the processes on it."""
     if not case.wants_gpus:
         yield unseen(NOT_ASKED_FOR)
         return
-    needed, by = needed_memory(case)
-    if not needed:
-        yield unseen(f"The ledger of memory has no {case.config.model.precision}.")
-    elif not torch.cuda.is_available():
-        yield unseen(f"{NO_GPU} GPU {SHARED_GPU} needs {needed[0] / GIB:.1f} GiB, {by}.")
+    ledger, by = needed_memory(case)
+    if not torch.cuda.is_available():
+        yield unseen(f"{NO_GPU} GPU {ledger.fullest} needs {ledger.by_gpu[ledger.fullest] / GIB:.1f} GiB, {by}.")
     else:
-        count = torch.cuda.device_count()
-        free = [torch.cuda.mem_get_info(index)[0] for index in range(min(count, len(needed)))]
-        yield from judge_memory(free, needed, by)
+        there = range(torch.cuda.device_count())
+        yield from judge_memory(
+            {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in ledger.by_gpu if gpu in there}, ledger, by
+        )
 
 
-def judge_memory(free: list[int], needed: list[int], by: str) -> Findings:
-    """Bytes of each GPU that is there; too few of them are another check's fault."""
-    spare = [there - wanted for there, wanted in zip(free, needed[: len(free)], strict=True)]
-    for index, (there, wanted, left) in enumerate(zip(free, needed[: len(free)], spare, strict=True)):
+def judge_memory(free: Mapping[int, int], ledger: Ledger, by: str) -> Findings:
+    """free: bytes of each GPU that is there; too few of them are another check's fault."""
+    needed = ledger.by_gpu
+    spare = {gpu: there - needed[gpu] for gpu, there in free.items()}
+    for gpu, left in spare.items():
         if left < 0:
+            held = ", ".join(f"{one.process} {one.total / GIB:.1f}" for one in ledger.on(gpu))
             yield fault(
-                f"GPU {index} has {there / GIB:.1f} GiB free, {wanted / GIB:.1f} are needed, {by}.",
-                "end what else is on it (nvidia-smi), choose a layout of more GPUs (python -m stepvideo_serve "
-                "layouts), or lower [limits] max_tokens",
+                f"GPU {gpu} has {free[gpu] / GIB:.1f} GiB free, {needed[gpu] / GIB:.1f} are needed, {by} ({held}).",
+                "end what else is on it (nvidia-smi), give a stage another GPU ([text] device), choose a layout of "
+                "more GPUs (python -m stepvideo_serve layouts), or lower [limits] max_tokens",
             )
-    if spare and min(spare) >= 0:
-        yield ok(f"GPU 0 needs {needed[0] / GIB:.1f} GiB, {by}; the fullest has {min(spare) / GIB:.1f} GiB to spare.")
+    if spare and min(spare.values()) >= 0:
+        gpu = min(spare, key=spare.__getitem__)
+        yield ok(
+            f"GPU {gpu} needs {needed[gpu] / GIB:.1f} GiB, {by}; {spare[gpu] / GIB:.1f} to spare, the least of all."
+        )
 
 
-def needed_memory(case: Case) -> tuple[list[int], str]:
-    """Bytes that each rank's GPU needs, and by whose word; none where nobody knows."""
-    if case.config.model.backend in PACKAGES:
-        return _by_engines(case), "by the engines' manifest"
-    precision = LEDGER_PRECISION.get(case.config.model.precision)
-    if precision is None:
-        return [], ""
-    configs, layout, defaults = ModelConfigs.load(case.config.model.dir), case.layout, case.config.defaults
-    geometry = VideoGeometry(defaults.num_frames, defaults.height, defaults.width)
-    found = memory(model_size(configs), layout, workload(configs, geometry, defaults.steps), precision)
-    first = "split" if case.config.text.on_ranks and "split" in found.llm else "whole"
-    others = "split" if first == "split" else "elsewhere"
-    totals = [found.total(first if rank == SHARED_GPU else others) for rank in range(layout.world_size)]
-    return totals, "predicted by the ledger for a request of [defaults]"
-
-
-def _by_engines(case: Case) -> list[int]:
-    """Weights and the largest activations of the engines of each rank; those of the first GPU's other models, too."""
-    layout, needed = case.layout, needed_graphs(case.config)
-    plans = {part: _plans(case.config.model.engines_dir / part, names) for part, names in needed.items()}
-    alone = layout.world_size == 1
-    beside = ("vae_encoder", "hunyuan_clip", "step_llm", *(["vae_decoder"] if alone else []))
-    totals = []
-    for rank in range(layout.world_size):
-        own = plans.get(part_folder(layout, layout.coordinates(rank).tp), {})
-        ranks = {name: plan for name, plan in plans[""].items() if name not in beside} | own
-        totals.append(RESERVED_BYTES + _weights(ranks) + max((plan[1] for plan in ranks.values()), default=0))
-    others = {name: plan for name, plan in plans[""].items() if name in beside}
-    totals[SHARED_GPU] += _weights(others) + sum(plan[1] for plan in others.values())
-    return totals
-
-
-def _plans(directory: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Bytes of each engine's weights and activations. Raises EngineError."""
-    manifest = Manifest.load(directory)
-    plans = {name: manifest.graph(name).extras.get("plan", {}) for name in names}
-    return {
-        name: (int(plan.get("weight_bytes", 0)), int(plan.get("activation_bytes", 0))) for name, plan in plans.items()
-    }
-
-
-def _weights(plans: dict[str, tuple[int, int]]) -> int:
-    return sum(weight for weight, _ in plans.values())
+def needed_memory(case: Case) -> tuple[Ledger, str]:
+    """The ledger of the configuration, and by whose word."""
+    config = case.config
+    if config.model.backend in PACKAGES:
+        return ledger_of_engines(config, needed_graphs(config)), "by the ledger of memory and the engines' manifest"
+    configs, defaults = ModelConfigs.load(config.model.dir), config.defaults
+    work = workload(configs, VideoGeometry(defaults.num_frames, defaults.height, defaults.width), defaults.steps)
+    runs = runs_on(config.model.backend)
+    found = predicted(model_size(configs), Placement.of(config), work, config.model.precision, runs)
+    return found, "predicted by the ledger of memory for a request of [defaults]"
 
 
 def communication(case: Case) -> Findings:

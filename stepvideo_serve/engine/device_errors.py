@@ -17,32 +17,35 @@ OUT_OF_MEMORY = "CUDA error: out of memory"  # how cudaErrorMemoryAllocation rea
 
 
 @contextmanager
-def device_errors() -> Iterator[None]:
-    """Around everything that uses the GPU: an error that CUDA will not get over leaves as DeviceLost."""
+def device_errors(device: torch.device | None = None) -> Iterator[None]:
+    """Around everything that uses the GPU: an error that CUDA will not get over leaves as DeviceLost. device: the GPU
+    that is asked; None or without a number: the thread's current one."""
     try:
         yield
     except (DeviceLost, RequestError):
         raise
     except Exception as error:
-        reason = _first_line(error) if _loses_device(error) else lost_context()
+        reason = _first_line(error) if _loses_device(error) else lost_context(device)
         if reason is None:
             raise
         raise _lost(f"{type(error).__name__}: {_first_line(error)}", reason) from error
 
 
-def require_context(what: str) -> None:
-    """Raises DeviceLost, saying what was noticed, where CUDA's context is lost; waits for nothing."""
-    reason = lost_context()
+def require_context(what: str, device: torch.device | None = None) -> None:
+    """Raises DeviceLost, saying what was noticed, where CUDA's context is lost; waits for nothing. device: as in
+    `device_errors`."""
+    reason = lost_context(device)
     if reason is not None:
         raise _lost(what, reason)
 
 
-def lost_context() -> str | None:
-    """What CUDA says is wrong in this process; None where all is well, or CUDA is not in use."""
+def lost_context(device: torch.device | None = None) -> str | None:
+    """What CUDA says is wrong in this process; None where all is well, or CUDA is not in use. Asking about a GPU that
+    the process does not use would take memory there."""
     if not torch.cuda.is_initialized():
         return None
     try:
-        torch.cuda.current_stream().query()
+        torch.cuda.current_stream(device).query()
     except torch.AcceleratorError as error:
         return _first_line(error) if _loses_device(error) else None
     return None

@@ -155,7 +155,8 @@ class NvInferRunner(EngineRunner):
         outputs = empty_outputs(self.spec, dims, self.device)
         current = torch.cuda.current_stream(self.device)
         self._memory.stream.wait_stream(current)
-        self._enqueue(bound, outputs)
+        with torch.cuda.device(self.device):  # TensorRT asks for it, and threads begin on GPU 0
+            self._enqueue(bound, outputs)
         current.wait_stream(self._memory.stream)  # also: what is freed now is not reused before the engine is done
         return outputs
 
@@ -174,7 +175,7 @@ class NvInferRunner(EngineRunner):
 
     def _refused(self, shapes: Mapping[str, list[int]]) -> EngineError:
         """The error of a refused call. Raises DeviceLost where the cause is an earlier kernel that lost the GPU."""
-        require_context(f"TensorRT refused to run {self.spec.name} ({self._logger.last_error})")
+        require_context(f"TensorRT refused to run {self.spec.name} ({self._logger.last_error})", self.device)
         profile = {name: [list(shape) for shape in bounds] for name, bounds in self.spec.profile().items()}
         return EngineError(
             f"Engine {self.spec.name} must run with {shapes} (profile {profile}), TensorRT refused: "

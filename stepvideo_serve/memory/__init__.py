@@ -1,1 +1,1 @@
-"""What a process holds on a device: one ledger for the planner and the loader."""
+"""What a process holds on a device: one ledger for the planner, the loader and the doctor."""

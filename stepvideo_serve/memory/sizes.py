@@ -8,8 +8,10 @@ from stepvideo_serve.parallel.layout import Layout
 GIB = 2**30
 BF16_BYTES = 2
 FP32_BYTES = 4
-WEIGHT_BYTES: Mapping[str, int] = {"bf16": 2, "fp8": 1}
-"""Of the matrices that tensor parallelism cuts; everything else stays in bf16."""
+WEIGHT_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "nvfp4": 1}
+"""By precision, of the matrices that tensor parallelism cuts. NVFP4 takes less than FP8, and is counted as that."""
+VALUE_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "nvfp4": 2}
+"""Likewise, of all other weights and of activations."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,16 @@ class Parameters:
 
     def bytes(self, tp: int, precision: str) -> int:
         """Of one rank's share."""
-        return self.cut // tp * WEIGHT_BYTES[precision] + self.whole * BF16_BYTES
+        return self.cut // tp * WEIGHT_BYTES[precision] + self.whole * VALUE_BYTES[precision]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of the DiT, as far as what lies between its graphs goes."""
+
+    width: int
+    head_dim: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -43,18 +54,23 @@ class ModelSize:
     llm: Parameters
     llm_groups: int
     clip_parameters: int
-    vae_parameters: int
+    vae_encoder_parameters: int
+    vae_decoder_parameters: int
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(self.width, self.head_dim, self.layers)
 
 
 @dataclass(frozen=True)
 class Workload:
     """One request. branches: 2 with guidance, 1 without. prepare_flops (both branches' text context), llm_flops (all
     prompts) and encode_flops (image) are once per request; chunk_flops and chunk_bytes are the VAE decoder's work and
-    largest memory for one of `chunks`."""
+    tensors alive in it at most for one of `chunks`, image_bytes those of its encoder, in bf16."""
 
     tokens: int
     text_tokens: int
@@ -65,6 +81,7 @@ class Workload:
     encode_flops: float
     chunk_flops: float
     chunk_bytes: int
+    image_bytes: int
     branches: int = 2
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ COMPUTE_MODE = 20
 DEFAULT, PROHIBITED, EXCLUSIVE_PROCESS = 0, 2, 3
 MODES = {PROHIBITED: "PROHIBITED", EXCLUSIVE_PROCESS: "EXCLUSIVE_PROCESS"}
 SHARED_GPU = 0
-"""The GPU of rank 0, which the models beside the ranks use, too."""
+"""The GPU of rank 0, which the models beside the ranks use, too, unless they are given others."""
 
 _logger = logging.getLogger(__name__)
 
@@ -55,13 +56,14 @@ class DriverGpus:
         return bool(torch.cuda.can_device_access_peer(index, other))
 
 
-def check_gpus(layout: Layout, rank: int, gpus: Gpus) -> None:
+def check_gpus(layout: Layout, rank: int, gpus: Gpus, shared: Collection[int] = (SHARED_GPU,)) -> None:
     """Raises ConfigError when there are fewer GPUs than ranks, SetupError when the mode of this rank's GPU keeps it or
-    the other models out. GPUs that cannot reach each other are said in the log: they work, by way of the host."""
+    the other models out. GPUs that cannot reach each other are said in the log: they work, by way of the host.
+    shared: the GPUs that models beside the ranks use."""
     layout.check_devices(gpus.count())
     mode = gpus.compute_mode(rank)
-    if mode == PROHIBITED or (mode == EXCLUSIVE_PROCESS and rank == SHARED_GPU):
-        users = "rank 0 and the models beside it" if rank == SHARED_GPU else f"rank {rank}"
+    if mode == PROHIBITED or (mode == EXCLUSIVE_PROCESS and rank in shared):
+        users = f"rank {rank} and the models beside it" if rank in shared else f"rank {rank}"
         raise SetupError(
             f"GPU {rank} must be open to {users}, its compute mode is {MODES[mode]}: nvidia-smi -i {rank} -c DEFAULT."
         )

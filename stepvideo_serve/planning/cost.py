@@ -2,12 +2,11 @@
 
 Exact     parameters per rank; FLOPs of the matrix multiplications (2 per multiply and add; nothing else is counted);
           payload bytes of every collective, as parallel/collectives.py counts them.
-Predicted activations and scratch (tensors alive at the same time in the pieces of a block; a TensorRT engine may plan
-          better, an eager run fragments), and all seconds: FLOPs at the share of the peak in gpus.py, bytes
-          at the link's bandwidth, sums hidden behind the other guidance branch except for OVERLAP_LOSS of them. Not
-          counted: that smaller slices run less efficiently, and the mp4.
+Predicted memory beyond the weights (memory/predicted.py), and all seconds: FLOPs at the share of the peak in gpus.py,
+          bytes at the link's bandwidth, sums hidden behind the other guidance branch except for OVERLAP_LOSS of them.
+          Not counted: that smaller slices run less efficiently, and the mp4.
 
-Rank 0 is predicted: no rank has more tokens, and it alone may hold a whole text encoder.
+Work and seconds are rank 0's: no rank has more tokens. Memory is that of every process on every GPU.
 Letters: D width, H heads, N video tokens, n those of this rank, L text tokens.
 Sources: ring all-reduce sends 2 (p - 1) / p of the payload (Patarasuk and Yuan, 2009), an all-to-all all but the own
 part; cuts of a block as in Megatron-LM (arXiv 1909.08053) and DeepSpeed-Ulysses (arXiv 2309.14509).
@@ -18,13 +17,15 @@ from dataclasses import dataclass
 from math import ceil
 
 from stepvideo_serve.errors import ConfigError
-from stepvideo_serve.memory.ledger import Memory, memory
+from stepvideo_serve.memory.ledger import Ledger
+from stepvideo_serve.memory.placement import Placement
+from stepvideo_serve.memory.predicted import predicted
 from stepvideo_serve.memory.sizes import BF16_BYTES, FP32_BYTES, ModelSize, Workload, own_branches
 from stepvideo_serve.parallel.layout import SIZES, Layout, split_evenly
 from stepvideo_serve.planning.gpus import GPU, OVERLAP_LOSS
 
 LLM_PLACEMENTS = ("split", "whole", "elsewhere")
-"""Step-LLM in slices on the tensor-parallel ranks, whole on rank 0's GPU, or not on these GPUs."""
+"""Step-LLM in slices on the tensor-parallel ranks, whole on one of their GPUs, or not on these GPUs."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,46 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One layout on one kind of GPU. flops: of rank 0 per step, by part; placement: the first of LLM_PLACEMENTS with
-    which everything fits, None when not even the rest does; request_s: without queueing and mp4."""
+    """One layout on one kind of GPU. flops: of rank 0 per step, by part; memory: of the layout's GPUs, for each of
+    LLM_PLACEMENTS that the layout allows; placement: the first with which everything fits, None when not even the rest
+    does; request_s: without queueing and mp4."""
 
     layout: Layout
     flops: Mapping[str, float]
     exchanges: tuple[Exchange, ...]
-    memory: Memory
+    memory: Mapping[str, Ledger]
     placement: str | None
     step: StepSeconds
     text_s: float
     decode_s: float
     request_s: float
+
+    @property
+    def chosen_memory(self) -> Ledger:
+        """With `placement`; without Step-LLM where nothing fits."""
+        return self.memory[self.placement or "elsewhere"]
+
+    def needs_bytes(self, placement: str) -> int:
+        """Of the fullest GPU."""
+        return max(self.memory[placement].by_gpu.values())
+
+
+def placements_of(layout: Layout, llm_groups: int) -> dict[str, Placement]:
+    """LLM_PLACEMENTS, as far as the layout allows them. A whole Step-LLM goes to GPU 1 where there is one: the VAE
+    encoder is on GPU 0. Elsewhere is the first GPU that no rank has."""
+    split = layout.tp > 1 and llm_groups % layout.tp == 0
+    return {
+        **({"split": Placement(layout, llm_on_ranks=True)} if split else {}),
+        "whole": Placement(layout, text=min(1, layout.world_size - 1)),
+        "elsewhere": Placement(layout, text=layout.world_size),
+    }
+
+
+def memory_by_placement(size: ModelSize, layout: Layout, work: Workload, precision: str) -> dict[str, Ledger]:
+    """For each placement that the layout allows: the layout's GPUs."""
+    others = [layout.world_size]
+    found = placements_of(layout, size.llm_groups)
+    return {name: predicted(size, place, work, precision).without(others) for name, place in found.items()}
 
 
 def layouts_of(gpus: int, heads: int, tokens: int) -> list[Layout]:
@@ -177,9 +206,9 @@ def step_seconds(size: ModelSize, layout: Layout, work: Workload, gpu: GPU, prec
 def predict(size: ModelSize, layout: Layout, work: Workload, gpu: GPU, precision: str) -> Prediction:
     """Everything about one layout. `precision` "bf16" or "fp8": of the weights that are cut, and of the blocks'
     computation; activations between pieces, the rest of the weights and the VAE stay in bf16."""
-    needed = memory(size, layout, work, precision)
-    fitting = [place for place in LLM_PLACEMENTS if place in needed.llm and needed.total(place) <= gpu.memory_bytes]
-    placement = fitting[0] if fitting else None
+    needed = memory_by_placement(size, layout, work, precision)
+    fits = {place: max(ledger.by_gpu.values()) <= gpu.memory_bytes for place, ledger in needed.items()}
+    placement = next((place for place in LLM_PLACEMENTS if fits.get(place)), None)
     step = step_seconds(size, layout, work, gpu, precision)
     llm_ranks = layout.tp if placement == "split" else 1
     own_share = own_branches(layout, work.branches) / work.branches

@@ -81,6 +81,7 @@ PUBLISHED = ModelConfigs(
 def model_size(configs: ModelConfigs) -> ModelSize:
     """Dimensions of the DiT, and parameters of all networks."""
     dit, llm, vae = configs.dit, configs.llm, configs.vae
+    of_vae = meta_shapes(lambda: VideoVAE(vae))
     return ModelSize(
         width=dit.width,
         heads=dit.num_heads,
@@ -93,7 +94,8 @@ def model_size(configs: ModelConfigs) -> ModelSize:
         llm=_parameters(meta_shapes(lambda: StepLLM(llm)), llm_plan(llm)),
         llm_groups=llm.num_groups,
         clip_parameters=bert_parameters(configs.clip),
-        vae_parameters=sum(prod(shape) for shape in meta_shapes(lambda: VideoVAE(vae)).values()),
+        vae_encoder_parameters=sum(prod(of_vae[key]) for key in of_vae if key.startswith("encoder.")),
+        vae_decoder_parameters=sum(prod(of_vae[key]) for key in of_vae if key.startswith("decoder.")),
     )
 
 
@@ -114,9 +116,12 @@ def bert_parameters(clip: Mapping[str, int]) -> int:
     return vectors * width + norm + layers + width * width + width
 
 
-def workload(configs: ModelConfigs, geometry: VideoGeometry, steps: int) -> Workload:
-    """One guided request with two texts of full length. Hunyuan-CLIP's work, below 1 % of Step-LLM's, is left out."""
+def workload(configs: ModelConfigs, geometry: VideoGeometry, steps: int, both_orientations: bool = False) -> Workload:
+    """One guided request with two texts of full length. Hunyuan-CLIP's work, below 1 % of Step-LLM's, is left out.
+    both_orientations: engines reserve memory for the video's height and width exchanged, too."""
     dit, width, text_tokens = configs.dit, configs.dit.width, CLIP_TOKENS + LLM_MAX_TOKENS
+    longer = max(geometry.height, geometry.width)
+    largest = (longer, longer) if both_orientations else (geometry.height, geometry.width)
     keys_values = dit.num_layers * 4 * text_tokens * width**2
     context = 2 * LLM_MAX_TOKENS * (dit.llm_channels + width) * width + 2 * CLIP_TOKENS * dit.clip_channels * width
     return Workload(
@@ -128,7 +133,8 @@ def workload(configs: ModelConfigs, geometry: VideoGeometry, steps: int) -> Work
         llm_flops=2 * _llm_flops(configs.llm),
         encode_flops=_encoder_flops(configs.vae, geometry),
         chunk_flops=_decoder_flops(configs.vae, geometry),
-        chunk_bytes=decoder_bytes(configs.vae, geometry),
+        chunk_bytes=decoder_bytes(configs.vae, *largest),
+        image_bytes=encoder_bytes(configs.vae, *largest),
     )
 
 
@@ -154,11 +160,18 @@ def _encoder_flops(vae: VAEConfig, geometry: VideoGeometry) -> float:
     return float(counter.get_total_flops())
 
 
-def decoder_bytes(vae: VAEConfig, geometry: VideoGeometry) -> int:
-    """Peak of an eager bf16 decoder on one chunk, without the convolutions' own workspace.
+def decoder_bytes(vae: VAEConfig, height: int, width: int) -> int:
+    """Peak of a bf16 decoder on one chunk of height x width pixels, without the convolutions' own workspace.
 
     It comes in the first residual block at full resolution: 20 frames (three are dropped later) at the width of the
     level before, as they came in and after norm and SiLU, once more padded by two frames, and the result.
     """
     wide, narrow = vae.decoder_widths[1], vae.decoder_widths[0]
-    return geometry.height * geometry.width * (20 * (2 * wide + narrow) + 22 * wide) * BF16_BYTES
+    return height * width * (20 * (2 * wide + narrow) + 22 * wide) * BF16_BYTES
+
+
+def encoder_bytes(vae: VAEConfig, height: int, width: int) -> int:
+    """The same of the encoder on one image. It comes in the second residual block at full resolution: its input, the
+    result of the first convolution as it is and after norm and SiLU, once more padded by two frames, and the result,
+    beside the picture and its first channels."""
+    return height * width * (7 * vae.encoder_widths[0] + vae.encoder_stem + 3) * BF16_BYTES

@@ -1,7 +1,7 @@
 """What a request will take, from what it asks for and what the server has measured. Pure arithmetic.
 
 Seconds are the sum of the stages, each told by its rate (pace.py) from its work: FLOPs of the steps, pixels of the
-pictures, tokens of the texts. Waiting is apart. Memory is predicted from the model's dimensions (cost.py).
+pictures, tokens of the texts. Waiting is apart. Memory is what the ledger predicts (memory/).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.errors import ServiceUnavailable
 from stepvideo_serve.geometry import FRAMES_PER_CHUNK, VideoGeometry
-from stepvideo_serve.memory.ledger import memory
+from stepvideo_serve.memory.placement import Placement
+from stepvideo_serve.memory.predicted import predicted, runs_on
 from stepvideo_serve.memory.sizes import ModelSize, Workload
 from stepvideo_serve.parallel.layout import Layout
 from stepvideo_serve.planning.evaluations import EvaluationCounts, Expected, known_evaluations
-from stepvideo_serve.planning.model_size import ModelConfigs, decoder_bytes, model_size
+from stepvideo_serve.planning.model_size import ModelConfigs, decoder_bytes, encoder_bytes, model_size
 from stepvideo_serve.planning.pace import Rate, step_flops
 from stepvideo_serve.request import (
     INPUT_NAMES,
@@ -91,18 +92,21 @@ class Server:
 
     size: ModelSize
     configs: ModelConfigs
-    layout: Layout
-    llm_on_ranks: bool
+    placement: Placement
     precision: str
     device: str
+    runs: str
 
     @classmethod
     def of(cls, config: ServeConfig) -> "Server":
         """Raises SetupError."""
-        configs = ModelConfigs.load(config.model.dir)
-        layout = Layout.parse(config.denoiser.layout)
-        model = config.model
-        return cls(model_size(configs), configs, layout, config.text.on_ranks, model.precision, model.device)
+        configs, model = ModelConfigs.load(config.model.dir), config.model
+        runs = runs_on(model.backend)
+        return cls(model_size(configs), configs, Placement.of(config), model.precision, model.device, runs)
+
+    @property
+    def layout(self) -> Layout:
+        return self.placement.layout
 
     @property
     def decoders(self) -> int:
@@ -110,7 +114,7 @@ class Server:
         return self.layout.world_size
 
     def peak_memory_bytes(self, geometry: VideoGeometry, branches: int) -> int:
-        """Of rank 0's device, predicted. Without the CUDA context where there is none; fp32 is twice bf16."""
+        """Of the fullest GPU, predicted. Without GPUs: what its processes would hold there, but for CUDA's own."""
         work = Workload(
             tokens=geometry.tokens // self.configs.dit.patch_size**2,
             text_tokens=CLIP_TOKENS + LLM_MAX_TOKENS,
@@ -120,13 +124,14 @@ class Server:
             llm_flops=0.0,
             encode_flops=0.0,
             chunk_flops=0.0,
-            chunk_bytes=decoder_bytes(self.configs.vae, geometry),
+            chunk_bytes=decoder_bytes(self.configs.vae, geometry.height, geometry.width),
+            image_bytes=encoder_bytes(self.configs.vae, geometry.height, geometry.width),
             branches=branches,
         )
-        needed = memory(self.size, self.layout, work, "fp8" if self.precision in ("fp8", "nvfp4") else "bf16")
-        model = needed.total("split" if self.llm_on_ranks else "whole") - needed.reserved
-        model *= 2 if self.precision == "fp32" else 1
-        return model + (needed.reserved if self.device == "cuda" else 0)
+        ledger = predicted(self.size, self.placement, work, self.precision, self.runs)
+        if self.device == "cuda":
+            return max(ledger.by_gpu.values())
+        return max(sum(holding.tensors for holding in ledger.on(gpu)) for gpu in ledger.by_gpu)
 
 
 def stage_work(request: GenerationRequest, new_tokens: int, image_is_new: bool, decoders: int) -> dict[str, float]:
@@ -171,7 +176,8 @@ def quote(asked: QuoteRequest, server: Server, state: Mapping[str, Any]) -> dict
     parts = {part: sum(stages.get(stage, 0.0) for stage in PARTS[part]) for part in PARTS}
     total_s = sum(parts.values())
     ranks = server.layout.world_size
-    gpus = {"text": ranks if server.llm_on_ranks else 1, "vae_encode": 1, "denoise": ranks, "vae_decode": ranks}
+    encoders = ranks if server.placement.llm_on_ranks else 1
+    gpus = {"text": encoders, "vae_encode": 1, "denoise": ranks, "vae_decode": ranks}
     gpu_seconds = {part: parts[part] * count for part, count in gpus.items()}
     return {
         "seconds": {"total": total_s, **parts},

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepvideo_serve.assembly.stages import FrameDecoder, ImageEncoder, build_text_encoder
+from stepvideo_serve.assembly.on_gpus import stage_device
+from stepvideo_serve.assembly.stages import ImageEncoder, build_frame_decoder, build_text_encoder
 from stepvideo_serve.config import ServeConfig
 from stepvideo_serve.engine.device_errors import device_errors, require_context
 from stepvideo_serve.errors import InvalidRequest, RequestCancelled
 from stepvideo_serve.launch.boundary import Boundary
+from stepvideo_serve.memory.placement import DECODER, SECTIONS
 from stepvideo_serve.scheduling.progress import Repeated
 from stepvideo_serve.scheduling.run_queue import QueuedRun, QueueRules, RunQueue, RunTerms
 from stepvideo_serve.serving.adapter import (
@@ -44,7 +46,8 @@ class StageModel(ABC):
             self._name, self._boundary = args["model_name"], Boundary.from_environment()
             self._deaths, self.bounds = ThreadDeaths.watched(), StageBounds.of(config)
             self.metrics = Metrics()
-            self.work = StageWork(self.answer)
+            self._device = stage_device(config, self._name if self._name in SECTIONS else "")
+            self.work = StageWork(self.answer, device=self._device)
             self.load(config)
             self._beats = Heartbeats(self.metrics, args["model_name"])
 
@@ -76,7 +79,7 @@ class StageModel(ABC):
         if is_probe(request):
             self._deaths.check(self._name)
             self.work.check(self._name)
-            require_context("a probe asked")
+            require_context("a probe asked", self._device)
             sender.finish({})
             return
         parameters = parameters_of(request)
@@ -123,14 +126,16 @@ class VaeEncoderModel(StageModel):
 
 
 class VaeDecoderModel(QueuedModel):
-    """latents -> frames, one response per chunk. A run stops after a chunk once it is cancelled."""
+    """latents -> frames, one response per chunk. A run stops after a chunk once it is cancelled. Where several ranks
+    decode, this model holds nothing and takes no run."""
 
     def initialize(self, args: dict[str, str]) -> None:
         with clear_setup_errors():
             config = ServeConfig.from_environment()
             configure_logging(config.logging, args["model_name"], in_stub=True)
             self.prepare(args["model_name"], config)
-            self._decoder = FrameDecoder(config)
+            self._device = stage_device(config, DECODER)
+            self._decoder = build_frame_decoder(config)
         self._beats = Heartbeats(Metrics(), args["model_name"])
         # No caller meets this bound: a request decodes only after `dit_denoiser` has accepted its run.
         self.queue = RunQueue(QueueRules(self.bounds.max_runs), self._serve, lambda: None, lambda _: None)
@@ -147,12 +152,14 @@ class VaeDecoderModel(QueuedModel):
         return RunTerms(Repeated("decode", {"latents": inputs["latents"]}))
 
     def probed(self) -> Arrays:
-        require_context("a probe asked")
+        require_context("a probe asked", self._device)
         return {}
 
     def _serve(self, run: QueuedRun) -> bool:
         try:
-            with device_errors():
+            if self._decoder is None:
+                raise InvalidRequest("This model decodes for one rank, here several ranks decode: call ti2v instead.")
+            with device_errors(self._device):
                 for frames in self._decoder.decode(torch.from_numpy(run.terms.job.tensors["latents"])):
                     if run.cancelled.is_set():
                         raise RequestCancelled("The request was cancelled by its caller.")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from numpy.typing import NDArray
 
 from stepvideo_serve.engine.device_errors import device_errors
@@ -44,10 +45,13 @@ class Task:
 
 
 class StageWork:
-    """Answers one task after the other with `answer`, whose exceptions become the reply. Any thread may call."""
+    """Answers one task after the other with `answer`, whose exceptions become the reply. Any thread may call. device:
+    what `answer` computes on; None: the current GPU."""
 
-    def __init__(self, answer: Callable[[Arrays], Arrays], stuck_s: float = STUCK_S) -> None:
-        self._answer, self._stuck_s = answer, stuck_s
+    def __init__(
+        self, answer: Callable[[Arrays], Arrays], stuck_s: float = STUCK_S, device: torch.device | None = None
+    ) -> None:
+        self._answer, self._stuck_s, self._device = answer, stuck_s, device
         self._tasks: deque[Task] = deque()  # the first is under way
         self._changed = threading.Condition()
         self._since_s: float | None = None  # time.monotonic() since which a task works in this process
@@ -108,7 +112,7 @@ class StageWork:
         try:
             if task.cancelled.is_set():
                 raise _cancelled()
-            with device_errors():
+            with device_errors(self._device):
                 task.reply.finish(self._answer(task.inputs))
         except Exception as error:  # every error becomes this request's response
             task.reply.fail(error)

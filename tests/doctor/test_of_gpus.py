@@ -18,6 +18,7 @@ from stepvideo_serve.doctor.of_gpus import (
     needed_memory,
 )
 from stepvideo_serve.launch.options import ServerOptions
+from stepvideo_serve.memory.ledger import RANK_REST_BYTES, Holding, Ledger
 from stepvideo_serve.memory.sizes import GIB
 from stepvideo_serve.parallel.gpus import DEFAULT, EXCLUSIVE_PROCESS
 from tests.parallel.test_gpus import Machine
@@ -81,22 +82,40 @@ def test_gpus_that_are_missing_closed_or_apart(case: Case) -> None:
 
 
 def test_memory_against_the_ledger(case: Case) -> None:
-    needed, by = needed_memory(case)
-    assert len(needed) == 2
-    assert needed[0] > needed[1] > 4 * GIB, "Step-LLM is on the first"
+    ledger, by = needed_memory(case)
+    needed = ledger.by_gpu
+    assert list(needed) == [0, 1]
+    assert needed[0] > needed[1] > RANK_REST_BYTES, "the stages are on the first"
     assert "ledger" in by
-    levels = [next(judge_memory([free] * 2, needed, by)).level for free in (2 * needed[0], needed[0] - 1)]
+    levels = [next(judge_memory({0: free, 1: free}, ledger, by)).level for free in (2 * needed[0], needed[0] - 1)]
     assert levels == [Level.OK, Level.FAULT]
     [found] = gpu_memory(case)
     assert found.level is Level.UNSEEN
     assert f"GPU 0 needs {needed[0] / GIB:.1f} GiB" in found.found
 
 
+def test_a_stage_on_a_gpu_of_its_own(case: Case) -> None:
+    config = replace(case.config, text=replace(case.config.text, device="cuda:2"))
+    before, after = (needed_memory(replace(case, config=one))[0] for one in (case.config, config))
+    moved = before.of("text_encoder").total
+    assert after.by_gpu == {**before.by_gpu, 0: before.by_gpu[0] - moved, 2: moved + before.of("tritonserver").total}
+    [found] = judge_gpus(replace(case, config=config), Machine((DEFAULT, DEFAULT)), (9, 0), "H100")
+    assert (found.level, found.found) == (
+        Level.FAULT,
+        "[text] device must be a GPU of this machine, got cuda:2 of 2.",
+    )
+    [found] = judge_gpus(replace(case, config=config), Machine((DEFAULT,) * 3), (9, 0), "H100")
+    assert found.level is Level.OK
+
+
 def test_each_gpu_that_has_too_little_is_named() -> None:
-    found = list(judge_memory([10 * GIB, 70 * GIB, 1 * GIB], [60 * GIB, 50 * GIB, 50 * GIB], "predicted"))
-    assert [each.level for each in found] == [Level.FAULT] * 2
-    assert "GPU 0 has 10.0 GiB free, 60.0 are needed, predicted" in found[0].found
-    assert found[1].found.startswith("GPU 2 has 1.0 GiB")
+    ledger = Ledger(
+        (Holding("rank 0", 0, weights=40 * GIB), Holding("vae_encoder", 0, weights=19 * GIB), Holding("rank 1", 1))
+    )
+    [found] = judge_memory({0: 10 * GIB, 1: GIB}, ledger, "predicted")
+    assert found.level is Level.FAULT
+    assert found.found == ("GPU 0 has 10.0 GiB free, 60.0 are needed, predicted (rank 0 40.5, vae_encoder 19.5).")
+    assert len(list(judge_memory({0: 0, 1: 0}, ledger, "predicted"))) == 2
 
 
 def test_how_ranks_exchange(case: Case) -> None:

@@ -26,7 +26,7 @@ def cuda_says(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return False  # work is under way
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(query=query))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=query))
     return sentences
 
 
@@ -76,7 +76,8 @@ def test_lack_of_memory_leaves_the_context_whole(cuda_says: list[str]) -> None:
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_refusal_of_tensorrt_is_the_devices_where_cuda_says_so(cuda_says: list[str], lost: bool) -> None:
     cuda_says += [ILLEGAL] * lost
-    runner = SimpleNamespace(spec=SPEC, _logger=SimpleNamespace(last_error="Cuda Runtime (700)"))
+    logger = SimpleNamespace(last_error="Cuda Runtime (700)")
+    runner = SimpleNamespace(spec=SPEC, _logger=logger, device=torch.device("cuda", 0))
     sentence = rf"TensorRT refused to run toy \(Cuda Runtime \(700\)\); CUDA says: {ILLEGAL}"
     with pytest.raises(DeviceLost if lost else EngineError, match=sentence if lost else "build the engine again"):
         raise NvInferRunner._refused(runner, {"values": [4, 8]})  # type: ignore[arg-type]

@@ -64,6 +64,16 @@ class FakeCuda:
             raise torch.AcceleratorError("CUDA error: invalid device ordinal")
         self.gpu.device = torch.device("cuda", index)
 
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        """The current GPU meanwhile."""
+        before = self.gpu.device
+        self.set_device(device)
+        try:
+            yield
+        finally:
+            self.gpu.device = before
+
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
         del device
         return divmod(self.sm, 10)

@@ -118,11 +118,18 @@ class OnGpu(TorchDispatchMode):
             given["device"] = CPU
         if function in TO_HOST:
             self.read_by_host(*ours)
-        return self._run(function, args, given, ours)
+        where = {one.device for one in ours} | ({self.of_number(torch.device(target))} if target and to_gpu else set())
+        if len(where) > 1:
+            raise RuntimeError(f"Expected all tensors to be on the same device, found {where}, in {function}!")
+        return self._run(function, args, given, ours, where.pop())
 
-    def upload(self, tensor: Tensor) -> DeviceTensor:
+    def upload(self, tensor: Tensor, device: torch.device) -> DeviceTensor:
         """A copy of a tensor of the CPU; the host may change its own at once."""
-        return self._new(tensor.clone(), "a copy to the GPU", [])
+        return self._new(tensor.clone(), "a copy to the GPU", [], self.of_number(device))
+
+    def of_number(self, device: torch.device) -> torch.device:
+        """ "cuda" is the current GPU."""
+        return self._gpu.device if device.index is None else device
 
     def download(self, tensor: DeviceTensor) -> Tensor:
         self.read_by_host(tensor)
@@ -149,7 +156,9 @@ class OnGpu(TorchDispatchMode):
             to.copy_(_inner(source))
         return to
 
-    def _run(self, function: Operator, args: Any, given: dict[str, Any], ours: list[DeviceTensor]) -> Any:
+    def _run(
+        self, function: Operator, args: Any, given: dict[str, Any], ours: list[DeviceTensor], on: torch.device
+    ) -> Any:
         changed = [value for value in _changed(function, args, given) if isinstance(value, DeviceTensor)]
         if changed:
             self._gpu.launch(self._gpu.current, str(function), ranges_of(ours), ranges_of(changed))
@@ -165,16 +174,16 @@ class OnGpu(TorchDispatchMode):
             if id(value) in by_inner:
                 return by_inner[id(value)]
             if value.untyped_storage()._cdata in storages:
-                return DeviceTensor(value, self._gpu.device)
-            return self._new(value, str(function), ranges_of(ours), filled=function not in UNFILLED)
+                return DeviceTensor(value, on)
+            return self._new(value, str(function), ranges_of(ours), on, filled=function not in UNFILLED)
 
         return tree_map(wrapped, result)
 
-    def _new(self, value: Tensor, what: str, reads: list[Range], filled: bool = True) -> DeviceTensor:
+    def _new(self, value: Tensor, what: str, reads: list[Range], on: torch.device, filled: bool = True) -> DeviceTensor:
         """The value in new memory of the GPU, as a kernel wrote it."""
         flat = torch.from_numpy(self._gpu.allocate(value.untyped_storage().nbytes())).view(value.dtype)
         inner = flat.as_strided(value.shape, value.stride(), value.storage_offset())
-        made = DeviceTensor(inner, self._gpu.device)
+        made = DeviceTensor(inner, on)
         if filled:
             self._gpu.launch(self._gpu.current, what, reads, ranges_of([made]))
             inner.copy_(value)
@@ -198,15 +207,18 @@ class AskedForGpu(TorchFunctionMode):
             if device is not None:
                 return self._moved(args[0], device, dtype)
         if function is torch.tensor and self._means_gpu(given.get("device")):
-            return self._on_gpu.upload(torch.tensor(*args, **{**given, "device": CPU}))
+            device = torch.device(given["device"])
+            return self._on_gpu.upload(torch.tensor(*args, **{**given, "device": CPU}), device)
         if self._means_gpu(given.get("device")):
-            given["device"] = self._gpu.device
+            given["device"] = self._on_gpu.of_number(torch.device(given["device"]))
         return function(*args, **given)
 
     def _moved(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """As Tensor.to: nothing is copied that is there in that dtype."""
         if device.type == "cuda" and not isinstance(tensor, DeviceTensor):
-            tensor = self._on_gpu.upload(tensor)
+            tensor = self._on_gpu.upload(tensor, device)
+        elif device.type == "cuda" and tensor.device != self._on_gpu.of_number(device):
+            raise AssertionError(f"Nothing goes from one GPU to another, {tensor.device} to {device}, in one process.")
         elif device.type == "cpu" and isinstance(tensor, DeviceTensor):
             tensor = self._on_gpu.download(tensor)
         elif device.type not in ("cuda", "cpu"):

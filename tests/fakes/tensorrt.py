@@ -168,11 +168,12 @@ class _Runtime:
 
 
 class _CudaEngine:
-    __slots__ = ("__weakref__", "_description", "_fake", "_graph", "_logger", "_spec")
+    __slots__ = ("__weakref__", "_description", "_device", "_fake", "_graph", "_logger", "_spec")
 
     def __init__(self, fake: Fake, logger: ILogger, description: dict[str, Any], graph: Graph) -> None:
         self._fake, self._logger, self._description, self._graph = fake, logger, description, graph
         self._spec = EngineSpec.from_json(description["spec"])
+        self._device = fake.gpu.device
         weight_bytes = description["weight_bytes"]
         fake.gpu.taken_bytes += weight_bytes
 
@@ -259,6 +260,8 @@ class _ExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine, fake = self._engine, self._engine._fake
+        if fake.gpu.device != engine._device:
+            raise ContractError(f"{engine._spec.name} is on {engine._device}, the current GPU is {fake.gpu.device}.")
         fake.count_enqueue()
         if fake.gpu.poison is not None:
             return self._refused(f"Error Code 1: Cuda Runtime ({fake.gpu.poison})")

@@ -48,7 +48,7 @@ def test_engines_of_this_machine(case: Case) -> None:
         assert [found.level for found in engines(case)] == [Level.OK]
         assert [found.level for found in kernels(case)] == [Level.OK]
         [found] = gpu_memory(case)
-        assert (found.level, "by the engines' manifest" in found.found) == (Level.OK, True)
+        assert (found.level, "the engines' manifest" in found.found) == (Level.OK, True)
 
 
 @pytest.mark.parametrize(

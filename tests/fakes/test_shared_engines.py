@@ -20,6 +20,7 @@ from export.to_onnx import export_graphs
 from stepvideo_serve.assembly import engines
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import components
+from stepvideo_serve.assembly.on_gpus import beside_graphs
 from stepvideo_serve.assembly.runners import load_runners
 from stepvideo_serve.assembly.stages import Denoiser, describe
 from stepvideo_serve.config import ServeConfig
@@ -29,7 +30,6 @@ from stepvideo_serve.engine.nvinfer import LayerRunner
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.engine.spec import Dim, WeightSpec
 from stepvideo_serve.errors import EngineError, ExportError
-from stepvideo_serve.memory.ledger import RESERVED_BYTES
 from stepvideo_serve.parallel.layout import Layout
 from tests.fakes.conftest import CONFIG
 from tests.fakes.engines import SM, engine_entry, write_engines
@@ -192,7 +192,7 @@ def test_weights_count_among_what_the_gpu_must_hold(
     """Two blocks have 7.0 MiB of them, and nobody gives any memory back here."""
     monkeypatch.setattr(engines, "free_memory", partial(free_memory, patience_s=0.0))
     config = configured(folder, mini_checkpoint, "tensorrt")
-    with machine(RESERVED_BYTES + (6 << 20)), pytest.raises(EngineError, match="GiB for their weights"):
+    with machine(beside_graphs(config, "") + (6 << 20)), pytest.raises(EngineError, match="GiB for their weights"):
         load_runners(config, ["dit_block_00", "dit_block_01"], 1)
 
 

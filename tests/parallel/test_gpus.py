@@ -38,6 +38,8 @@ def test_the_first_gpu_is_shared() -> None:
     ):
         check_gpus(SINGLE, 0, Machine((EXCLUSIVE_PROCESS,)))
     check_gpus(Layout(tp=2), 1, Machine((DEFAULT, EXCLUSIVE_PROCESS)))
+    with pytest.raises(SetupError, match="GPU 1 must be open to rank 1 and the models beside it"):
+        check_gpus(Layout(tp=2), 1, Machine((DEFAULT, EXCLUSIVE_PROCESS)), shared=(0, 1))
 
 
 def test_a_gpu_that_takes_nobody() -> None:

@@ -36,15 +36,24 @@ from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.runner import EagerRunner
 from stepvideo_serve.errors import ConfigError
 from stepvideo_serve.geometry import VideoGeometry
-from stepvideo_serve.memory.ledger import block_scratch, memory
+from stepvideo_serve.memory.placement import Placement
+from stepvideo_serve.memory.predicted import block_scratch, predicted
 from stepvideo_serve.memory.sizes import ModelSize, Workload
 from stepvideo_serve.parallel.collectives import Collectives
 from stepvideo_serve.parallel.layout import Layout
-from stepvideo_serve.planning.cost import exchanges, layouts_of, predict, step_flops, step_seconds, two_queues
+from stepvideo_serve.planning.cost import (
+    exchanges,
+    layouts_of,
+    placements_of,
+    predict,
+    step_flops,
+    step_seconds,
+    two_queues,
+)
 from stepvideo_serve.planning.gpus import GPUS, gpu_named
-from stepvideo_serve.planning.model_size import PUBLISHED, decoder_bytes, model_size, workload
+from stepvideo_serve.planning.model_size import PUBLISHED, decoder_bytes, encoder_bytes, model_size, workload
 from stepvideo_serve.text.states import TextStates
-from stepvideo_serve.vae.model import VideoDecoder
+from stepvideo_serve.vae.model import VideoDecoder, VideoEncoder
 from stepvideo_serve.weights.cuts import TensorPart
 from tests.meta_device import ReadableMeta
 
@@ -79,7 +88,7 @@ def test_parameters_are_those_of_the_official_model(size: ModelSize, counted: di
     assert size.dit.cut + size.dit.whole == counted["dit_params"]["total"]
     assert size.llm.cut + size.llm.whole == counted["llm_params"]["total"]
     assert size.clip_parameters == counted["clip_params"]
-    assert size.vae_parameters == sum(counted["vae_params"].values())
+    assert size.vae_encoder_parameters + size.vae_decoder_parameters == sum(counted["vae_params"].values())
     assert size.llm.bytes(1, "bf16") == counted["llm_params"]["bytes_bf16"]
 
 
@@ -126,7 +135,8 @@ def test_weights_of_a_rank_are_what_its_slices_hold(size: ModelSize, work: Workl
     cuts = dit_plan(PUBLISHED.dit).cuts(shapes, TensorPart(0, tp))
     held = {key: cuts[key].shape(shape) if key in cuts else shape for key, shape in shapes.items()}
     parameters = sum(torch.Size(shape).numel() for shape in held.values())
-    assert memory(size, Layout(tp=tp), work, "bf16").dit == 2 * parameters
+    decoder = 0 if tp == 1 else size.vae_decoder_parameters
+    assert predicted(size, Placement(Layout(tp=tp)), work, "bf16").of("rank 0").weights == 2 * (parameters + decoder)
 
 
 def test_fp8_halves_what_is_cut(size: ModelSize) -> None:
@@ -134,12 +144,10 @@ def test_fp8_halves_what_is_cut(size: ModelSize) -> None:
     assert 29.3e9 < size.dit.bytes(1, "fp8") < 29.9e9
 
 
-def test_step_llm_may_be_cut_only_with_tensor_parallelism_that_divides_its_groups(
-    size: ModelSize, work: Workload
-) -> None:
-    assert memory(size, Layout(sp=4), work, "bf16").llm == {"whole": 39_159_201_792, "elsewhere": 0}
-    assert set(memory(size, Layout(tp=8), work, "bf16").llm) == {"split", "whole", "elsewhere"}
-    assert "split" not in memory(replace(size, llm_groups=6), Layout(tp=4), work, "bf16").llm
+def test_step_llm_may_be_cut_only_with_tensor_parallelism_that_divides_its_groups() -> None:
+    assert set(placements_of(Layout(sp=4), 8)) == {"whole", "elsewhere"}
+    assert set(placements_of(Layout(tp=8), 8)) == {"split", "whole", "elsewhere"}
+    assert "split" not in placements_of(Layout(tp=4), 6)
 
 
 def test_step_llm_goes_where_there_is_room(size: ModelSize, work: Workload) -> None:
@@ -152,10 +160,14 @@ def test_step_llm_goes_where_there_is_room(size: ModelSize, work: Workload) -> N
 
 
 def test_decoder_and_blocks_do_not_need_their_memory_at_the_same_time(size: ModelSize, work: Workload) -> None:
-    small, large = (memory(size, SINGLE, replace(work, chunk_bytes=n), "bf16") for n in (0, 10**11))
-    weights = small.dit + small.clip + small.vae + small.reserved
-    assert small.total("elsewhere") == weights + small.cross_kv + small.activations + small.block_scratch
-    assert large.total("elsewhere") == weights + 10**11
+    """On a rank that decodes. The decoder of one rank is another process, and keeps its memory."""
+    layout = Layout(sp=4)
+    small, large = (predicted(size, Placement(layout), replace(work, chunk_bytes=n), "bf16") for n in (0, 10**11))
+    assert small.of("rank 0").activations == block_scratch(size, layout, -(-work.tokens // 4))
+    assert large.of("rank 0").activations == pytest.approx(0.642e11)
+    alone = predicted(size, Placement(SINGLE), replace(work, chunk_bytes=10**11), "bf16")
+    assert alone.of("rank 0").activations == block_scratch(size, SINGLE, work.tokens)
+    assert alone.of("vae_decoder").activations == large.of("rank 0").activations
 
 
 def test_scratch_of_a_block_is_near_what_tensorrt_planned(size: ModelSize) -> None:
@@ -313,10 +325,13 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def test_memory_of_the_vae_decoder_is_what_an_eager_run_holds() -> None:
+def test_memory_of_the_vae_is_what_an_eager_run_holds() -> None:
     with torch.device("meta"), torch.inference_mode():
-        decoder = VideoDecoder(PUBLISHED.vae).bfloat16()
+        decoder, encoder = VideoDecoder(PUBLISHED.vae).bfloat16(), VideoEncoder(PUBLISHED.vae).bfloat16()
         latents = torch.empty(1, 3, 64, 8, 12, dtype=torch.bfloat16)
         with LiveBytes() as live:
             decoder(latents)
-    assert decoder_bytes(PUBLISHED.vae, VideoGeometry(17, 128, 192)) == pytest.approx(live.most, rel=1e-4)
+        assert decoder_bytes(PUBLISHED.vae, 128, 192) == pytest.approx(live.most, rel=1e-4)
+        with LiveBytes() as live:
+            encoder(torch.empty(1, 1, 3, 128, 192, dtype=torch.bfloat16))
+        assert encoder_bytes(PUBLISHED.vae, 128, 192) == pytest.approx(live.most, rel=1e-4)

@@ -33,7 +33,7 @@ def test_the_tables(root: Path) -> None:
     assert "102 frames of 544x992 (37,944 tokens), 50 steps, bf16, 8 x H100 (79 GiB, NVLink 4)." in lines
     starts = [line.split()[0] for line in lines if line]
     for layout in ("tp8", "sp8", "tp4.sp2", "tp2.sp4", "cfg2.tp4", "cfg2.sp4", "cfg2.tp2.sp2"):
-        assert starts.count(layout) == 2
+        assert 2 <= starts.count(layout) <= 3  # memory, a step, and perhaps a group of GPUs
     assert lines[-1].startswith("Recommended: ")
     assert max(len(line) for line in lines[:-1]) <= 120
 
@@ -46,7 +46,14 @@ def test_everything_as_json(capsys: Capture) -> None:
     assert [layout["request_s"] for layout in result["layouts"]] == sorted(x["request_s"] for x in result["layouts"])
     tp8 = layouts["tp8"]
     assert tp8["step_llm"] == "split"
-    assert tp8["memory_bytes"]["total"]["split"] < tp8["memory_bytes"]["available"]
+    assert tp8["memory_bytes"]["fullest_gpu"]["split"] < tp8["memory_bytes"]["available"]
+    held = tp8["memory_bytes"]["holdings"]
+    on_first = [holding["total"] for holding in held if holding["gpu"] == 0]
+    assert sum(on_first) == tp8["memory_bytes"]["fullest_gpu"]["split"]
+    assert {holding["process"] for holding in held} == {
+        *(f"rank {rank}" for rank in range(8)),
+        *("text_encoder", "vae_encoder", "tritonserver"),
+    }
     assert [exchange["collective"] for exchange in tp8["step_exchanges"]] == ["sum_tp"]
     assert tp8["step_exchanges"][0]["payload_bytes"] == 3 * 48 * 2 * 37944 * 6144 * 2
     assert tp8["step_flops"]["total"] == sum(v for k, v in tp8["step_flops"].items() if k != "total")
@@ -68,9 +75,9 @@ def test_a_complete_layout_is_recommended_before_a_faster_one(capsys: Capture) -
 @pytest.mark.parametrize(
     ("arguments", "recommended", "reason"),
     [
-        ("--gpu B200 --gpus 1", "single", "Step-LLM on rank 0, .* the fastest layout, and everything fits"),
+        ("--gpu B200 --gpus 1", "single", "Step-LLM whole on GPU 0, .* the fastest layout, and everything fits"),
         ("--gpu H100 --gpus 1", "single", "Step-LLM on another GPU, .* none leaves room"),
-        ("--gpu H100 --gpus 1 --precision fp8", "single", "Step-LLM on rank 0, .* everything fits"),
+        ("--gpu H100 --gpus 1 --precision fp8", "single", "Step-LLM whole on GPU 0, .* everything fits"),
         ("--gpu L40S --gpus 1", None, "Nothing is recommended: even without Step-LLM a GPU needs .* and has 44"),
         ("--gpu L40S --gpus 8", "tp8", "Step-LLM in slices, .* only with Step-LLM on another GPU"),
     ],
@@ -86,15 +93,19 @@ def test_smaller_videos_take_less(capsys: Capture) -> None:
     (large,) = plan(capsys, *machine)["layouts"]
     (small,) = plan(capsys, *machine, "--frames", "34", "--height", "272", "--width", "496")["layouts"]
     assert small["step_flops"]["total"] < large["step_flops"]["total"] / 12
-    assert small["memory_bytes"]["chunk_scratch"] == large["memory_bytes"]["chunk_scratch"] // 4
-    assert small["memory_bytes"]["dit"] == large["memory_bytes"]["dit"]
+    of_small, of_large = (
+        {holding["process"]: holding for holding in plan["memory_bytes"]["holdings"]} for plan in (small, large)
+    )
+    decoders = [found["vae_decoder"]["activations"] for found in (of_small, of_large)]
+    assert decoders[0] == pytest.approx(decoders[1] / 4)
+    assert of_small["rank 0"]["weights"] == of_large["rank 0"]["weights"]
     assert small["decode_s"] < large["decode_s"] / 12
 
 
 def test_a_checkpoint_instead_of_the_published_model(capsys: Capture, mini_checkpoint: Path) -> None:
     result = plan(capsys, "--gpu", "L40S", "--gpus", "2", "--model-dir", str(mini_checkpoint))
     assert {layout["layout"] for layout in result["layouts"]} == {"cfg2", "tp2", "sp2"}
-    assert result["layouts"][0]["memory_bytes"]["dit"] < 10**8
+    assert result["layouts"][0]["memory_bytes"]["holdings"][0]["weights"] < 10**8
 
 
 def test_the_published_sizes_are_those_of_the_release(shared: Path) -> None:
