@@ -31,6 +31,7 @@ from tests.docker.chart import VERSION, Helm, Manifest, Values, of_part, only
 KUBERNETES = "1.37"
 CUSTOM = ("PodMonitor",)  # kinds that Kubernetes itself does not know
 
+CHART = Path(__file__).parents[2] / "docker" / "chart"
 SETTINGS: dict[str, Values] = {
     "defaults": {},
     "everything": {
@@ -67,6 +68,8 @@ SETTINGS: dict[str, Values] = {
     "gateway": {"gateway": {"enabled": True}},
     "one GPU": {"gpus": 1, "config": '[model]\ndir = "/model"\nengines_dir = "/engines"\n'},
     "host paths": {"volumes": {"model": {"hostPath": "/data/a"}, "engines": {"hostPath": "/data/b"}}},
+    "two groups": yaml.safe_load((CHART / "values-2x4.yaml").read_text(encoding="utf-8")),
+    "eight groups": yaml.safe_load((CHART / "values-8x1.yaml").read_text(encoding="utf-8")),
     "least": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}, "tolerations": []},
 }
 
@@ -141,7 +144,7 @@ def test_every_kind_is_rendered(everything: list[Manifest]) -> None:
     ("values", "message"),
     [
         ({"gpus": 3}, "gpus"),
-        ({"gpus": 4}, "gpus must be what the layout in config needs, 8 for .*cfg2.tp4.*, got 4"),
+        ({"gpus": 4}, "gpus must be what the layout in config needs, 8 for .*cfg2.sp4.*, got 4"),
         ({"config": '[model]\n[denoiser]\nlayout = "tp4"\n'}, "needs, 4 for .*tp4.*, got 8"),
         ({"gpus": 8, "config": "[model]\n"}, "needs, 1 for the default layout, got 8"),
         ({"tls": {"mutual": True}}, "tls.mutual needs tls.secret"),
