@@ -138,8 +138,8 @@ class Jobs:
             return {job.id for job in jobs}, {job.id for job in jobs if job.cancelled}
 
     async def move_away(self, servers: Sequence[str]) -> int:
-        """Jobs that belong to a server outside `servers`, and that no gateway follows, may go to any server from now on.
-        Returns their number."""
+        """Jobs that belong to a server outside `servers`, and that no gateway follows, may go to any server from now
+        on. Returns their number."""
         lost = sa.and_(Job.server.is_not(None), Job.server.not_in(servers), Job.status.in_(ACTIVE))
         free = sa.or_(Job.lease_until.is_(None), Job.lease_until < self._clock(), Job.lease == self.gateway)
         values = {"server": None, "status": QUEUED, "lease": None, "lease_until": None}

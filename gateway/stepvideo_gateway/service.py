@@ -153,8 +153,8 @@ class Gateway:
         }
 
     async def quotes(self, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Preset -> the quote of the request with it, or the body of the API's error. The presets are those of the first
-        ready server that answers; empty if none does."""
+        """Preset -> the quote of the request with it, or the body of the API's error. The presets are those of the
+        first ready server that answers; empty if none does."""
         offer = await self.offer()
         found: dict[str, dict[str, Any]] = {}
         for preset in offer["presets"] if offer else ():

@@ -186,7 +186,8 @@ class Checkpoint:
         self, part: str, keys: Collection[str], dtype: torch.dtype, share: TensorPart = WHOLE
     ) -> dict[str, Tensor]:
         """Tensors by their keys in the checkpoint; `part`: "dit", "llm" or "clip". Of the first two only the slice
-        `share`. Tensors stored in `dtype` are mapped into memory, others converted. Raises CheckpointError for a key that is missing."""
+        `share`. Tensors stored in `dtype` are mapped into memory, others converted. Raises CheckpointError for a key
+        that is missing."""
         files = self._files(part)
         _require_keys(files, keys)
         return dict(files.read(keys, dtype, self._cuts(part, keys, share)))

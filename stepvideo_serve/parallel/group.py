@@ -13,8 +13,8 @@ What goes wrong ends in bounded time:
                                    the step in which the cancel came and the one after; the limits of a step still hold
     the parent dies                the kernel kills the ranks (rank_process.py)
 Where every rank has ended the job, be it by an exception, the generation goes on. Otherwise its processes are killed,
-and the ranks are started anew at once, whether or not a job waits for them. When that fails REBUILD_ATTEMPTS times in a row
-the group has failed: jobs are refused at once, while it goes on trying, until it succeeds.
+and the ranks are started anew at once, whether or not a job waits for them. When that fails REBUILD_ATTEMPTS times in a
+row the group has failed: jobs are refused at once, while it goes on trying, until it succeeds.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """A bounded queue of runs in front of the ranks, or of a decoder, which do one run at a time.
 
-Order: runs that others depend on (URGENT), then by priority, then by arrival. A run moves up one priority
-for every `aging_s` since it was accepted, so that none starves. A new run of a higher priority than the run under way has the latter parked at
-its next step: the parked run takes its old place in the queue, and goes on later from that step.
+Order: runs that others depend on (URGENT), then by priority, then by arrival. A run moves up one priority for every
+`aging_s` since it was accepted, so that none starves. A new run of a higher priority than the run under way has the
+latter parked at its next step: the parked run takes its old place in the queue, and goes on later from that step.
 """
 
 import threading
