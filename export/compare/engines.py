@@ -41,6 +41,7 @@ Open = Callable[..., EngineRunner]
 Opener = Callable[[Path, Manifest], Open]
 """From a folder of engines to what opens one by its name."""
 ENGINE = "engine"
+AUTO = "auto"
 GRAPHS = "onnx"  # where `make engines` puts the graphs, below the engines
 
 
@@ -116,7 +117,8 @@ class _Comparison:
         graphs = [name for folder in _folders(directory) for name in Manifest.load(folder).graphs]
         split_llm = "step_llm_embed" in graphs and "step_llm_layer" not in graphs
         if manifest.takes_weights:
-            recipe = replace(recipe, weights=INPUT, target=_target(manifest, directory))
+            target, ops = _fused_as(manifest, directory)
+            recipe = replace(recipe, weights=INPUT, target=target, ops=ops)
             plan = plan_shared(checkpoint, recipe, layout, split_llm)
             exporter = SharedExporter(checkpoint, recipe, plan)
             return cls(checkpoint, recipe, {directory: plan.tables[0]}, {directory: plan.tables[-1]}, exporter)
@@ -192,16 +194,18 @@ def _recipe(manifest: Manifest, calibration: Path | None) -> Recipe:
     return Recipe(manifest.precision, Fp8(found, tuple(made_with["keep_bf16"]), linears))
 
 
-def _target(manifest: Manifest, directory: Path) -> "Target | None":
-    """What the graphs of engines were exported for where they have plugins, whose weights have names of their own."""
+def _fused_as(manifest: Manifest, directory: Path) -> "tuple[Target | None, str]":
+    """What the graphs of engines were exported for where they have plugins, whose weights have names of their own, and
+    with which operators."""
     choices = [choice for entry in manifest.graphs.values() for choice in entry.extras.get("ops", {}).values()]
-    if not any(choice["implementation"] == "plugin" for choice in choices):
-        return None
+    plugins = [choice["implementation"] == "plugin" for choice in choices]
+    if not any(plugins):
+        return None, AUTO
     require_kernels("An engine with plugins")
     from stepvideo_kernels.choice import Target
 
     found = EngineTarget.of(manifest, directory)
-    return Target(found.sm, found.backend)
+    return Target(found.sm, found.backend), "plugin" if all(plugins) else AUTO
 
 
 def _folders(directory: Path) -> list[Path]:

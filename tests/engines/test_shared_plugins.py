@@ -1,13 +1,17 @@
 """Plugins in graphs whose weights are inputs: the plan is that of the engine with its weights inside."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from export.compare.engines import Open, compare_engines
 from export.graphs.recipe import CONSTANT, INPUT, Recipe
 from export.graphs.shared import plan_shared
-from export.graphs.weight_inputs import values_of
+from export.graphs.weight_inputs import WeightsOutside, values_of
 from export.quantize.calibration import Calibration
 from export.quantize.fp8 import Fp8
 from export.quantize.weight_set import make_weight_set
@@ -15,8 +19,9 @@ from export.to_onnx import export_graphs
 from stepvideo_kernels.choice import Target
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.layer_weights import LayerWeights
-from stepvideo_serve.engine.manifest import Manifest
+from stepvideo_serve.engine.manifest import KEY, EngineTarget, Manifest
 from stepvideo_serve.engine.parity import require_parity
+from stepvideo_serve.engine.runner import EagerRunner, EngineRunner
 from stepvideo_serve.fused.kernels_package import LOOKED_UP
 from stepvideo_serve.parallel.layout import SINGLE, Layout
 from stepvideo_serve.weights.weight_set import WeightSet
@@ -92,3 +97,40 @@ def test_the_weight_set_has_what_such_graphs_take(
         assert given.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.equal(given[key].view(torch.uint8), value.view(torch.uint8)), f"{layer}: {key}"
+
+
+class Given(nn.Module):
+    """A module without its weights, and those that an engine was given."""
+
+    def __init__(self, outside: WeightsOutside, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._outside, self._weights = outside, weights
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        called: Tensor | tuple[Tensor, ...] = self._outside(*inputs, *self._weights)
+        return called
+
+
+def test_verify_gives_such_engines_their_weights(checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    """By their names in a graph with plugins; the operators' formulas stand in for the driver."""
+    model, recipe = Checkpoint(checkpoint), replace(recipe_of("fp8", calibration, INPUT), compare=False)
+    graphs = export_graphs(model, tmp_path, only=["dit_block"], show_progress=False, recipe=recipe)
+    target = EngineTarget(TARGET.toolkit, "1.7", TARGET.sm, "single")
+    replace(graphs, extra={**graphs.extra, KEY: target.to_json()}).save(tmp_path)
+    plan = plan_shared(model, recipe, SINGLE, split_llm=False)
+
+    def opener(directory: Path, manifest: Manifest) -> Open:
+        del directory
+
+        def open_engine(name: str, weights: Mapping[str, Tensor]) -> EngineRunner:
+            spec = manifest.graph(name).spec
+            other = recipe.build_shared(plan.versions("dit_block_00")[0], model).module
+            outside = WeightsOutside(other, spec)
+            return EagerRunner(spec, Given(outside, [weights[weight.name] for weight in spec.weights]))
+
+        return open_engine
+
+    compare_engines(tmp_path, checkpoint, calibration, opener)
+    rows = Manifest.load(tmp_path).graph("dit_block").extras["parity"]
+    assert {(row["backend"], row["layer"]) for row in rows} == {("engine", 0), ("engine", 1)}
+    assert all(0 < row["error"] <= row["allowed"] for row in rows)
