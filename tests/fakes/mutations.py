@@ -27,9 +27,9 @@ def kernels_are_sought_in_the_folder_of_the_part() -> Patched:
     """Each group of engines named the folder beside its own files."""
     real = engines.load_engines
 
-    def load_engines(config: Any, manifest: Any, names: Any, kernels: Path, part: str = "", weights: Any = None) -> Any:
+    def load_engines(config: Any, manifest: Any, names: Any, kernels: Path, *others: Any) -> Any:
         del kernels
-        return real(config, manifest, names, config.model.engines_dir / engines.KERNELS_FOLDER, part, weights)
+        return real(config, manifest, names, config.model.engines_dir / engines.KERNELS_FOLDER, *others)
 
     return patch.object(engines, "load_engines", load_engines)
 
