@@ -11,6 +11,7 @@ import torch
 from export.compare.denoising import graph_opener
 from stepvideo_serve.assembly.checkpoint import Checkpoint
 from stepvideo_serve.assembly.graphs import dit_graph_names
+from stepvideo_serve.assembly.layer_weights import LayerWeights
 from stepvideo_serve.assembly.stages import LocalStages
 from stepvideo_serve.dit.velocity import DiTVelocity
 from stepvideo_serve.engine.manifest import Manifest
@@ -88,7 +89,8 @@ def fp8_stages(checkpoint: Path, folder: Path, local: LocalStages, threads: int)
     """
     source, manifest = Checkpoint(checkpoint), Manifest.load(folder)
     manifest.require(precision="fp8", checkpoint=source.identity)
-    with graph_opener(folder, manifest, threads) as (open_graph, dtype), ExitStack() as opened:
+    opening = graph_opener(folder, manifest, source, LayerWeights(source), threads)
+    with opening as (open_graph, dtype), ExitStack() as opened:
         names = ("step_llm", "hunyuan_clip", *dit_graph_names(source.dit_config.num_layers))
         graphs = {name: opened.enter_context(open_graph(name)) for name in names}
         llm, clip = graphs.pop("step_llm"), graphs.pop("hunyuan_clip")

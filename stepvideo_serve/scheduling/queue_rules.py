@@ -7,8 +7,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class QueueRules:
     """max_waiting: how many may wait behind the one under way, None: any number. max_parks: how often one run may be
-    parked. aging_s: seconds since it was accepted that raise a run by one priority. max_urgent: how many URGENT runs may
-    wait, None: any number. urgent_credit_s: for how many seconds URGENT runs may go first while others wait; beyond
+    parked. aging_s: seconds since it was accepted that raise a run by one priority. max_urgent: how many URGENT runs
+    may wait, None: any number. urgent_credit_s: for how many seconds URGENT runs may go first while others wait; beyond
     them each second of an URGENT run is owed to the others."""
 
     max_waiting: int | None

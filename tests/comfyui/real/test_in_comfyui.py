@@ -34,7 +34,7 @@ SETTINGS = {
     "priority": "normal",
     "seed": 7,
 }
-LONG = {"steps": 1000, "width": 192, "height": 192}  # as many as a node takes
+LONG: dict[str, Any] = {"steps": 1000, "width": 192, "height": 192}  # as many as a node takes
 VIDEO, SAVED, SHOWN = "3", "4", "5"
 
 
@@ -67,7 +67,7 @@ def of_gateway(gateway: Running, video_id: str) -> bytes:
 
 def saved(comfy: Comfy, run: Run, node: str = SAVED) -> bytes:
     [file] = run.output(node)["images"]
-    return (comfy.base / "output" / file["subfolder"] / file["filename"]).read_bytes()
+    return bytes((comfy.base / "output" / file["subfolder"] / file["filename"]).read_bytes())
 
 
 def test_a_workflow_makes_the_servers_video(comfy: Comfy, gateway: Running) -> None:
