@@ -51,7 +51,7 @@ def test_the_parameters_are_those_of_the_networks(page: str) -> None:
         "transformer": size.dit.cut + size.dit.whole,
         "step_llm": size.llm.cut + size.llm.whole,
         "hunyuan_clip": size.clip_parameters,
-        "vae": size.vae_parameters,
+        "vae": size.vae_encoder_parameters + size.vae_decoder_parameters,
     }
     for folder, count in counted.items():
         [row] = [row for row in rows(page) if row[0].startswith(f"`{folder}/")]
@@ -135,11 +135,11 @@ def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]
 
 def test_predicted_figures_are_the_planners(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     one = planned(capsys, "--gpu", "H200", "--gpus", "1", "--precision", "bf16")
-    assert f"{one['memory_bytes']['total']['whole'] / 2**30:.0f} GiB together" in page
-    eight = planned(capsys, "--gpu", "H100", "--gpus", "8", "--precision", "fp8")
-    assert f"{eight['memory_bytes']['total'][eight['step_llm']] / 2**30:.0f} GiB of the first in FP8" in page
+    assert f"{one['memory_bytes']['fullest_gpu']['whole'] / 2**30:.0f} GiB together" in page
+    eight = planned(capsys, "--gpu", "H100", "--gpus", "8", "--precision", "fp8", "--both-orientations")
+    assert f"{eight['memory_bytes']['fullest_gpu'][eight['step_llm']] / 2**30:.0f} GiB of the first in FP8" in page
     assert f"`{eight['layout']}` in FP8" in page
     assert f"{eight['request_s']:.0f} s for 102 frames" in page
-    wide = planned(capsys, "--gpu", "H100", "--gpus", "8", "--precision", "bf16")
+    wide = planned(capsys, "--gpu", "H100", "--gpus", "8", "--precision", "bf16", "--both-orientations")
     assert f"`{wide['layout']}` with `SPLIT_LLM=1` in bf16" in page
     assert wide["step_llm"] == "split"

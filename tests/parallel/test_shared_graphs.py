@@ -34,7 +34,7 @@ def configs(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         for weights in KINDS:
             place = folder / f"{layout}-{weights}"
             only = ["dit_*", "step_llm*"] if layout == "single" else ["dit_*"]
-            recipe = Recipe("fp32", compare=False, weights=weights)  # each other, below
+            recipe = Recipe("fp32", compare=weights == INPUT, weights=weights)
             export_graphs(
                 Checkpoint(mini_checkpoint),
                 place,
