@@ -182,7 +182,7 @@ demo: $(SERVED) $(filter build/first_image.png,$(IMAGE)) ## toy-world checkpoint
 doctor: $(INSTALLED) ## look at all that a server of CONFIG needs, and say what to put right
 	@$(RUN) stepvideo_serve doctor --config '$(CONFIG)'
 
-serve: $(SERVED) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## run the server in the foreground until Ctrl-C (GPU=1: with TensorRT)
+serve: $(SERVED) $(if $(filter serve.toml,$(CONFIG)),build/first_image.png) $(if $(filter 1,$(GPU)),$(GPU_INSTALLED)) ## run the server in the foreground until Ctrl-C (GPU=1: with TensorRT)
 	@$(RUN) stepvideo_serve serve --config '$(CONFIG)'
 
 gateway: $(SERVED) build/first_image.png ## run server and gateway in the foreground: /v1/videos for OpenAI's client, at the address that is printed

@@ -102,6 +102,8 @@ def test_the_build_stage_has_what_its_command_needs(root: Path, dockerfile: str,
     [setup] = re.findall(r"^RUN (make .+)$", stage, re.MULTILINE)
     installed = printed_by(setup.split())
     assert "pip install" in installed
+    for folder in re.findall(r"--editable '?([\w./]+)", installed):
+        assert (tmp_path / folder / "pyproject.toml").is_file(), f"pip installs {folder}, which the stage must copy"
     for stamp in re.findall(r"^touch (\S+)$", installed, re.MULTILINE):
         (tmp_path / stamp).parent.mkdir(exist_ok=True)
         (tmp_path / stamp).touch()
