@@ -32,7 +32,7 @@ def cuda_says(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_an_error_of_cuda_loses_the_device() -> None:
     with (
-        pytest.raises(DeviceLost, match=f"AcceleratorError: {ILLEGAL}: send the request again") as caught,
+        pytest.raises(DeviceLost, match=rf"AcceleratorError: {ILLEGAL}\): send the request again") as caught,
         device_errors(),
     ):
         raise torch.AcceleratorError(ILLEGAL + ADVICE)
