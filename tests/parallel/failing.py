@@ -113,7 +113,7 @@ def _lose_device(how: str) -> None:
         raise NvInferRunner._refused(runner, {})  # type: ignore[arg-type]
 
     stream = SimpleNamespace(query=illegal_access)
-    changes = {"is_initialized": lambda: True, "current_stream": lambda: stream, "fail_here": fail_here}
+    changes = {"is_initialized": lambda: True, "current_stream": lambda *_: stream, "fail_here": fail_here}
     for name, value in changes.items():
         setattr(torch.cuda, name, value)
     setattr(EngineRunner, "__call__", fail_here)  # noqa: B010  # which is final
