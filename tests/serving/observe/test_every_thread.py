@@ -267,7 +267,7 @@ def the_first_contact_of_ranks(_: pytest.MonkeyPatch) -> None:
 
 def the_hashing_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The start of the process fails."""
-    weights, manifest = object.__new__(LayerWeights), object.__new__(Manifest)
+    weights, manifest = object.__new__(LayerWeights), Manifest(checkpoint="", precision="fp32", tools={}, graphs={})
     monkeypatch.setattr(weights, "_identities", planted)
     with pytest.raises(OverflowError, match="planted"), weights.checked(manifest, (), str):
         nothing()
