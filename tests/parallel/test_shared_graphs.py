@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,17 @@ from tests.parallel.sharded_ranks import make_job
 
 LAYOUT = "cfg2.tp2"
 KINDS = (CONSTANT, INPUT)
-Configs = dict[tuple[str, str], Path]
+Configure = Callable[[str], dict[str, Path]]
 
 
 @pytest.fixture(scope="module")
-def configs(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Configs:
-    """(layout, weights) -> serve.toml."""
+def configure(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Configure:
+    """Exports for a layout, once, with constants and with inputs; the configurations that serve them."""
     folder = tmp_path_factory.mktemp("shared")
-    found = {}
-    for layout in ("single", LAYOUT):
+
+    @cache
+    def make(layout: str) -> dict[str, Path]:
+        found = {}
         for weights in KINDS:
             place = folder / f"{layout}-{weights}"
             only = ["dit_*", "step_llm*"] if layout == "single" else ["dit_*"]
@@ -46,8 +50,10 @@ def configs(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             model = f'[model]\ndir = "{mini_checkpoint}"\nengines_dir = "{place}"\n'
             path = place / "serve.toml"
             path.write_text(f'{model}[denoiser]\nthreads = 1\nlayout = "{layout}"\n[decoder]\nthreads = 1\n')
-            found[layout, weights] = path
-    return found
+            found[weights] = path
+        return found
+
+    return make
 
 
 def of_ranks(config: Path, root: Path) -> list[dict[str, Any]]:
@@ -65,10 +71,10 @@ def of_ranks(config: Path, root: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{LAYOUT}.{rank}.pt", weights_only=True) for rank in range(4)]
 
 
-def test_one_rank(configs: Configs) -> None:
+def test_one_rank(configure: Configure) -> None:
+    configs = configure("single")
     steps = [
-        [done.latents for done in Denoiser(ServeConfig.load(configs["single", weights])).run(make_job())]
-        for weights in KINDS
+        [done.latents for done in Denoiser(ServeConfig.load(configs[weights])).run(make_job())] for weights in KINDS
     ]
     for constant, shared in zip(*steps, strict=True):
         assert constant is not None
@@ -76,25 +82,28 @@ def test_one_rank(configs: Configs) -> None:
         assert torch.equal(constant, shared)
 
 
-def test_ranks_with_slices(configs: Configs, root: Path) -> None:
-    constant, shared = (of_ranks(configs[LAYOUT, weights], root) for weights in KINDS)
+@pytest.mark.slow
+def test_ranks_with_slices(configure: Configure, root: Path) -> None:
+    configs = configure(LAYOUT)
+    constant, shared = (of_ranks(configs[weights], root) for weights in KINDS)
     for before, after in zip(constant, shared, strict=True):
         for kind in ("guided", "alone", "forecast"):
             assert torch.equal(before[kind]["latents"], after[kind]["latents"])
 
 
-def test_step_llm_runs_layer_by_layer_under_its_name(configs: Configs) -> None:
+def test_step_llm_runs_layer_by_layer_under_its_name(configure: Configure) -> None:
     """Whoever asks for the whole does not see the layers."""
     found = []
     for weights in KINDS:
-        runner = load_runners(ServeConfig.load(configs["single", weights]), ("step_llm",), 1)["step_llm"]
+        runner = load_runners(ServeConfig.load(configure("single")[weights]), ("step_llm",), 1)["step_llm"]
         with runner:
             found.append(runner(**sample_inputs(runner.spec, LARGE_SIZES))["llm_states"])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
-def test_graphs_of_another_layout_are_refused(configs: Configs, tmp_path: Path) -> None:
-    text = configs[LAYOUT, INPUT].read_text().replace(f'layout = "{LAYOUT}"', 'layout = "single"')
+@pytest.mark.slow
+def test_graphs_of_another_layout_are_refused(configure: Configure, tmp_path: Path) -> None:
+    text = configure(LAYOUT)[INPUT].read_text().replace(f'layout = "{LAYOUT}"', 'layout = "single"')
     (tmp_path / "serve.toml").write_text(text)
     with pytest.raises(EngineError, match="must hold a slice for one of 1 ranks, found one for one of 2"):
         load_runners(ServeConfig.load(tmp_path / "serve.toml"), ["dit_cross_00"], 1)
